@@ -1,0 +1,431 @@
+"""Chapter 2: a picture as K token maps, coarse to fine.
+
+Chapter 1 rounded a vector, then what was left, then what was left of that. Here the levels of
+rounding are *scales*: the first may use a single token for the whole feature map, the last one
+token per cell. Together they add up to the feature map that the decoder turns into a picture.
+
+    picture 32x32x3 --encode--> f 8x8xC --quantize--> 1   2x2  3x3  4x4  6x6  8x8   token maps
+                                                      1 +  4 +  9 + 16 + 36 + 64  = 130 tokens
+    f_hat = phi_1(up(z[r_1])) + phi_2(up(z[r_2])) + ... + phi_6(z[r_6])  --decode--> picture
+
+Shapes: image (B, 3, H, W) in [-1, 1]; f, f_hat (B, C, h, w); tokens: list of K int64 (B, h_k*w_k);
+scales (1, 2, 3, 4, 6, 8) the sides of the token maps; V codes; C latent channels; L = 130.
+
+Sources: VAR (Tian et al. 2024), Algorithms 1 and 2, section 3.2, equation 5 for the loss;
+VQGAN (Esser et al. 2021) for encoder and decoder.
+
+Differs from the original VAR code: it can be trained; an ordinary (independent) pyramid and
+lookup-free quantization are settings; a plain VQ-VAE is scales=(8,); resizing is two small matrix
+products, because the sizes never change.
+
+    python 02_multiscale_vqvae.py      trains for seconds, shows one picture after 1..K scales
+"""
+import functools
+import re
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+vq = import_module("01_vq")
+
+
+@dataclass
+class TokenizerConfig:
+    """Every size of the tokenizer. The released one (256 px) is TokenizerConfig.released()."""
+    image_size: int = 32                         # side of the square picture, in pixels
+    scales: tuple = (1, 2, 3, 4, 6, 8)           # sides of the token maps, coarse to fine
+    vocab_size: int = 512                        # V, codes shared by all scales
+    latent_dim: int = 16                         # C, length of a code
+    channels: int = 32                           # width of the first convolution
+    multipliers: tuple = (1, 2)                  # width of each level; each step halves the side
+    blocks: int = 1                              # residual blocks per level (the decoder has one more)
+    unshuffle: int = 2                           # fold 2x2 pixels into channels first (1: do not)
+    groups: int = 8                              # of GroupNorm
+    attention: bool = False                      # self-attention at the lowest level and the middle
+    phis: int = 4                                # small convolutions after upsampling, shared by scales
+    residual: bool = True                        # False: every scale quantizes the whole map
+    quantizer: str = "vq"                        # "vq" learned codes, "lfq" signs (V = 2**C)
+    learn: str = "ema"                           # "ema" or "gradient": how learned codes move
+    beta: float = 0.25                           # weight of the commitment loss
+
+    def __post_init__(self):
+        self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)
+        side = self.image_size / (self.unshuffle * 2 ** (len(self.multipliers) - 1))
+        if self.scales[-1] != side:
+            raise ValueError(f"the last scale must be {side:g} = image_size / downsampling, "
+                             f"not {self.scales[-1]}")
+        if list(self.scales) != sorted(set(self.scales)) or self.scales[0] < 1:
+            raise ValueError(f"scales must grow from 1 or more, not {self.scales}")
+        if self.quantizer == "lfq" and self.vocab_size != 2 ** self.latent_dim:
+            raise ValueError(f"lfq needs vocab_size = 2**latent_dim = {2 ** self.latent_dim}")
+
+    @staticmethod
+    def released(**changes):
+        """The tokenizer of the paper: 256 px, 16x down, V 4096, C 32, 109 M parameters."""
+        return TokenizerConfig(**{**dict(
+            image_size=256, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096, latent_dim=32,
+            channels=160, multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32,
+            attention=True, learn="gradient"), **changes})
+
+
+# -- Encoder and decoder (VQGAN) -------------------------------------------------------------------
+
+def norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):                                  # (B, c_in, h, w) -> (B, c_out, h, w)
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Every cell looks at every cell: one head over h*w positions."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = norm(c, groups)
+        self.qkv, self.proj = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, x):                                  # (B, C, h, w) -> (B, C, h, w)
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)
+        y = F.scaled_dot_product_attention(q, k, v)        # (B, h*w, C)
+        return x + self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):                                  # the odd row and column go right and below
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def level(c_in, c_out, blocks, attention, groups, resample):
+    """Residual blocks of one resolution, each followed by attention if asked, then up or down."""
+    layers = []
+    for i in range(blocks):
+        layers.append(ResidualBlock(c_in if i == 0 else c_out, c_out, groups))
+        if attention:
+            layers.append(Attention(c_out, groups))
+    return nn.Sequential(*layers, *([resample(c_out)] if resample else []))
+
+
+def middle(c, attention, groups):
+    looks = [Attention(c, groups)] if attention else []
+    return nn.Sequential(ResidualBlock(c, c, groups), *looks, ResidualBlock(c, c, groups))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        last = len(widths) - 1
+        self.unshuffle = cfg.unshuffle
+        self.conv_in = nn.Conv2d(3 * cfg.unshuffle ** 2, cfg.channels, 3, padding=1)
+        self.levels = nn.Sequential(*[
+            level(widths[i - 1] if i else cfg.channels, w, cfg.blocks,
+                  cfg.attention and i == last, cfg.groups, Downsample if i < last else None)
+            for i, w in enumerate(widths)])
+        self.middle = middle(widths[-1], cfg.attention, cfg.groups)
+        self.norm_out = norm(widths[-1], cfg.groups)
+        self.conv_out = nn.Conv2d(widths[-1], cfg.latent_dim, 3, padding=1)
+
+    def forward(self, image):                              # (B, 3, H, W)
+        x = F.pixel_unshuffle(image, self.unshuffle)       # (B, 3 u u, H/u, W/u)
+        x = self.middle(self.levels(self.conv_in(x)))      # (B, widest, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))     # (B, C, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.multipliers][::-1]
+        last = len(widths) - 1
+        self.unshuffle = cfg.unshuffle
+        self.conv_in = nn.Conv2d(cfg.latent_dim, widths[0], 3, padding=1)
+        self.middle = middle(widths[0], cfg.attention, cfg.groups)
+        self.levels = nn.Sequential(*[
+            level(widths[max(i - 1, 0)], w, cfg.blocks + 1,
+                  cfg.attention and i == 0, cfg.groups, Upsample if i < last else None)
+            for i, w in enumerate(widths)])
+        self.norm_out = norm(widths[-1], cfg.groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3 * cfg.unshuffle ** 2, 3, padding=1)
+
+    def forward(self, f_hat):                              # (B, C, h, w)
+        x = self.levels(self.middle(self.conv_in(f_hat)))  # (B, narrowest, H/u, W/u)
+        x = self.conv_out(F.silu(self.norm_out(x)))        # (B, 3 u u, H/u, W/u)
+        return F.pixel_shuffle(x, self.unshuffle)          # (B, 3, H, W)
+
+
+# -- The multi-scale quantizer ---------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=None)
+def _resize_matrix(n_in, n_out, mode, device):
+    """Resizing is linear, so one matrix does it: column i is what becomes of the i-th unit vector."""
+    eye = torch.eye(n_in)[None, None]
+    return F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous().to(device)
+
+
+def resize(x, side, mode):
+    """x (B, C, n, n) -> (B, C, side, side), exactly as F.interpolate(mode="area" or "bicubic")."""
+    if x.shape[-1] == side:
+        return x
+    matrix = _resize_matrix(x.shape[-1], side, mode, x.device)
+    return matrix @ x @ matrix.t()
+
+
+def phi_of_scale(K, phis):
+    """Which phi serves which scale: the one whose tick lies nearest to k/(K-1). Neighbouring scales
+    share, as their residuals look alike. -> list of K ints. (10, 4) -> 0 0 1 1 1 2 2 3 3 3"""
+    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+    ticks = np.linspace(margin, 1 - margin, phis)          # float64: k = 2 of 10 is a near tie
+    return [int(np.argmin(np.abs(ticks - k / max(K - 1, 1)))) for k in range(K)]
+
+
+class MultiScaleVQVAE(nn.Module):
+    """The tokenizer: stage 1 of VAR. See the module's docstring for the shapes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = cfg = config
+        self.scales, self.K = cfg.scales, len(cfg.scales)
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.quant_conv = nn.Conv2d(cfg.latent_dim, cfg.latent_dim, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(cfg.latent_dim, cfg.latent_dim, 3, padding=1)
+        if cfg.quantizer == "lfq":
+            self.quantizer = vq.LookupFreeQuantizer(cfg.latent_dim, cfg.beta)
+        else:
+            self.quantizer = vq.VectorQuantizer(cfg.vocab_size, cfg.latent_dim, cfg.beta, cfg.learn)
+        self.phis = nn.ModuleList(nn.Conv2d(cfg.latent_dim, cfg.latent_dim, 3, padding=1)
+                                  for _ in range(cfg.phis))
+        self.phi_index = phi_of_scale(self.K, cfg.phis)
+
+    # Pictures and feature maps
+
+    def encode(self, image):
+        """image (B, 3, H, W) in [-1, 1] -> f (B, C, h, w)"""
+        return self.quant_conv(self.encoder(image))
+
+    def decode(self, f_hat):
+        """f_hat (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped"""
+        return self.decoder(self.post_quant_conv(f_hat))
+
+    # Feature maps and tokens
+
+    def embed(self, k, tokens_k):
+        """What scale k adds: codes, upsampled, smoothed by phi. (B, h_k*w_k) -> (B, C, h, w)"""
+        side = self.scales[k]
+        z = self.quantizer.lookup(tokens_k).transpose(1, 2).unflatten(2, (side, side))
+        h = resize(z, self.scales[-1], "bicubic")
+        return 0.5 * h + 0.5 * self.phis[self.phi_index[k]](h)
+
+    def look_at(self, target, k):
+        """A feature map as the (B, h_k*w_k, C) vectors that scale k rounds or is shown."""
+        return resize(target, self.scales[k], "area").flatten(2).transpose(1, 2)
+
+    def _rounds(self, f):
+        """Algorithm 1, one scale a turn: yields (vectors rounded (B, h_k*w_k, C), tokens_k, f_hat).
+        Each scale sees only what the coarser ones left over."""
+        f_hat = torch.zeros_like(f)
+        for k in range(self.K):
+            target = f - f_hat.detach() if self.config.residual else f
+            x = self.look_at(target, k)
+            tokens_k = self.quantizer.nearest(x.detach())
+            f_hat = self._add(k, f_hat, tokens_k)
+            yield x, tokens_k, f_hat
+
+    def _add(self, k, f_hat, tokens_k):
+        h = self.embed(k, tokens_k)
+        return f_hat + h if self.config.residual else h
+
+    @torch.no_grad()
+    def quantize(self, f):
+        """Algorithm 1. f (B, C, h, w) -> tokens"""
+        return [tokens_k for _, tokens_k, _ in self._rounds(f)]
+
+    def pyramid(self, tokens):
+        """f_hat after 1..K scales, coarse to fine. tokens -> list of K (B, C, h, w)"""
+        f_hat, steps = 0, []
+        for k, tokens_k in enumerate(tokens):
+            f_hat = self._add(k, f_hat, tokens_k)
+            steps.append(f_hat)
+        return steps
+
+    def features(self, tokens):
+        """Algorithm 2. tokens -> f_hat (B, C, h, w)"""
+        return self.pyramid(tokens)[-1]
+
+    def image_to_tokens(self, image):
+        """image (B, 3, H, W) in [-1, 1] -> tokens"""
+        return self.quantize(self.encode(image))
+
+    def tokens_to_image(self, tokens):
+        """tokens -> image (B, 3, H, W) in [-1, 1]"""
+        return self.decode(self.features(tokens)).clamp(-1, 1)
+
+    # What the transformer is shown
+
+    def next_input(self, k, f_hat, tokens_k):
+        """One step of sampling: adds scale k to f_hat (B, C, h, w; zeros or 0 at k = 0).
+        -> (f_hat, input of scale k+1 (B, h_{k+1}*w_{k+1}, C), None after the last scale)"""
+        f_hat = self._add(k, f_hat, tokens_k)
+        return f_hat, self.look_at(f_hat, k + 1) if k + 1 < self.K else None
+
+    def teacher_inputs(self, tokens):
+        """The inputs of scales 2..K all at once: what has been rebuilt so far, at the size of the
+        next map (section 3.1). tokens -> (B, L - scales[0]**2, C)"""
+        steps = self.pyramid(tokens)[:-1]
+        shown = [self.look_at(f_hat, k + 1) for k, f_hat in enumerate(steps)]
+        empty = self.phis[0].weight.new_zeros(len(tokens[0]), 0, self.config.latent_dim)
+        return torch.cat([empty, *shown], dim=1)           # K = 1: there is nothing to show
+
+    # Training
+
+    def forward(self, image):
+        """image (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), tokens, losses dict)
+
+        losses: "reconstruction" mean squared error of the picture, "vq" equation 5 averaged over
+        the scales, for the f_hat after each of them, "extra" the quantizer's own (entropy) term."""
+        f = self.encode(image)
+        with torch.autocast(f.device.type, enabled=False):  # rounding to the nearest needs float32
+            f_hat, tokens, vq_loss, extra = self._learn_to_round(f.float())
+        # Straight through: the decoder's gradient reaches the encoder as if nothing were rounded.
+        reconstruction = self.decode(f + (f_hat - f).detach())
+        losses = {"reconstruction": F.mse_loss(reconstruction.float(), image), "vq": vq_loss,
+                  "extra": extra}
+        return reconstruction, tokens, losses
+
+    def _learn_to_round(self, f):
+        if self.training:
+            self.quantizer.start_on_data(self._unrounded(f.detach()))
+        groups, tokens, vq_loss, extra = [], [], 0, 0
+        for x, tokens_k, f_hat in self._rounds(f):
+            groups.append(x)
+            tokens.append(tokens_k)
+            # The encoder commits to f_hat (times beta); f_hat, that is codes and phi, follows f.
+            vq_loss = vq_loss + self.config.beta * F.mse_loss(f, f_hat.detach())
+            vq_loss = vq_loss + F.mse_loss(f_hat, f.detach())
+            extra = extra + self.quantizer.extra_loss(x)
+        if self.training:
+            self.quantizer.update(groups, tokens)
+        return f_hat, tokens, vq_loss / self.K, extra / self.K
+
+    def _unrounded(self, f):
+        """The vectors each scale would see if coarser scales rounded perfectly: where codes start."""
+        f_hat, groups = torch.zeros_like(f), []
+        for k in range(self.K):
+            target = f - f_hat if self.config.residual else f
+            groups.append(self.look_at(target, k))
+            shown = resize(resize(target, self.scales[k], "area"), self.scales[-1], "bicubic")
+            f_hat = f_hat + shown
+        return groups
+
+
+# -- The released weights --------------------------------------------------------------------------
+
+# Released name -> ours, in order. Levels count from fine to coarse there, in our decoder the way
+# the data flows.
+RELEASED_NAMES = [
+    (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.middle.0."),
+    (r"^(encoder|decoder)\.mid\.attn_1\.", r"\1.middle.1."),
+    (r"^(encoder|decoder)\.mid\.block_2\.", r"\1.middle.2."),
+    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.proj_out\.", ".proj."),
+    (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"phis.\1."),
+    (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
+]
+RELEASED_SKIPPED = re.compile(r"^quantize\.ema_vocab_hit_SV$")      # statistics, not weights
+
+
+def released_name(name, levels=5, blocks=2):
+    """Name in the released state dict -> name in ours (None: a buffer we do not need)."""
+    if RELEASED_SKIPPED.match(name):
+        return None
+    for pattern, ours in RELEASED_NAMES:
+        name = re.sub(pattern, ours, name)
+    found = re.match(r"^(encoder|decoder)\.(?:down|up)\.(\d+)\.(\w+?)\.(?:(\d+)\.)?(.*)$", name)
+    if not found:
+        return name
+    side, i, part, j, rest = found.groups()
+    i, n = int(i), blocks + (side == "decoder")
+    lowest = i == levels - 1                               # the only level with attention
+    step = 2 if lowest else 1
+    if part in ("downsample", "upsample"):
+        position = n * step
+    else:
+        position = int(j) * step + (part == "attn")
+    return f"{side}.levels.{i if side == 'encoder' else levels - 1 - i}.{position}.{rest}"
+
+
+def released_config(state, scales=None):
+    """Read the sizes off a released tokenizer's state dict. scales: what shapes cannot tell."""
+    channels = state["encoder.conv_in.weight"].shape[0]
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+    blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
+    multipliers = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels
+                   for i in range(levels)]
+    vocab_size, latent_dim = state["quantize.embedding.weight"].shape
+    phis = sum(k.startswith("quantize.quant_resi.qresi_ls.") for k in state) // 2
+    scales = tuple(scales or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    return TokenizerConfig.released(
+        image_size=scales[-1] * 2 ** (levels - 1), scales=scales, vocab_size=vocab_size,
+        latent_dim=latent_dim, channels=channels, multipliers=tuple(multipliers),
+        blocks=blocks, phis=phis)
+
+
+# -- Demo ------------------------------------------------------------------------------------------
+
+def main():
+    from data import pictures, shapes
+    torch.manual_seed(0)
+    images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
+    tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256))
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=3e-3)
+    for _ in range(150):
+        _, _, losses = tokenizer(images[torch.randint(len(images), (16,))])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    tokenizer.eval()
+    shown = images[:8]
+    with torch.no_grad():
+        f = tokenizer.encode(shown)
+        tokens = tokenizer.quantize(f)
+        steps = tokenizer.pyramid(tokens)
+        decoded = [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in steps]
+    left = [float((f - f_hat).square().mean() / f.square().mean()) for f_hat in steps]
+    print("scale   tokens   left of f   picture error")
+    for side, error, image in zip(tokenizer.scales, left, decoded):
+        print(f"{side}x{side}{side * side:>10}{error:>11.1%}{float((image - shown).square().mean()):>14.4f}")
+    assert all(fine < coarse for coarse, fine in zip(left, left[1:])), "every scale must help"
+    *_, (_, _, running) = tokenizer._rounds(f)
+    assert torch.allclose(tokenizer.features(tokens), running), "Algorithm 2 undoes Algorithm 1"
+    pictures.save_grid("out/02_multiscale_vqvae.png", (torch.cat(decoded + [shown]) + 1) / 2, columns=8,
+                       row_labels=[f"{s}x{s}" for s in tokenizer.scales] + ["original"])
+    print("wrote out/02_multiscale_vqvae.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Any folder of class folders (an ImageNet subset, your own pictures), or one flat folder.
+
+    pictures/cat/*.jpg   pictures/dog/*.png      two classes; every 20th picture is held out
+    pictures/train/cat/*.jpg   pictures/val/cat/*.jpg      the splits as they stand
+    pictures/*.jpg                               one class, named after the folder: unconditional
+
+Pictures are decoded when asked for: 1.28 million of them take the memory of their names. Embedded
+colour profiles are not applied.
+"""
+import os
+import sys
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data import BadInput
+
+# Formats are named, so that a disguised file can never reach decoders that start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
+HELD_OUT = 20   # one picture in so many is kept for testing
+
+
+def load(split, *, data_dir, size=256):
+    """One split: (FolderImages of N pictures, labels int64 (N,), class names).
+
+    split: "train" or "test". Test pictures come from val/, valid/ or test/ if there is one beside
+    train/, else from every 20th picture of each class. size: side of the square crops, in pixels.
+    Raises BadInput if the folder is missing, empty, or not laid out as above.
+    """
+    if split not in ("train", "test"):
+        raise BadInput(f"the splits are train and test, not {split!r}")
+    if not data_dir:
+        raise BadInput("give --data-dir FOLDER, a folder of class folders of pictures")
+    root = Path(data_dir).expanduser()
+    try:
+        base, paths, labels, class_names = _split(root, split)
+    except OSError as error:   # not there, a file, no permission
+        raise BadInput(f"expected a folder of class folders of pictures: {error}") from error
+    if not paths:
+        raise BadInput(f"{root} holds one picture, so none is left to test on: add more")
+    images = FolderImages(base, paths, labels, size)
+    images[0]   # finds out now, not after an hour, if nothing here can be read
+    return images, images.labels, class_names
+
+
+def _scan(folder):
+    """Sorted names of the (sub-folders, pictures) in a folder; hidden entries do not count."""
+    with os.scandir(folder) as entries:   # asks the disk about links only: quick for a million
+        entries = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
+    pictures = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file()]
+    return sorted(e.name for e in entries if e.is_dir()), sorted(pictures)
+
+
+def _classes(folder):
+    """{class folder: [picture paths relative to `folder`]}, sorted; {"": [...]} if it is flat."""
+    folders, loose = _scan(folder)
+    classes = {name: [f"{name}/{p}" for p in _scan(folder / name)[1]] for name in folders}
+    classes = {name: paths for name, paths in classes.items() if paths} or {"": loose}
+    if "" not in classes and loose:
+        print(f"ignored pictures outside the folders of {folder}: {len(loose)}", file=sys.stderr)
+    if classes == {"": []}:
+        raise BadInput(f"no pictures in {folder}: expected <class>/<picture>.jpg, .png or the like")
+    return classes
+
+
+def _split(root, split):
+    """-> (folder, its chosen relative paths, their labels in rising order, class names)."""
+    folders, _ = _scan(root)
+    other = next((name for name in ("val", "valid", "test") if name in folders), None)
+    # A class may be called "train" (beside "car" and "bus"): a split has folders in or beside it.
+    has_train = "train" in folders and (other or _scan(root / "train")[0])
+    base = root / "train" if has_train else root
+    classes = _classes(base)
+    label_of = {name: k for k, name in enumerate(classes)}
+    class_names = [name or root.resolve().name for name in classes]
+    if has_train and other and split == "test":
+        base = root / other
+        classes = _classes(base)
+        for name in classes.keys() - label_of:
+            what = f"the class folder {name!r}" if name else "pictures outside class folders"
+            raise BadInput(f"{base} holds {what}: sort its pictures into those of {root}/train")
+    paths = [path for name in classes for path in classes[name]]
+    labels = [label_of[name] for name in classes for _ in classes[name]]
+    if not (has_train and other):
+        counts = [len(names) for names in classes.values()]
+        if max(counts) == 1:          # no class has a picture to spare:
+            counts = [len(counts)]    # take every 20th of the whole list
+        held = np.concatenate([np.arange(n) % HELD_OUT == HELD_OUT - 1 for n in counts])
+        # Every class of several pictures gives one: its last, if it has no 20th.
+        held[[end - 1 for end, n in zip(np.cumsum(counts), counts) if 1 < n < HELD_OUT]] = True
+        keep = np.flatnonzero(held == (split == "test"))
+        paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
+    return base, paths, labels, class_names
+
+
+class FolderImages:
+    """Pictures read on demand: images[i] is the centre crop, images.crop(i, seed) a random one.
+
+    Both are uint8 (size, size, 3), from the picture with its short side brought to 1.125 x size.
+    An unreadable picture is replaced by the next readable one of its class (of any class, if its
+    own has none) and noted in `bad` {path: reason}; each data-loading worker has its own `bad`.
+    """
+
+    def __init__(self, root, paths, labels, size):
+        self.root, self.size, self.short, self.bad = str(root), size, round(1.125 * size), {}
+        self.labels = np.asarray(labels, np.int64)   # (N,), rising
+        # One block of bytes: with a list of strings, every worker process would slowly copy it
+        # all, because merely reading a Python string writes its reference count.
+        encoded = [os.fsencode(path) for path in paths]
+        self._names = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self._cut(i, 0.5, 0.5)
+
+    def crop(self, i, seed):
+        """Random crop, uint8 (size, size, 3), decided by (seed, i) alone; both >= 0."""
+        return self._cut(i, *np.random.default_rng([seed, i]).random(2))
+
+    def path(self, i):
+        """Where picture i lies."""
+        start = self._ends[i - 1] if i else 0
+        return os.path.join(self.root, os.fsdecode(self._names[start:self._ends[i]]))
+
+    def _cut(self, i, across, down):
+        """Resize and crop in one go: only what is kept gets computed, however long the picture."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        image, extent = self._readable(i % len(self))
+        box = []
+        for side, where in zip(extent, (across, down)):
+            resized = round(side * self.short / min(extent))
+            start = int(where * (resized - self.size + 1)) * side / resized
+            box += [start, min(start + self.size * side / resized, side)]
+        return np.array(image.resize((self.size, self.size), Image.Resampling.LANCZOS,
+                                     box[::2] + box[1::2]))   # left, top, right, bottom
+
+    def _readable(self, i):
+        first, end = np.searchsorted(self.labels, [self.labels[i], self.labels[i] + 1])
+        for j in chain(range(i, end), range(first, i), range(end, len(self)), range(first)):
+            if (path := self.path(j)) not in self.bad:
+                try:
+                    return decode(path, 2 * self.short)
+                except Exception as error:   # damaged files raise nearly anything
+                    self.bad[path] = str(error)
+                    print(f"skipped unreadable picture {path}: {error}", file=sys.stderr)
+        raise BadInput(f"none of the {len(self)} pictures in {self.root} can be read")
+
+
+def decode(path, enough=10 ** 9):
+    """-> (the whole picture, an RGB image, upright, on white; its width and height).
+
+    JPEGs of twice `enough` pixels a side or more come at 1/2, 1/4 or 1/8, in less time. Their last
+    row and column may be partial, and the sizes fractions: rounding them shifts the picture.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        drafted = image.draft(None, (enough, enough))
+        extent = drafted[1][2:] if drafted else image.size
+        image.load()
+        stored = image.size
+        with suppress(Exception):   # broken notes about a picture do not make it unreadable
+            ImageOps.exif_transpose(image, in_place=True)
+        extent = extent if image.size == stored else extent[::-1]
+        if image.mode == "F" or image.mode.startswith("I"):
+            return _from_deep_grey(np.asarray(image), image.mode), extent
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"), extent
+        return image.convert("RGB"), extent
+
+
+def _from_deep_grey(grey, mode):
+    """Grey levels (H, W) of 16 bits or more -> RGB; Pillow's own conversion would clip at 255."""
+    grey = np.nan_to_num(grey.astype(np.float64)).clip(0)
+    ranges = (1, 255, 65535) if mode == "F" else (65535, 2 ** 31 - 1)
+    white = next((top for top in ranges if grey.max() <= top), grey.max())
+    return Image.fromarray(np.rint(grey * (255 / white)).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,223 @@
+"""The built-in data set: ten kinds of figure, each drawn from (seed, split, index) alone.
+
+Nothing is stored and nothing is downloaded. Picture i depends on no other picture, so asking for
+one or for forty thousand gives the same bytes. Only + - * / and square roots touch the numbers
+(all exact to the last bit by the IEEE standard), so every machine should draw the same bytes too.
+
+A figure is a few signed distances (negative inside, in units of the figure's radius). Distance
+times pixels per unit says how much of a pixel the figure covers, which gives smooth edges at
+every size: picture i at 256 pixels is picture i at 32 pixels, only sharper.
+
+    coarse to see:  which figure, its colour, where it is, the background's soft ramp
+    fine to see:    edges, windows, eyes, the light falling from the upper left
+"""
+
+import numpy as np
+
+from data import BadInput
+
+CLASS_NAMES = ["heart", "star", "moon", "ring", "flower", "house", "tree", "mushroom", "fish",
+               "boat"]
+DEFAULT_COUNT = {"train": 40_000, "test": 4_000}
+
+# Figures are saturated and of middle brightness, backgrounds pale: any pair can be told apart.
+FIGURES = np.float32([
+    [214, 57, 61], [235, 110, 52], [226, 158, 34], [108, 160, 58], [38, 140, 96],
+    [26, 146, 160], [48, 112, 196], [92, 82, 184], [150, 74, 170], [216, 76, 134]]) / 255
+BACKGROUNDS = np.float32([
+    [206, 226, 244], [212, 236, 220], [248, 232, 206], [228, 220, 244], [248, 222, 222],
+    [226, 228, 232]]) / 255
+INK, CREAM, WOOD = np.float32([[74, 56, 52], [255, 248, 232], [164, 122, 88]]) / 255
+
+
+def load(split, *, data_dir=None, size=32, count=None, seed=0):
+    """Return (images uint8 (N, size, size, 3), labels int64 (N,), class names) of one split.
+
+    `data_dir` is taken and left unused, so that every data set is loaded by the same call.
+    Raises BadInput for an unknown split, a size outside 16..256 or a count below one.
+    """
+    count = DEFAULT_COUNT.get(split, 1) if count is None else count  # draw() refuses the split
+    if count < 1:
+        raise BadInput(f"shapes: count must be 1 or more, not {count}")
+    images, labels = draw(np.arange(count), split=split, size=size, seed=seed)
+    return images, labels, list(CLASS_NAMES)
+
+
+def draw(indices, *, split="train", size=32, seed=0):
+    """Draw the pictures with these indices (any integers >= 0, in any order, repeats allowed).
+
+    Returns images uint8 (N, size, size, 3) and labels int64 (N,); the label is index % 10.
+    """
+    if split not in DEFAULT_COUNT:
+        raise BadInput(f"shapes: split must be 'train' or 'test', not {split!r}")
+    if not 16 <= size <= 256:
+        raise BadInput(f"shapes: size must lie in 16..256 pixels, not {size}")
+    indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+    labels = indices % len(CLASS_NAMES)
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    chunk = max(1, 2**17 // size**2)  # half a megabyte per float32 plane: it stays in the cache
+    for label, figure in enumerate(FIGURE_LAYERS):
+        rows = np.flatnonzero(labels == label)
+        for start in range(0, len(rows), chunk):
+            part = rows[start:start + chunk]
+            images[part] = _render(figure, _uniforms(indices[part], split, seed), size)
+    return images, labels
+
+
+def _uniforms(indices, split, seed, fields=7):
+    """(N, fields) numbers in [0, 1), hashed from seed, split and index (splitmix64's mixer).
+
+    A generator object would have to be run from its start; a hash is read at any index.
+    """
+    def mix(word):
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return word ^ (word >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):  # wrapping round at 2**64 is what a hash wants
+        stream = np.uint64(seed % 2**63 * 2) + np.uint64(split == "test")
+        word = mix(np.asarray(indices, np.uint64) + mix(golden * (stream + np.uint64(1))))
+        step = np.arange(1, fields + 1, dtype=np.uint64) * golden
+        word = mix(word[:, None] + step)
+    return (word >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+
+
+def _render(figure, uniforms, size):
+    """Paint one kind of figure: uniforms (N, 7) -> uint8 (N, size, size, 3)."""
+    hue, back, radius, left, up, turn, ramp = uniforms.T[:, :, None, None]
+    main = FIGURES[(hue * len(FIGURES)).astype(np.int64)[:, 0, 0]]              # (N, 3)
+    paper = BACKGROUNDS[(back * len(BACKGROUNDS)).astype(np.int64)[:, 0, 0]]    # (N, 3)
+    radius = 0.33 + 0.07 * radius                                       # of the picture's side
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    x = (axis[None, None, :] - 0.10 * (left - 0.5)) / radius                    # (N, 1, size)
+    y = (0.10 * (up - 0.5) - axis[None, :, None]) / radius                      # (N, size, 1)
+    # Half-angle tangent instead of sin and cos, whose last bit differs between machines.
+    half = 0.22 * (turn - 0.5)                                      # turns by up to 0.22 radians
+    cos, sin = (1 - half**2) / (1 + half**2), 2 * half / (1 + half**2)
+
+    shade = (1 - (0.04 + 0.10 * ramp) * (axis[None, :, None] + 0.5))    # darker towards the ground
+    light = 1 + 0.13 * np.clip(0.7 * y - 0.7 * x, -1, 1)                # lit from the upper left
+    planes = [paper[:, c, None, None] * shade + 0 * x for c in range(3)]
+    for distance, paint in figure(cos * x - sin * y, sin * x + cos * y):
+        cover = np.clip(0.5 - distance * (radius * size), 0, 1)
+        colour = paint(main)                                                    # (N, 3)
+        for c in range(3):
+            planes[c] += cover * (colour[:, c, None, None] * light - planes[c])
+    return (np.clip(np.stack(planes, -1), 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+# Paints: the figure's own colour (N, 3), or what goes with it.
+def _main(colour):
+    return colour
+
+
+def _dark(colour):
+    return 0.62 * colour
+
+
+def _pale(colour):
+    return 0.3 * colour + 0.7 * CREAM
+
+
+def _ink(colour):
+    return np.broadcast_to(INK, colour.shape)
+
+
+def _wood(colour):
+    return np.broadcast_to(WOOD, colour.shape)
+
+
+# Distances: arrays x, y (N, size, size), y upwards -> distance (N, size, size).
+def _disc(x, y, x0, y0, radius):
+    return np.sqrt((x - x0)**2 + (y - y0)**2) - radius
+
+
+def _box(x, y, x0, y0, half_width, half_height):
+    across, along = abs(x - x0) - half_width, abs(y - y0) - half_height
+    outside = np.sqrt(np.maximum(across, 0)**2 + np.maximum(along, 0)**2)
+    return outside + np.minimum(np.maximum(across, along), 0)
+
+
+def _polygon(x, y, *corners, rounding=0.0):
+    """Distance to a closed polygon; inside or outside by counting crossed edges (even or odd)."""
+    squared, inside = np.full_like(x, np.inf), np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
+        edge_x, edge_y, to_x, to_y = bx - ax, by - ay, x - ax, y - ay
+        along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
+        squared = np.minimum(squared, (to_x - along * edge_x)**2 + (to_y - along * edge_y)**2)
+        if ay != by:  # the ray to the right meets this edge
+            inside ^= ((y >= ay) != (y >= by)) & (to_x < to_y * (edge_x / edge_y))
+    return np.sqrt(squared) * np.where(inside, -1, 1).astype(x.dtype) - rounding
+
+
+def _union(*distances):
+    merged = distances[0]
+    for distance in distances[1:]:
+        merged = np.minimum(merged, distance)
+    return merged
+
+
+# Figures, back to front: a list of (distance, paint). They fill a circle of radius 1 or so.
+def _heart(x, y):
+    x, y = abs(x) / 1.7, (y + 0.92) / 1.7
+    lobe = np.sqrt((x - 0.25)**2 + (y - 0.75)**2) - np.float32(0.5 * 0.5**0.5)
+    foot = np.maximum(x + y, 0) / 2
+    side = np.sqrt(np.minimum(x**2 + (y - 1)**2, (x - foot)**2 + (y - foot)**2))
+    distance = np.where(x + y > 1, lobe, np.where(x > y, side, -side))
+    return [(1.7 * distance, _main)]
+
+
+def _star(x, y):
+    return [(_polygon(x, y, (0, 1), (.26, .36), (.95, .31), (.43, -.14), (.59, -.81), (0, -.45),
+                      (-.59, -.81), (-.43, -.14), (-.95, .31), (-.26, .36), rounding=0.06), _main)]
+
+
+def _moon(x, y):
+    return [(np.maximum(_disc(x, y, 0, 0, 1), -_disc(x, y, 0.42, 0.18, 0.80)), _main)]
+
+
+def _ring(x, y):
+    return [(abs(_disc(x, y, 0, 0, 0.72)) - 0.26, _main)]
+
+
+def _flower(x, y):
+    petals = [(0, .6), (.57, .19), (.35, -.49), (-.35, -.49), (-.57, .19)]
+    return [(_union(*[_disc(x, y, x0, y0, 0.40) for x0, y0 in petals]), _main),
+            (_disc(x, y, 0, 0, 0.32), _pale)]
+
+
+def _house(x, y):
+    return [(_box(x, y, 0, -0.42, 0.70, 0.50), _main),
+            (_polygon(x, y, (-.95, .06), (.95, .06), (0, .95), rounding=0.05), _dark),
+            (_box(x, y, 0.0, -0.56, 0.20, 0.36), _pale)]
+
+
+def _tree(x, y):
+    crown = [_polygon(x, y, (-w, low), (w, low), (0, top), rounding=0.05)
+             for w, low, top in [(.78, -.58, .20), (.62, -.10, .62), (.44, .36, 1.0)]]
+    return [(_box(x, y, 0, -0.78, 0.15, 0.24), _wood), (_union(*crown), _main)]
+
+
+def _mushroom(x, y):
+    cap = np.maximum(_disc(x, y, 0, -0.08, 1.0), -0.08 - y)
+    return [(_box(x, y, 0, -0.45, 0.24, 0.45) - 0.06, _wood), (cap, _main),
+            (_union(_disc(x, y, -.48, .26, .16), _disc(x, y, .06, .56, .18),
+                    _disc(x, y, .50, .18, .16)), _pale)]
+
+
+def _fish(x, y):
+    body = np.maximum(_disc(x, y, -0.18, -0.50, 1.02), _disc(x, y, -0.18, 0.50, 1.02))
+    tail = _polygon(x, y, (.45, 0), (.98, .48), (.98, -.48), rounding=0.04)
+    return [(tail, _dark), (body, _main), (_disc(x, y, -0.58, 0.10, 0.17), _pale),
+            (_disc(x, y, -0.58, 0.10, 0.09), _ink)]
+
+
+def _boat(x, y):
+    return [(_box(x, y, 0, 0.15, 0.06, 0.78), _wood),
+            (_polygon(x, y, (.12, -.22), (.82, -.22), (.12, .90)), _main),
+            (_polygon(x, y, (-.12, -.22), (-.66, -.22), (-.12, .62)), _pale),
+            (_polygon(x, y, (-1, -.38), (1, -.38), (.62, -.86), (-.62, -.86)), _dark)]
+
+
+FIGURE_LAYERS = [_heart, _star, _moon, _ring, _flower, _house, _tree, _mushroom, _fish, _boat]
