@@ -30,12 +30,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import BadInput
+
 vq = import_module("01_vq")
 
 
 @dataclass
 class TokenizerConfig:
-    """Every size of the tokenizer. The released one (256 px) is TokenizerConfig.released()."""
+    """Every size of the tokenizer."""
     image_size: int = 32                         # side of the square picture, in pixels
     scales: tuple = (1, 2, 3, 4, 6, 8)           # sides of the token maps, coarse to fine
     vocab_size: int = 512                        # V, codes shared by all scales
@@ -56,20 +58,18 @@ class TokenizerConfig:
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)
         side = self.image_size / (self.unshuffle * 2 ** (len(self.multipliers) - 1))
         if self.scales[-1] != side:
-            raise ValueError(f"the last scale must be {side:g} = image_size / downsampling, "
+            raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, "
                              f"not {self.scales[-1]}")
         if list(self.scales) != sorted(set(self.scales)) or self.scales[0] < 1:
-            raise ValueError(f"scales must grow from 1 or more, not {self.scales}")
+            raise BadInput(f"scales must grow from 1 or more, not {self.scales}")
         if self.quantizer == "lfq" and self.vocab_size != 2 ** self.latent_dim:
-            raise ValueError(f"lfq needs vocab_size = 2**latent_dim = {2 ** self.latent_dim}")
+            raise BadInput(f"lfq needs vocab_size = 2**latent_dim = {2 ** self.latent_dim}")
 
-    @staticmethod
-    def released(**changes):
-        """The tokenizer of the paper: 256 px, 16x down, V 4096, C 32, 109 M parameters."""
-        return TokenizerConfig(**{**dict(
-            image_size=256, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096, latent_dim=32,
-            channels=160, multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32,
-            attention=True, learn="gradient"), **changes})
+
+# The tokenizer of the paper: 256 px, 16x down, 109 M parameters. TokenizerConfig(**RELEASED)
+RELEASED = dict(image_size=256, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096,
+                latent_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1,
+                groups=32, attention=True, learn="gradient")
 
 
 # -- Encoder and decoder (VQGAN) -------------------------------------------------------------------
@@ -263,7 +263,8 @@ class MultiScaleVQVAE(nn.Module):
     @torch.no_grad()
     def quantize(self, f):
         """Algorithm 1. f (B, C, h, w) -> tokens"""
-        return [tokens_k for _, tokens_k, _ in self._rounds(f)]
+        with torch.autocast(f.device.type, enabled=False):
+            return [tokens_k for _, tokens_k, _ in self._rounds(f.float())]
 
     def pyramid(self, tokens):
         """f_hat after 1..K scales, coarse to fine. tokens -> list of K (B, C, h, w)"""
@@ -389,10 +390,10 @@ def released_config(state, scales=None):
     vocab_size, latent_dim = state["quantize.embedding.weight"].shape
     phis = sum(k.startswith("quantize.quant_resi.qresi_ls.") for k in state) // 2
     scales = tuple(scales or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
-    return TokenizerConfig.released(
+    return TokenizerConfig(**{**RELEASED, **dict(
         image_size=scales[-1] * 2 ** (levels - 1), scales=scales, vocab_size=vocab_size,
-        latent_dim=latent_dim, channels=channels, multipliers=tuple(multipliers),
-        blocks=blocks, phis=phis)
+        latent_dim=latent_dim, channels=channels, multipliers=tuple(multipliers), blocks=blocks,
+        phis=phis)})
 
 
 # -- Demo ------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import BadInput
+
 mask = import_module("03_block_causal_mask")
 
 
@@ -55,7 +57,7 @@ class VARConfig:
         self.heads = self.heads or self.depth
         self.drop_path = 0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+            raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}")
 
 
 class SelfAttention(nn.Module):

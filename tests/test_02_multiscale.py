@@ -1,0 +1,433 @@
+"""Chapter 2: Algorithms 1 and 2 against slow loops, and what each scale may depend on."""
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+ms = import_module("02_multiscale_vqvae")
+seeds = st.integers(0, 10_000)
+schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(lambda s: tuple(sorted(s)))
+
+
+def tiny(scales=(1, 2, 4), **changes):
+    """A tokenizer for pictures of twice the last scale, small enough for slow loops."""
+    defaults = dict(image_size=2 * scales[-1], scales=scales, vocab_size=8, latent_dim=3, channels=4,
+                    multipliers=(1,), groups=2)
+    return ms.MultiScaleVQVAE(ms.TokenizerConfig(**{**defaults, **changes})).eval()
+
+
+def some(tokenizer, batch=2):
+    """A feature map and a picture that fit the tokenizer."""
+    side = tokenizer.scales[-1]
+    return torch.randn(batch, tokenizer.config.latent_dim, side, side), torch.rand(
+        batch, 3, tokenizer.config.image_size, tokenizer.config.image_size) * 2 - 1
+
+
+def all_equal(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+options = st.sampled_from([dict(), dict(residual=False), dict(phis=1), dict(phis=3),
+                           dict(quantizer="lfq"), dict(quantizer="lfq", residual=False)])
+
+
+# ---------------------------------------------------------------------------- the slow way
+
+
+def slow_phi(tokenizer, k):
+    """The phi whose tick lies nearest to k / (K - 1)."""
+    n, K = tokenizer.config.phis, len(tokenizer.scales)
+    first = 1 / 12 if n == 4 else 1 / (2 * n)
+    ticks = [first + i * (1 - 2 * first) / (n - 1) if n > 1 else first for i in range(n)]
+    place = k / (K - 1) if K > 1 else 0
+    return tokenizer.phis[min(range(n), key=lambda i: abs(ticks[i] - place))]
+
+
+def slow_map(tokenizer, k, tokens_k):
+    """What tokens of scale k stand for, at full size: look up, enlarge, smooth."""
+    side, full = tokenizer.scales[k], tokenizer.scales[-1]
+    codebook = tokenizer.quantizer.codebook
+    z = torch.stack([torch.stack([codebook[int(t)] for t in row]) for row in tokens_k])
+    z = z.permute(0, 2, 1).reshape(len(tokens_k), -1, side, side)
+    h = F.interpolate(z, size=(full, full), mode="bicubic") if side != full else z
+    phi = slow_phi(tokenizer, k)
+    return (h + F.conv2d(h, phi.weight, phi.bias, padding=1)) / 2
+
+
+def slow_algorithm_1(tokenizer, f):
+    """-> tokens, the f_hat after each scale, what is left in the end. One cell at a time."""
+    codes = tokenizer.quantizer.codebook.double()
+    rest, f_hat, tokens, f_hats = f, torch.zeros_like(f), [], []
+    for k, side in enumerate(tokenizer.scales):
+        small = F.interpolate(rest, size=(side, side), mode="area").double()
+        tokens_k = torch.tensor([[int((codes - small[b, :, i, j]).square().sum(1).argmin())
+                                  for i in range(side) for j in range(side)]
+                                 for b in range(len(f))])
+        h = slow_map(tokenizer, k, tokens_k)
+        if tokenizer.config.residual:
+            rest, f_hat = rest - h, f_hat + h
+        else:
+            f_hat = h
+        tokens.append(tokens_k)
+        f_hats.append(f_hat)
+    return tokens, f_hats, rest
+
+
+def slow_algorithm_2(tokenizer, tokens):
+    """-> f_hat"""
+    f_hat = 0
+    for k, tokens_k in enumerate(tokens):
+        h = slow_map(tokenizer, k, tokens_k)
+        f_hat = f_hat + h if tokenizer.config.residual else h
+    return f_hat
+
+
+# ---------------------------------------------------------------------------- Algorithms 1 and 2
+
+
+@given(scales=schedules, options=options, seed=seeds)
+@torch.no_grad()
+def test_quantize_and_features_equal_the_slow_algorithms(scales, options, seed):
+    torch.manual_seed(seed)
+    tokenizer = tiny(scales, **options)
+    f, _ = some(tokenizer)
+    tokens, f_hats, _ = slow_algorithm_1(tokenizer, f)
+    assert all_equal(tokenizer.quantize(f), tokens)
+    assert [t.shape for t in tokens] == [(2, s * s) for s in scales]
+    pyramid = tokenizer.pyramid(tokens)
+    assert len(pyramid) == len(f_hats)
+    for fast, slow in zip(pyramid, f_hats):
+        assert torch.allclose(fast, slow, atol=1e-5)
+    features = tokenizer.features(tokens)
+    assert torch.allclose(features, f_hats[-1], atol=1e-5)     # the running f_hat of Algorithm 1
+    assert torch.allclose(features, slow_algorithm_2(tokenizer, tokens), atol=1e-5)
+
+
+@given(scales=schedules, seed=seeds)
+@torch.no_grad()
+def test_what_is_left_is_f_minus_the_sum_of_the_scales(scales, seed):
+    torch.manual_seed(seed)
+    tokenizer = tiny(scales)
+    f, _ = some(tokenizer)
+    tokens, _, rest = slow_algorithm_1(tokenizer, f)
+    maps = [tokenizer.embed(k, t) for k, t in enumerate(tokens)]
+    assert torch.allclose(f - tokenizer.features(tokens), f - sum(maps), atol=1e-5)
+    assert torch.allclose(f - sum(maps), rest, atol=1e-5)
+    pyramid = tokenizer.pyramid(tokens)
+    for k in range(1, len(scales)):
+        assert torch.allclose(pyramid[k] - pyramid[k - 1], maps[k], atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_depend_on_coarser_scales_only():
+    torch.manual_seed(0)
+    tokenizer = tiny((1, 2, 3, 4))
+    assert tokenizer.phi_index == [0, 1, 2, 3]
+    f, _ = some(tokenizer, batch=8)
+    tokens = tokenizer.quantize(f)
+    for k in range(4):                                # phi k acts after scale k has been rounded
+        changed = tiny((1, 2, 3, 4))
+        changed.load_state_dict(tokenizer.state_dict())
+        changed.phis[k].weight.normal_()
+        moved = changed.quantize(f)
+        assert all_equal(moved[:k + 1], tokens[:k + 1])
+        assert k == 3 or not torch.equal(moved[k + 1], tokens[k + 1])
+
+
+@torch.no_grad()
+def test_coarse_tokens_do_not_know_which_finer_scales_follow():
+    torch.manual_seed(0)
+    one = tiny((1, 2, 3, 6), phis=1)
+    f, _ = some(one, batch=4)
+    for scales, shared in [((1, 2, 4, 6), 2), ((1, 2, 6), 2), ((1, 2, 3, 4, 5, 6), 3), ((1, 6), 1)]:
+        other = tiny(scales, phis=1)
+        other.load_state_dict(one.state_dict())
+        assert all_equal(one.quantize(f)[:shared], other.quantize(f)[:shared])
+
+
+@given(scales=schedules, options=options, seed=seeds)
+@torch.no_grad()
+def test_order_of_the_batch_does_not_matter(scales, options, seed):
+    torch.manual_seed(seed)
+    tokenizer = tiny(scales, **options)
+    f, _ = some(tokenizer, batch=4)
+    order = torch.randperm(4)
+    tokens, permuted = tokenizer.quantize(f), tokenizer.quantize(f[order])
+    assert all_equal([t[order] for t in tokens], permuted)
+
+
+@given(scales=schedules, seed=seeds)
+@torch.no_grad()
+def test_the_last_scale_never_adds_error_when_zero_is_a_code_and_phi_does_nothing(scales, seed):
+    torch.manual_seed(seed)
+    tokenizer = tiny(scales)
+    tokenizer.quantizer.codebook[0] = 0
+    for phi in tokenizer.phis:                        # 0.5 x + 0.5 conv(x) = x
+        phi.weight.zero_()
+        phi.bias.zero_()
+        phi.weight[range(3), range(3), 1, 1] = 1
+    f, _ = some(tokenizer)
+    pyramid = [torch.zeros_like(f)] + tokenizer.pyramid(tokenizer.quantize(f))
+    before, after = ((f - f_hat).norm(dim=1) for f_hat in pyramid[-2:])      # cell by cell
+    assert (after <= before + 1e-5).all() and after.sum() < before.sum()
+
+
+@given(options=options, side=st.integers(1, 6), seed=seeds)
+@torch.no_grad()
+def test_one_scale_is_a_plain_vq_vae(options, side, seed):
+    torch.manual_seed(seed)
+    tokenizer = tiny((side,), **options)
+    f, _ = some(tokenizer)
+    tokens = tokenizer.quantize(f)
+    cells = f.permute(0, 2, 3, 1).reshape(2, side * side, 3)
+    assert len(tokens) == 1 and torch.equal(tokens[0], tokenizer.quantizer.nearest(cells))
+    shown = tokenizer.teacher_inputs(tokens)
+    assert shown.shape == (2, 0, 3) and shown.dtype == f.dtype
+    assert tokenizer.next_input(0, 0, tokens[0])[1] is None
+
+
+@torch.no_grad()
+def test_scales_of_an_independent_pyramid_depend_on_their_own_tokens_only():
+    torch.manual_seed(0)
+    tokenizer = tiny((1, 2, 4), residual=False)
+    tokens = [torch.randint(8, (2, s * s)) for s in (1, 2, 4)]
+    pyramid = tokenizer.pyramid(tokens)
+    for k in range(3):
+        other = [t if i == k else (t + 1) % 8 for i, t in enumerate(tokens)]
+        moved = tokenizer.pyramid(other)
+        for i in range(3):
+            assert torch.equal(moved[i], pyramid[i]) == (i == k)
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+@given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), mode=st.sampled_from(["area", "bicubic"]),
+       seed=seeds)
+def test_resize_equals_interpolate(n_in, n_out, mode, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, 3, n_in, n_in)
+    expected = F.interpolate(x, size=(n_out, n_out), mode=mode)
+    assert torch.allclose(ms.resize(x, n_out, mode), expected, atol=1e-5)
+
+
+def test_phi_of_scale_goes_to_the_nearest_tick():
+    assert ms.phi_of_scale(10, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert ms.phi_of_scale(6, 4) == [0, 0, 1, 2, 3, 3]
+    assert ms.phi_of_scale(4, 4) == [0, 1, 2, 3]
+    assert ms.phi_of_scale(1, 4) == [0]
+    assert ms.phi_of_scale(5, 1) == [0] * 5
+    assert ms.phi_of_scale(4, 2) == [0, 0, 1, 1]
+
+
+# ---------------------------------------------------------------------------- the transformer's view
+
+
+@given(scales=schedules, options=options, seed=seeds)
+@torch.no_grad()
+def test_inputs_scale_by_scale_equal_the_teacher_inputs(scales, options, seed):
+    torch.manual_seed(seed)
+    tokenizer = tiny(scales, **options)
+    tokens = tokenizer.quantize(some(tokenizer)[0])
+    f_hat, shown = 0, [torch.zeros(2, 0, 3)]
+    for k, tokens_k in enumerate(tokens):
+        f_hat, inputs = tokenizer.next_input(k, f_hat, tokens_k)
+        if inputs is not None:
+            assert inputs.shape == (2, scales[k + 1] ** 2, 3)
+            # What has been rebuilt so far, at the size of the next map.
+            small = F.interpolate(f_hat, size=(scales[k + 1],) * 2, mode="area")
+            assert torch.allclose(inputs, small.flatten(2).transpose(1, 2), atol=1e-5)
+            shown.append(inputs)
+    assert inputs is None and len(shown) == len(scales)
+    assert torch.allclose(torch.cat(shown, 1), tokenizer.teacher_inputs(tokens), atol=1e-6)
+    assert torch.allclose(f_hat, tokenizer.features(tokens), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def test_pictures_and_tokens_have_the_promised_shapes_and_ranges():
+    torch.manual_seed(0)
+    tokenizer = tiny((1, 3, 4), image_size=16, multipliers=(1, 2), attention=True)
+    _, image = some(tokenizer, batch=5)
+    f = tokenizer.encode(image)
+    assert f.shape == (5, 3, 4, 4)
+    assert tokenizer.decode(f).shape == image.shape
+    tokens = tokenizer.image_to_tokens(image)
+    assert [t.shape for t in tokens] == [(5, 1), (5, 9), (5, 16)]
+    assert all(t.dtype == torch.int64 and t.min() >= 0 and t.max() < 8 for t in tokens)
+    assert all_equal(tokens, tokenizer.quantize(f))
+    tokenizer.decoder.conv_out.weight.mul_(50)        # far out of range before it is clamped
+    raw = tokenizer.decode(tokenizer.features(tokens))
+    assert raw.abs().max() > 1
+    assert torch.equal(tokenizer.tokens_to_image(tokens), raw.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "lfq"])
+@torch.no_grad()
+def test_a_saved_tokenizer_gives_the_same_tokens(quantizer, tmp_path):
+    torch.manual_seed(0)
+    one, two = (tiny(quantizer=quantizer) for _ in range(2))
+    _, image = some(one, batch=4)
+    one.train()(image)                                # codes and counters are no longer as built
+    one.eval()
+    assert not all_equal(one.image_to_tokens(image), two.image_to_tokens(image))
+    torch.save(one.state_dict(), tmp_path / "tokenizer.pt")
+    two.load_state_dict(torch.load(tmp_path / "tokenizer.pt", weights_only=True))
+    assert all_equal(one.image_to_tokens(image), two.image_to_tokens(image))
+    assert torch.equal(one(image)[0], two(image)[0])
+
+
+# ---------------------------------------------------------------------------- losses
+
+
+def slow_equation_5(tokenizer, f, tokens, beta):
+    """beta |f - sg f_hat|^2 + |sg f - f_hat|^2, averaged over the f_hat of every scale."""
+    total = 0
+    for k in range(len(tokens)):
+        f_hat = slow_algorithm_2(tokenizer, tokens[:k + 1])
+        total = total + beta * (f - f_hat.detach()).square().mean()
+        total = total + (f.detach() - f_hat).square().mean()
+    return total / len(tokens)
+
+
+@settings(max_examples=12)
+@given(scales=schedules, beta=st.sampled_from([0.0, 0.25, 4.0]), residual=st.booleans(), seed=seeds)
+def test_vq_loss_and_all_its_gradients_equal_a_slow_equation_5(scales, beta, residual, seed):
+    torch.manual_seed(seed)
+    tokenizer = tiny(scales, beta=beta, residual=residual, learn="gradient")
+    _, image = some(tokenizer)
+    _, tokens, losses = tokenizer(image)
+    parameters = dict(tokenizer.named_parameters())
+    parameters = {n: p for n, p in parameters.items() if not n.startswith(("decoder", "post_"))}
+    found = torch.autograd.grad(losses["vq"], parameters.values(), allow_unused=True)
+    slow = slow_equation_5(tokenizer, tokenizer.encode(image), tokens, beta)
+    expected = torch.autograd.grad(slow, parameters.values(), allow_unused=True)
+    assert torch.allclose(losses["vq"], slow, rtol=1e-4)
+    for name, a, b in zip(parameters, found, expected):
+        assert (a is None) == (b is None), name
+        assert a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-5), name
+    if beta:
+        assert found[list(parameters).index("quant_conv.bias")].abs().max() > 0
+    assert found[list(parameters).index("quantizer.codebook")].abs().max() > 0
+
+
+def test_losses_are_finite_and_reach_every_parameter():
+    torch.manual_seed(0)
+    tokenizer = tiny((1, 2, 3, 4), learn="gradient", attention=True, image_size=8).train()
+    _, image = some(tokenizer)
+    _, _, losses = tokenizer(image)
+    assert set(losses) == {"reconstruction", "vq", "extra"}
+    assert all(loss.isfinite() and loss.dim() == 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    for name, p in tokenizer.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.abs().max() > 0, name
+
+
+def test_reconstruction_decodes_f_hat_and_its_gradient_passes_the_rounding():
+    torch.manual_seed(0)
+    tokenizer = tiny()
+    _, image = some(tokenizer)
+    reconstruction, tokens, losses = tokenizer(image)
+    assert all_equal(tokens, tokenizer.image_to_tokens(image))
+    decoded = tokenizer.decode(tokenizer.features(tokens))
+    assert torch.allclose(reconstruction, decoded, atol=1e-5)
+    assert torch.allclose(losses["reconstruction"], F.mse_loss(decoded, image), rtol=1e-4)
+    # Straight through: the encoder's gradient is the one f itself would get in place of f_hat.
+    found, = torch.autograd.grad(losses["reconstruction"], tokenizer.quant_conv.weight)
+    f_hat = tokenizer.features(tokens).detach().requires_grad_()
+    pull, = torch.autograd.grad(F.mse_loss(tokenizer.decode(f_hat), image), f_hat)
+    expected, = torch.autograd.grad(tokenizer.encode(image), tokenizer.quant_conv.weight, pull)
+    assert found.abs().max() > 0 and torch.allclose(found, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_entropy_of_signs_is_averaged_over_scales_and_reaches_the_encoder():
+    torch.manual_seed(0)
+    tokenizer = tiny((1, 2, 4), quantizer="lfq")
+    _, image = some(tokenizer)
+    _, tokens, losses = tokenizer(image)
+    f, terms = tokenizer.encode(image), []
+    for k, side in enumerate((1, 2, 4)):
+        rest = f - (slow_algorithm_2(tokenizer, tokens[:k]) if k else 0)
+        small = F.interpolate(rest, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+        terms.append(tokenizer.quantizer.extra_loss(small))
+    assert torch.allclose(losses["extra"], sum(terms) / 3, atol=1e-6) and losses["extra"] != 0
+    grad, = torch.autograd.grad(losses["extra"], tokenizer.quant_conv.weight)
+    assert grad.abs().max() > 0
+
+
+def test_rounding_stays_in_float32_under_autocast():
+    torch.manual_seed(0)
+    tokenizer = tiny((1, 2, 4, 6), vocab_size=512)
+    _, image = some(tokenizer, batch=8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        f = tokenizer.encode(image)
+        _, tokens, _ = tokenizer(image)
+    assert f.dtype == torch.bfloat16
+    assert all_equal(tokens, tokenizer.quantize(f.float()))
+
+
+# ---------------------------------------------------------------------------- training or not
+
+
+def test_forward_in_eval_changes_no_buffer_and_in_training_it_counts():
+    torch.manual_seed(0)
+    tokenizer = tiny()
+    _, image = some(tokenizer, batch=4)
+    before = {name: b.clone() for name, b in tokenizer.named_buffers()}
+    tokenizer(image)
+    assert all(torch.equal(before[name], b) for name, b in tokenizer.named_buffers())
+    tokenizer.train()
+    tokenizer(image)
+    quantizer = tokenizer.quantizer
+    assert quantizer.initialised and not torch.equal(quantizer.hits, before["quantizer.hits"])
+    with torch.no_grad():                             # one step: hits = 0.99 * 1 + 0.01 * uses
+        quantizer.revive = False
+        hits = quantizer.hits.clone()
+        _, tokens, _ = tokenizer(image)
+    uses = torch.bincount(torch.cat(tokens, 1).flatten(), minlength=8)
+    assert uses.sum() == 4 * (1 + 4 + 16)             # every scale counts
+    assert torch.allclose(quantizer.hits, 0.99 * hits + 0.01 * uses, atol=1e-5)
+
+
+def test_a_short_training_lowers_the_loss_and_uses_most_codes():
+    torch.manual_seed(0)
+    tokenizer = tiny((1, 2, 4), vocab_size=16, latent_dim=4, channels=8).train()
+    _, image = some(tokenizer, batch=16)
+    image = ms.resize(ms.resize(image, 3, "area"), 8, "bicubic")             # smooth pictures
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
+    curve = []
+    for _ in range(60):
+        _, tokens, losses = tokenizer(image)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        curve.append(float(losses["reconstruction"].detach()))
+    assert curve[-1] < 0.3 * curve[0]
+    assert ms.vq.usage(torch.cat(tokens, 1), 16)[0] > 0.7
+
+
+# ---------------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize("changes, word", [
+    (dict(scales=(1, 2, 3)), "last scale"),
+    (dict(image_size=48), "last scale"),
+    (dict(multipliers=(1, 2, 2)), "last scale"),
+    (dict(scales=(1, 4, 2, 8)), "grow"),
+    (dict(scales=(1, 2, 2, 8)), "grow"),
+    (dict(scales=(0, 2, 8)), "grow"),
+    (dict(quantizer="lfq", latent_dim=8, vocab_size=512), "256"),
+])
+def test_bad_settings_raise_value_error_with_a_hint(changes, word):
+    with pytest.raises(ValueError, match=word):
+        ms.TokenizerConfig(**changes)
+
+
+def test_an_unknown_way_to_learn_raises_value_error():
+    with pytest.raises(ValueError, match="gradient"):
+        tiny(learn="by heart")
