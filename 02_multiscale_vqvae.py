@@ -235,10 +235,11 @@ class MultiScaleVQVAE(nn.Module):
     # Feature maps and tokens
 
     def embed(self, k, tokens_k):
-        """What scale k adds: codes, upsampled, smoothed by phi. (B, h_k*w_k) -> (B, C, h, w)"""
+        """What scale k adds: codes, upsampled, smoothed by phi. (B, h_k*w_k) -> (B, C, h, w).
+        Mixtures of codes (B, h_k*w_k, C), as in smooth sampling, may stand for tokens."""
         side = self.scales[k]
-        z = self.quantizer.lookup(tokens_k).transpose(1, 2).unflatten(2, (side, side))
-        h = resize(z, self.scales[-1], "bicubic")
+        z = tokens_k if tokens_k.is_floating_point() else self.quantizer.lookup(tokens_k)
+        h = resize(z.transpose(1, 2).unflatten(2, (side, side)), self.scales[-1], "bicubic")
         return 0.5 * h + 0.5 * self.phis[self.phi_index[k]](h)
 
     def look_at(self, target, k):

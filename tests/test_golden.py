@@ -1,0 +1,211 @@
+"""Numbers of the original code, computed once and stored: ours must be the same.
+
+golden/*.npz hold inputs and outputs of tiny models of the original; their weights are not stored but
+drawn from their names. golden/released_keys.json lists names and shapes of the published weights."""
+import json
+import zlib
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
+m6 = import_module("06_sample_and_edit") if (ROOT / "06_sample_and_edit.py").exists() else None
+TINY = json.loads((GOLDEN / "tiny_keys.json").read_text())
+PUBLISHED = json.loads((GOLDEN / "released_keys.json").read_text())
+TRANSFORMERS = sorted(name for name in PUBLISHED if "var" in PUBLISHED[name])
+TOKENIZERS = sorted(name for name in PUBLISHED if "vae" in PUBLISHED[name])
+SIDES = {"vae_ch160v4096z32_256": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+         "vae_ch160v4096z32_512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+NOT_FILLED = ("ema_vocab_hit_SV", "zero_k_bias", "lvl_1L", "attn_bias_for_masking")
+OURS_ALONE = {"quantizer.hits", "quantizer.sums", "quantizer.initialised"}    # of training only
+
+
+def fill(shapes, salt):
+    """A state dict whose every entry is drawn from its own name."""
+    state = {}
+    for name, shape in shapes.items():
+        if name.endswith(NOT_FILLED):                 # derived buffers, zeros: any values will do
+            state[name] = torch.zeros(shape)
+            continue
+        x = np.random.default_rng(zlib.crc32(name.encode()) + salt).standard_normal(shape)
+        x = x.astype("float32")
+        if name.endswith("scale_mul_1H11"):
+            x = np.log(4) + 0.3 * x
+        elif len(shape) == 1:
+            x = 1 + 0.1 * x if "norm" in name and name.endswith("weight") else 0.1 * x
+        elif "embedding" in name:
+            pass
+        elif any(word in name for word in ("class_emb", "pos_", "lvl_embed", "ada_gss")):
+            x = 0.5 * x
+        else:
+            x = x / np.sqrt(np.prod(shape[1:]))
+        state[name] = torch.from_numpy(np.asarray(x, dtype="float32"))
+    return state
+
+
+def renamed(state, released_name):
+    return {released_name(name): value for name, value in state.items() if released_name(name)}
+
+
+def build(name):
+    """Tokenizer and transformer of a stored model, from state dicts in the released layout."""
+    config = TINY[name]["config"]
+    states = [fill(TINY[name][part], config["salt"]) for part in ("vae", "var")]
+    if m6 is not None:
+        tokenizer, var = m6.load_released(*states, scales=config["patch_nums"],
+                                          heads=config["heads"])
+        return tokenizer.eval(), var.eval()
+    tokenizer = m2.MultiScaleVQVAE(m2.released_config(states[0], config["patch_nums"]))
+    tokenizer.load_state_dict(renamed(states[0], m2.released_name), strict=False)
+    var = m4.VAR(m4.released_config(states[1], config["patch_nums"], config["heads"]))
+    var.load_state_dict(renamed(states[1], m4.released_name))
+    return tokenizer.eval(), var.eval()
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def case(request):
+    """-> (config, stored numbers, tokenizer, transformer)"""
+    with np.load(GOLDEN / f"{request.param}.npz") as file:
+        stored = {name: torch.from_numpy(file[name]) for name in file.files}
+    return TINY[request.param]["config"], stored, *build(request.param)
+
+
+def off_by(found, expected):
+    """Largest difference over the largest number."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def stored_tokens(config, stored):
+    return [stored[f"tokens_{k}"] for k in range(len(config["patch_nums"]))]
+
+
+# ---------------------------------------------------------------------------- tiny models
+
+
+@torch.no_grad()
+def test_encoder_output_is_the_original_one(case):
+    _, stored, tokenizer, _ = case
+    assert off_by(tokenizer.encode(stored["image"]), stored["f"]) < 1e-4
+
+
+@torch.no_grad()
+def test_tokens_are_the_original_ones(case):
+    config, stored, tokenizer, _ = case
+    for tokens in (tokenizer.quantize(stored["f"]), tokenizer.image_to_tokens(stored["image"])):
+        for found, expected in zip(tokens, stored_tokens(config, stored), strict=True):
+            assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_reconstructions_are_the_original_ones(case):
+    config, stored, tokenizer, _ = case
+    tokens = stored_tokens(config, stored)
+    first = tokenizer.decode(tokenizer.pyramid(tokens)[0]).clamp(-1, 1)
+    assert off_by(first, stored["recon_first"]) < 1e-4
+    assert off_by(tokenizer.tokens_to_image(tokens), stored["recon_last"]) < 1e-4
+    assert off_by(tokenizer(stored["image"])[0].clamp(-1, 1), stored["recon_last"]) < 1e-4
+
+
+@torch.no_grad()
+def test_teacher_inputs_are_the_original_ones(case):
+    config, stored, tokenizer, _ = case
+    shown = tokenizer.teacher_inputs(stored_tokens(config, stored))
+    assert off_by(shown, stored["transformer_input"]) < 1e-4
+
+
+@torch.no_grad()
+def test_logits_are_the_original_ones_at_once_and_scale_by_scale(case):
+    _, stored, _, var = case
+    labels, shown = stored["labels"], stored["transformer_input"]
+    assert off_by(var(labels, shown), stored["logits"]) < 1e-4
+    conditioning, cache, parts, begin = var.conditioning(labels), var.new_cache(), [], 0
+    for k, side in enumerate(var.config.scales):
+        inputs = shown[:, begin - 1:begin - 1 + side * side] if k else None
+        parts.append(var.step(k, inputs, conditioning, cache))
+        begin += side * side
+    assert off_by(torch.cat(parts, 1), stored["logits"]) < 1e-4
+
+
+def test_logits_with_gradients_switched_on_are_the_same(case):
+    _, stored, _, var = case
+    logits = var(stored["labels"], stored["transformer_input"])
+    assert off_by(logits.detach(), stored["logits"]) < 1e-4
+
+
+# ---------------------------------------------------------------------------- samples
+
+needs_chapter_6 = pytest.mark.skipif(m6 is None, reason="06_sample_and_edit.py is not there yet")
+
+
+@needs_chapter_6
+@torch.no_grad()
+def test_greedy_samples_are_the_original_ones(case):
+    _, stored, tokenizer, var = case
+    image = m6.generate(tokenizer, var, stored["labels"], cfg=3, top_k=1, top_p=0)
+    assert off_by(image, stored["greedy_image"]) < 1e-3
+
+
+@needs_chapter_6
+@torch.no_grad()
+def test_seeded_samples_are_the_original_ones(case):
+    config, stored, tokenizer, var = case
+    image = m6.generate(tokenizer, var, stored["labels"], cfg=2, top_k=max(2, config["V"] // 3),
+                        top_p=0.9, generator=torch.Generator().manual_seed(5))
+    assert image.min() >= 0 and image.max() <= 1
+    assert off_by(image, stored["seeded_image"]) < 1e-3
+
+
+# ---------------------------------------------------------------------------- published weights
+
+
+def check_cover(state, module, released_name, alone=frozenset()):
+    """Every published entry has one place in our module, every place is filled, shapes fit."""
+    names = [released_name(name) for name in state]
+    used = [name for name in names if name is not None]
+    assert len(used) == len(set(used)), "two published entries claim the same place"
+    skipped = [old for old, new in zip(state, names) if new is None]
+    assert all(name.endswith(NOT_FILLED) for name in skipped)
+    ours = module.state_dict()
+    assert set(used) == set(ours) - alone and alone <= set(ours)
+    for old, new in zip(state, names):
+        assert new is None or state[old].shape == ours[new].shape, old
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_each_published_entry_has_one_place_in_our_transformer(name):
+    entry, config = PUBLISHED[name], PUBLISHED[name]["config"]
+    state = {key: torch.empty(shape, device="meta") for key, shape in entry["var"].items()}
+    found = m4.released_config(state, config["patch_nums"])
+    for ours, theirs in dict(depth="depth", width="width", heads="heads", num_classes="num_classes",
+                             vocab_size="V", latent_dim="Cvae", shared_adaln="shared_aln",
+                             qk_norm="attn_l2_norm").items():
+        assert getattr(found, ours) == config[theirs], ours
+    assert found.mlp_ratio == 4 and found.scales == tuple(config["patch_nums"])
+    with torch.device("meta"):                        # sizes without memory
+        var = m4.VAR(found)
+    check_cover(state, var, m4.released_name)
+    assert sum(p.numel() for p in var.parameters()) == entry["parameters"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_each_published_entry_has_one_place_in_our_tokenizer(name):
+    entry = PUBLISHED[name]
+    state = {key: torch.empty(shape, device="meta") for key, shape in entry["vae"].items()}
+    found = m2.released_config(state, SIDES[name])
+    assert found == m2.TokenizerConfig.released(image_size=int(name[-3:]), scales=SIDES[name])
+    with torch.device("meta"):
+        tokenizer = m2.MultiScaleVQVAE(found)
+    check_cover(state, tokenizer, m2.released_name, OURS_ALONE)
+    assert sum(p.numel() for p in tokenizer.parameters()) == entry["parameters"]
+
+
+def test_without_given_scales_a_tokenizer_is_the_one_for_256_pixels():
+    shapes = PUBLISHED["vae_ch160v4096z32_256"]["vae"]
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert m2.released_config(state) == m2.TokenizerConfig.released()
