@@ -15,8 +15,8 @@ Sources: VQ-VAE (van den Oord et al. 2017, eq. 3 and appendix A.1 for the EMA up
 RQ-VAE (Lee et al. 2022, section 3.1), lookup-free quantization (Yu et al. 2024, section 3),
 VAR (Tian et al. 2024, section 3.2).
 
-Differs from the original VAR code: that code ships no training of the codebook. Here codes start on
-data, follow the data by moving averages, and a code that nobody uses is moved to where it is needed.
+Differs from the original VAR code: that code ships no training of the codebook. Here codes start
+on data, follow it by moving averages, and a code that nobody uses moves to where it is needed.
 
     python 01_vq.py        a table of errors and out/01_vq.png
 """
@@ -272,9 +272,9 @@ def main():
     torch.manual_seed(0)
     x = torch.randn(20_000)
     print("8 levels for bell-shaped numbers          mean squared error")
-    schemes = {"equal width": uniform_levels, "equal mass": equal_mass_levels, "learned": lloyd_levels}
     error = {}
-    for name, place in schemes.items():
+    for name, place in (("equal width", uniform_levels), ("equal mass", equal_mass_levels),
+                        ("learned", lloyd_levels)):
         centres = place(x, 8)
         error[name] = float((x - centres[round_to(x, centres)]).square().mean())
         print(f"  {name:<40}{error[name]:.4f}")

@@ -44,11 +44,11 @@ class TokenizerConfig:
     latent_dim: int = 16                         # C, length of a code
     channels: int = 32                           # width of the first convolution
     multipliers: tuple = (1, 2)                  # width of each level; each step halves the side
-    blocks: int = 1                              # residual blocks per level (the decoder has one more)
+    blocks: int = 1                              # residual blocks per level (decoder: one more)
     unshuffle: int = 2                           # fold 2x2 pixels into channels first (1: do not)
     groups: int = 8                              # of GroupNorm
     attention: bool = False                      # self-attention at the lowest level and the middle
-    phis: int = 4                                # small convolutions after upsampling, shared by scales
+    phis: int = 4                                # small convolutions after upsampling, shared
     residual: bool = True                        # False: every scale quantizes the whole map
     quantizer: str = "vq"                        # "vq" learned codes, "lfq" signs (V = 2**C)
     learn: str = "ema"                           # "ema" or "gradient": how learned codes move
@@ -109,7 +109,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x):                                  # the odd row and column go right and below
+    def forward(self, x):                                  # the odd row goes below, not above
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -183,7 +183,7 @@ class Decoder(nn.Module):
 
 @functools.lru_cache(maxsize=None)
 def _resize_matrix(n_in, n_out, mode, device):
-    """Resizing is linear, so one matrix does it: column i is what becomes of the i-th unit vector."""
+    """Resizing is linear, so a matrix does it: column i is what becomes of the i-th unit vector."""
     eye = torch.eye(n_in)[None, None]
     return F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous().to(device)
 
@@ -335,7 +335,7 @@ class MultiScaleVQVAE(nn.Module):
         return f_hat, tokens, vq_loss / self.K, extra / self.K
 
     def _unrounded(self, f):
-        """The vectors each scale would see if coarser scales rounded perfectly: where codes start."""
+        """What each scale would see if coarser scales rounded perfectly: where codes start."""
         f_hat, groups = torch.zeros_like(f), []
         for k in range(self.K):
             target = f - f_hat if self.config.residual else f
@@ -420,11 +420,13 @@ def main():
     left = [float((f - f_hat).square().mean() / f.square().mean()) for f_hat in steps]
     print("scale   tokens   left of f   picture error")
     for side, error, image in zip(tokenizer.scales, left, decoded):
-        print(f"{side}x{side}{side * side:>10}{error:>11.1%}{float((image - shown).square().mean()):>14.4f}")
+        wrong = float((image - shown).square().mean())
+        print(f"{side}x{side}{side * side:>10}{error:>11.1%}{wrong:>14.4f}")
     assert all(fine < coarse for coarse, fine in zip(left, left[1:])), "every scale must help"
     *_, (_, _, running) = tokenizer._rounds(f)
     assert torch.allclose(tokenizer.features(tokens), running), "Algorithm 2 undoes Algorithm 1"
-    pictures.save_grid("out/02_multiscale_vqvae.png", (torch.cat(decoded + [shown]) + 1) / 2, columns=8,
+    rows = (torch.cat(decoded + [shown]) + 1) / 2
+    pictures.save_grid("out/02_multiscale_vqvae.png", rows, columns=8,
                        row_labels=[f"{s}x{s}" for s in tokenizer.scales] + ["original"])
     print("wrote out/02_multiscale_vqvae.png")
 

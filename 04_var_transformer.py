@@ -5,9 +5,9 @@ A transformer reads what has been rebuilt so far and predicts the whole next tok
     class -> [start] | f_hat_1 at 2x2 | f_hat_2 at 3x3 | ... | f_hat_5 at 8x8     L = 130 inputs
                |              |               |                     |
                v              v               v                     v
-             r_1 1x1        r_2 2x2         r_3 3x3     ...       r_6 8x8          L softmaxes over V
+             r_1 1x1        r_2 2x2         r_3 3x3     ...       r_6 8x8          L softmaxes
 
-    input = word_embed(f_hat, downsampled) + position + scale;  the class steers every block (AdaLN).
+    input = word_embed(f_hat, downsampled) + position + scale; the class steers each block (AdaLN)
 
 Shapes: labels (B,) int64; teacher_inputs (B, L - first, C), first = scales[0]**2; logits (B, L, V);
 D width; L tokens; V codes; C latent channels. Class `num_classes` is "no class" (guidance).
@@ -37,7 +37,7 @@ mask = import_module("03_block_causal_mask")
 
 @dataclass
 class VARConfig:
-    """Every size of the transformer. One dial, `depth`, sets width and heads unless told otherwise."""
+    """Every size of the transformer. One dial, `depth`, sets width and heads too."""
     num_classes: int = 10                        # from the data; one more row means "no class"
     scales: tuple = (1, 2, 3, 4, 6, 8)           # the tokenizer's
     vocab_size: int = 512                        # V, the tokenizer's
@@ -175,7 +175,8 @@ class VAR(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.start, std=std)
         nn.init.trunc_normal_(self.position, std=std)
-        gate = 1e-3 if cfg.depth < 24 else 1e-4 if cfg.depth < 30 else 1e-5 if cfg.depth < 36 else 5e-6
+        gate = next(g for least, g in ((36, 5e-6), (30, 1e-5), (24, 1e-4), (0, 1e-3))
+                    if cfg.depth >= least)
         for block in self.blocks:
             block.attention.proj.weight.div_(math.sqrt(2 * cfg.depth))
             block.mlp[2].weight.div_(math.sqrt(2 * cfg.depth))
@@ -240,7 +241,8 @@ class VAR(nn.Module):
 RELEASED_NAMES = [
     (r"^pos_start$", "start"), (r"^pos_1LC$", "position"), (r"^word_embed\.", "word_embed."),
     (r"^class_emb\.", "class_embed."), (r"^lvl_embed\.", "scale_embed."),
-    (r"^shared_ada_lin\.1\.", "shared_modulation."), (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
+    (r"^shared_ada_lin\.1\.", "shared_modulation."),
+    (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
     (r"\.attn\.mat_qkv\.", ".attention.qkv."), (r"\.attn\.scale_mul_1H11$", ".attention.log_scale"),
     (r"\.attn\.", ".attention."), (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2."),
     (r"\.ada_lin\.1\.", ".modulation."), (r"\.ada_gss$", ".modulation_offset"),

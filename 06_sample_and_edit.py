@@ -5,8 +5,8 @@ to the next scale. Editing differs in one line: where the picture is to be kept,
 drawn but computed, as the rounding of *what is still missing* between the picture and f_hat:
 
     k        1x1     2x2        3x3          ...      8x8
-    keep      .      x .       x x .                 x x x x x . . .      x  rounded from the picture
-                     x .       x x .                 x x x x x . . .      .  drawn from the model
+    keep      .      x .       x x .                 x x x x x . . .     x  rounded from picture
+                     x .       x x .                 x x x x x . . .     .  drawn by the model
 
 Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); image (B, 3, H, W) in
 [-1, 1] coming in, [0, 1] going out; keep (H, W) bool, True = leave as it is.
@@ -22,7 +22,6 @@ always kept; kept tokens are rounded again as f_hat grows, not replayed from ano
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
     python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
-import argparse
 import time
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +32,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import BadInput, folder, imagenet, judge, pictures
+from data.batches import load_data, sample_of, to_float
+from data.plumbing import OneLineParser, clock, load_checkpoint, number, one_line, pick_device
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -42,8 +43,8 @@ training = import_module("05_train")
 # -- Drawing tokens --------------------------------------------------------------------------------
 
 def keep_likely(logits, top_k=0, top_p=0.0):
-    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k (of equals, some
-    stay); 0 < top_p < 1 leaves the fewest that together hold at least top_p. (..., V) -> (..., V)"""
+    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, whatever is
+    equal; 0 < top_p < 1 leaves the fewest that together hold top_p or more. (..., V) -> (..., V)"""
     V = logits.shape[-1]
     if 0 < top_k < V:
         best = logits.topk(top_k, dim=-1).indices
@@ -80,7 +81,7 @@ def sample_scales(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, smooth
     with the scale because the coarse scales decide *what* is drawn: strong guidance there makes all
     pictures alike; at fine scales it only sharpens. At the first scale t = 0."""
     K, B = tokenizer.K, len(labels)
-    if cfg > 0:                                            # second half: class "none", the learnt row
+    if cfg > 0:                                            # second half: "no class", a learnt row
         labels = torch.cat([labels, torch.full_like(labels, var.config.num_classes)])
     conditioning, cache = var.conditioning(labels), var.new_cache()
     side, C = tokenizer.scales[-1], tokenizer.config.latent_dim
@@ -159,8 +160,8 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, ge
     with torch.no_grad():
         target = tokenizer.encode(hide(image, keep))
     whole = keep.float()[None, None].to(image.device)
-    known = F.adaptive_avg_pool2d(whole, tokenizer.scales[-1]) == 1      # cells kept to the last pixel
-    known = known.to(target.dtype)
+    # Cells kept to the last pixel: 1, others 0.
+    known = (F.adaptive_avg_pool2d(whole, tokenizer.scales[-1]) == 1).to(target.dtype)
 
     def choose(k, tokens_k, f_hat):
         """Half of a cell known is enough to fix its token: what it gets wrong of the kept part, the
@@ -243,7 +244,7 @@ def fetch_released(args):
             except Exception as error:
                 raise BadInput(f"could not download {RELEASED_URL}{name} ({error}); give the files "
                                "with --tokenizer-file and --var-file") from None
-        states.append(training.load_checkpoint(path))
+        states.append(load_checkpoint(path))
     return states
 
 
@@ -253,19 +254,22 @@ class Studio:
     """A model, its class names, and how the command line wants it used."""
 
     def __init__(self, args):
-        self.args, self.device = args, training.pick_device(args.device)
+        self.args, self.device = args, pick_device(args.device)
         torch.manual_seed(args.seed)
         self.dataset, sampling = None, dict(cfg=1.5, top_k=900, top_p=0.96)
         if args.released or args.var_file:
-            self.tokenizer, self.var = (m.to(self.device) for m in load_released(*fetch_released(args)))
+            self.tokenizer, self.var = (model.to(self.device) for model in
+                                        load_released(*fetch_released(args)))
             self.names = imagenet.class_names()
             where = "released"
         else:
             path = find_run(args.run)
             where = path.stem if path.is_file() else path.name
-            files = (path, path) if path.is_file() else (path / "tokenizer.pt", path / "transformer.pt")
-            self.tokenizer, _ = training.load_tokenizer(files[0], self.device)
-            self.var, about = training.load_transformer(files[1], self.device)
+            one = path.is_file()                           # a shipped file holds both
+            self.tokenizer, _ = training.load_tokenizer(path if one else path / "tokenizer.pt",
+                                                        self.device)
+            self.var, about = training.load_transformer(path if one else path / "transformer.pt",
+                                                        self.device)
             if self.var.config.scales != self.tokenizer.scales:
                 raise BadInput(f"{path}: tokenizer and transformer have different scales")
             self.names, self.dataset = about["class_names"], about["dataset"]
@@ -283,14 +287,14 @@ class Studio:
         return torch.Generator(self.device).manual_seed(self.args.seed if seed is None else seed)
 
     def sample(self, labels):
-        """Any number of pictures, in batches that fit. labels: list of ints -> (N, 3, H, W) on cpu"""
+        """Any number of pictures, in batches that fit. labels: ints -> (N, 3, H, W) on cpu"""
         generator, done, begin = self.generator(), [], time.time()
         for part in torch.tensor(labels, device=self.device).split(max(1, 8000 // self.var.L)):
             done.append(generate(self.tokenizer, self.var, part, smooth=self.args.smooth,
                                  generator=generator, **self.sampling).cpu())
             count, seconds = sum(map(len, done)), time.time() - begin
             if seconds > 3 and count < len(labels):
-                eta = training.clock(seconds / count * (len(labels) - count))
+                eta = clock(seconds / count * (len(labels) - count))
                 print(f"  {count}/{len(labels)} pictures | eta {eta}", flush=True)
         return torch.cat(done)
 
@@ -305,16 +309,15 @@ class Studio:
             left, top = (photo.width - short) // 2, (photo.height - short) // 2
             photo = photo.resize((self.side, self.side), Image.LANCZOS,
                                  (left, top, left + short, top + short))
-            return training.to_float(torch.from_numpy(np.array(photo))[None]), [self.classes[0]]
-        settings = training.Settings(dataset=self.dataset or "", data_dir=self.args.data_dir)
+            return to_float(torch.from_numpy(np.array(photo))[None]), [self.classes[0]]
         try:
-            images, labels, _ = training.load_data(settings, "test", self.side)
+            images, labels, _ = load_data(self.dataset or "", "test", self.side, self.args.data_dir)
         except BadInput:
             labels = self.classes[:count]
             return self.sample(labels) * 2 - 1, labels
-        at = [int(np.flatnonzero(labels == c)[0]) for c in self.classes if (labels == c).any()][:count]
-        chosen = torch.from_numpy(np.stack([images[i] for i in at]))
-        return training.to_float(chosen), [int(labels[i]) for i in at]
+        at = [np.flatnonzero(labels == c)[0] for c in self.classes if (labels == c).any()][:count]
+        chosen = torch.from_numpy(np.stack([images[int(i)] for i in at]))
+        return to_float(chosen), [int(labels[i]) for i in at]
 
     def mask(self, default):
         """(H, W) bool, True where --mask is white or --box reaches: the part to repaint."""
@@ -342,7 +345,7 @@ def find_run(given):
     runs = sorted(Path("out").glob("*/transformer.pt"), key=lambda path: path.stat().st_mtime)
     shipped = sorted((Path(training.__file__).parent / "data" / "pretrained").glob("*.pt"))
     if not runs and not shipped:
-        raise BadInput("no run in out/: train one with `python 05_train.py`, or use --run or --released")
+        raise BadInput("no run in out/: train one with `python 05_train.py`, or use --run")
     return runs[-1].parent if runs else shipped[-1]
 
 
@@ -430,21 +433,21 @@ def edit_class(studio):
 def evaluate(studio):
     """Samples before a small judge network that was trained on real pictures. Its Frechet distance
     and precision/recall are on its own features: not comparable with Inception FID."""
-    settings = training.Settings(dataset=studio.dataset or "", data_dir=studio.args.data_dir)
-    real, labels, names = training.load_data(settings, "train", studio.side)
-    test, test_labels, _ = training.load_data(settings, "test", studio.side)
+    where = studio.dataset or "", studio.args.data_dir
+    real, labels, names = load_data(where[0], "train", studio.side, where[1])
+    test, test_labels, _ = load_data(where[0], "test", studio.side, where[1])
     steps = 100 if studio.dataset == "shapes" else 2000
     path = Path("out") / f"judge_{Path(studio.dataset).name}_{studio.side}.pt"
     network = judge.load_or_train(path, real, labels, len(names), steps=steps, seed=0)
     print(f"judge: {judge.accuracy(network, test, test_labels):.2%} right on held-out pictures")
     count = studio.args.n or 1000
     wanted = np.arange(count) % len(names)
-    held_out = training.sample_of(test, count)
-    image = training.to_float(held_out)
+    held_out = sample_of(test, count)
+    image = to_float(held_out)
     with torch.no_grad():
         rebuilt = torch.cat([studio.tokenizer.tokens_to_image(studio.tokenizer.image_to_tokens(
             part.to(studio.device))).cpu() for part in image.split(50)])
-    reference, _ = judge.extract(network, training.sample_of(real, count).numpy())
+    reference, _ = judge.extract(network, sample_of(real, count).numpy())
     rows = {"held-out pictures (floor)": (image + 1) / 2, "reconstructions": (rebuilt + 1) / 2,
             "samples": studio.sample(wanted.tolist())}
     at = np.unique(np.linspace(0, len(test) - 1, min(count, len(test))).astype(int))
@@ -463,18 +466,18 @@ TASKS = dict(sample=sample, reconstruct=reconstruct, inpaint=inpaint, outpaint=o
 
 
 def read_arguments(argv=None):
-    p = training.OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    number = training.number
-    p.add_argument("--run", help="folder of a run, or one shipped file; default: the newest in out/")
-    p.add_argument("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="the paper's models")
+    p = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("--run", help="folder of a run, or a shipped file; default: newest in out/")
+    p.add_argument("--released", choices=("d16", "d20", "d24", "d30", "d36"),
+                   help="the paper's models")
     p.add_argument("--tokenizer-file", help="released tokenizer, instead of downloading it")
     p.add_argument("--var-file", help="released transformer, instead of downloading it")
     p.add_argument("--task", default="all", choices=("all", *TASKS, "evaluate"))
-    p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: first ten")
+    p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
     p.add_argument("--n", type=number(int, 1), help="pictures per class (evaluate: in all)")
     p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale; 0: none")
     p.add_argument("--top-k", type=number(int, 0), help="draw among the k likeliest tokens; 0: all")
-    p.add_argument("--top-p", type=number(float, 0), help="draw among the likeliest holding p; 0: all")
+    p.add_argument("--top-p", type=number(float, 0), help="draw among the likeliest, p in all")
     p.add_argument("--smooth", action="store_true", help="mix codes: smoother, not true samples")
     p.add_argument("--image", help="picture to reconstruct or edit; default: held-out ones")
     p.add_argument("--box", nargs=4, type=number(float, 0), metavar=("X0", "Y0", "X1", "Y1"),
@@ -504,4 +507,4 @@ def main():
 
 
 if __name__ == "__main__":
-    training.one_line(main)
+    one_line(main)

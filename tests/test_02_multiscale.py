@@ -14,8 +14,8 @@ schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(lambda s: tup
 
 def tiny(scales=(1, 2, 4), **changes):
     """A tokenizer for pictures of twice the last scale, small enough for slow loops."""
-    defaults = dict(image_size=2 * scales[-1], scales=scales, vocab_size=8, latent_dim=3, channels=4,
-                    multipliers=(1,), groups=2)
+    defaults = dict(image_size=2 * scales[-1], scales=scales, vocab_size=8, latent_dim=3,
+                    channels=4, multipliers=(1,), groups=2)
     return ms.MultiScaleVQVAE(ms.TokenizerConfig(**{**defaults, **changes})).eval()
 
 
@@ -225,7 +225,7 @@ def test_phi_of_scale_goes_to_the_nearest_tick():
     assert ms.phi_of_scale(4, 2) == [0, 0, 1, 1]
 
 
-# ---------------------------------------------------------------------------- the transformer's view
+# ---------------------------------------------------------------------------- what is shown
 
 
 @given(scales=schedules, options=options, seed=seeds)
@@ -370,8 +370,10 @@ def test_rounding_stays_in_float32_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         f = tokenizer.encode(image)
         _, tokens, _ = tokenizer(image)
+        alone = tokenizer.image_to_tokens(image)
     assert f.dtype == torch.bfloat16
-    assert all_equal(tokens, tokenizer.quantize(f.float()))
+    expected = tokenizer.quantize(f.float())
+    assert all_equal(tokens, expected) and all_equal(alone, expected)
 
 
 # ---------------------------------------------------------------------------- training or not

@@ -16,9 +16,9 @@ CLASSES, CODES, LATENT = 5, 7, 3
 
 
 def small(scales=(1, 2, 3), opened=True, dtype=torch.float32, **changes):
-    """A transformer in eval mode. Freshly built its gates are shut and prove nothing: open them."""
-    defaults = dict(num_classes=CLASSES, scales=scales, vocab_size=CODES, latent_dim=LATENT, depth=2,
-                    width=16, heads=2)
+    """In eval mode. The gates of a new transformer are shut and prove nothing: open them."""
+    defaults = dict(num_classes=CLASSES, scales=scales, vocab_size=CODES, latent_dim=LATENT,
+                    depth=2, width=16, heads=2)
     var = m4.VAR(m4.VARConfig(**{**defaults, **changes})).to(dtype).eval()
     if opened:
         with torch.no_grad():

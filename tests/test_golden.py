@@ -1,7 +1,8 @@
 """Numbers of the original code, computed once and stored: ours must be the same.
 
-golden/*.npz hold inputs and outputs of tiny models of the original; their weights are not stored but
-drawn from their names. golden/released_keys.json lists names and shapes of the published weights."""
+golden/*.npz hold inputs and outputs of tiny models of the original; their weights are not stored
+but drawn from their names. golden/released_keys.json lists names and shapes of the published
+weights."""
 import json
 import zlib
 from importlib import import_module
@@ -198,7 +199,8 @@ def test_each_published_entry_has_one_place_in_our_tokenizer(name):
     entry = PUBLISHED[name]
     state = {key: torch.empty(shape, device="meta") for key, shape in entry["vae"].items()}
     found = m2.released_config(state, SIDES[name])
-    assert found == m2.TokenizerConfig.released(image_size=int(name[-3:]), scales=SIDES[name])
+    settings = {**m2.RELEASED, "image_size": int(name[-3:]), "scales": SIDES[name]}
+    assert found == m2.TokenizerConfig(**settings)
     with torch.device("meta"):
         tokenizer = m2.MultiScaleVQVAE(found)
     check_cover(state, tokenizer, m2.released_name, OURS_ALONE)
@@ -208,4 +210,4 @@ def test_each_published_entry_has_one_place_in_our_tokenizer(name):
 def test_without_given_scales_a_tokenizer_is_the_one_for_256_pixels():
     shapes = PUBLISHED["vae_ch160v4096z32_256"]["vae"]
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert m2.released_config(state) == m2.TokenizerConfig.released()
+    assert m2.released_config(state) == m2.TokenizerConfig(**m2.RELEASED)

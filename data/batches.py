@@ -1,0 +1,65 @@
+"""From a data set to batches: which reader, which pictures in which order, decoded ahead."""
+import functools
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from data import BadInput, cifar10, folder, imagenet, shapes
+
+
+def load_data(dataset, split, image_size, data_dir=""):
+    """-> (images, labels (N,), class_names) through the reader that the data set's name chooses;
+    a name that is none of the built-in ones is the path of a folder."""
+    reader = {"shapes": shapes, "cifar10": cifar10, "imagenet": imagenet}.get(dataset)
+    if reader:
+        return reader.load(split, data_dir=data_dir or None, size=image_size)
+    if os.path.exists(dataset):
+        return folder.load(split, data_dir=dataset, size=image_size)
+    raise BadInput(f"unknown data set {dataset!r}: use shapes, cifar10, imagenet or the path "
+                   "of a folder with pictures")
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(step, n, batch, seed):
+    """The pictures of a step: epochs are fresh shuffles, laid end to end. -> (batch,) int64"""
+    at = np.arange(step * batch, (step + 1) * batch)
+    order = [epoch_order(n, seed, e)[at[at // n == e] % n] for e in np.unique(at // n)]
+    return np.concatenate(order)
+
+
+class Crops:
+    """A folder's pictures as DataLoader wants them; an index is (picture, seed of its crop)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, index):
+        return self.images.crop(*index)
+
+
+def picture_batches(images, batches, workers):
+    """batches: list of lists of (picture, crop seed) -> uint8 tensors (B, H, W, 3), in order.
+    Pictures in memory are simply indexed; pictures in files are decoded ahead by workers."""
+    if isinstance(images, np.ndarray):
+        for batch in batches:
+            yield torch.from_numpy(images[[i for i, _ in batch]])
+    else:
+        yield from DataLoader(Crops(images), batch_sampler=batches, num_workers=workers,
+                              collate_fn=lambda crops: torch.from_numpy(np.stack(crops)))
+
+
+def to_float(images):
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]"""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def sample_of(images, count):
+    """Up to `count` pictures spread evenly over a data set. -> uint8 tensor (n, H, W, 3)"""
+    at = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+    return torch.from_numpy(np.stack([images[int(i)] for i in at]))

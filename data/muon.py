@@ -1,0 +1,37 @@
+"""Muon, an optimizer for the matrices inside a transformer's blocks."""
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024): every direction of a matrix
+    learns equally fast. torch.optim.Muon does the same, but always multiplies in bfloat16, which
+    some CPUs only emulate, and one matrix at a time; this one stacks matrices of equal shape."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])          # Nesterov
+                by_shape.setdefault(p.shape, []).append((p, update))
+            for (rows, columns), pairs in by_shape.items():
+                size = group["lr"] * max(1, rows / columns) ** 0.5
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(size * update)
+
+
+def orthogonal(g):
+    """Nearest matrix with singular values about 1, by five Newton-Schulz steps. (n, r, c)"""
+    tall = g.shape[1] > g.shape[2]
+    x = (g.mT if tall else g).to(torch.bfloat16 if g.is_cuda else g.dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if tall else x).to(g.dtype)

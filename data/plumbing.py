@@ -1,0 +1,219 @@
+"""What every script needs and no chapter explains: options, one-line errors, devices, files, and
+the folder, the processes and the signals of a run."""
+import argparse
+import contextlib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import BadInput
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (see --help)")
+
+
+def number(kind, low):
+    """argparse type: a finite int or float that is at least `low`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {low} or more")
+        return value
+    return parse
+
+
+def whole_numbers(text):
+    """argparse type: '1,2,3' -> (1, 2, 3)"""
+    return tuple(number(int, 1)(part) for part in text.split(","))
+
+
+def add_options(parser, classes, choices, zero_is_fine, left_out):
+    """One --option per dataclass field; its help is the comment beside the field.
+
+    choices: name -> allowed values; zero_is_fine: whole numbers that may be 0, the others start at
+    1; left_out: fields that are no options."""
+    done = set(left_out)
+    for cls in classes:
+        comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
+        for f in fields(cls):
+            if f.name in done:
+                continue
+            done.add(f.name)
+            kind = {int: number(int, 0 if f.name in zero_is_fine else 1), tuple: whole_numbers,
+                    float: number(float, -1 if f.name == "drop_path" else 0)}.get(f.type, f.type)
+            how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
+                   else dict(type=kind, choices=choices.get(f.name)))
+            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                                help=comments[f.name].replace("%", "%%"), **how)
+
+
+def one_line(main):
+    """Run a script's main(); a user's mistake ends in one line and exit status 2."""
+    try:
+        status = main()
+    except (BadInput, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        status = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+def clock(seconds):
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} m" if seconds < 5400 \
+        else f"{seconds / 3600:.1f} h"
+
+
+def pick_device(name, rank=0):
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this machine has no CUDA GPU that torch can use; try cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("--device mps: this machine has no Apple GPU; try cpu")
+    return torch.device(name, rank) if name == "cuda" else torch.device(name)
+
+
+def fast_bfloat16(device):
+    """Does bfloat16 pay here? GPUs: ask. CPUs: some have units for it, others emulate it ten times
+    slower, so time one small product of each kind."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(512, 512).to(dtype)
+        a @ a
+        begin = time.perf_counter()
+        a @ a
+        seconds[dtype] = time.perf_counter() - begin
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+def save_atomically(value, path):
+    """Write beside, then rename: whoever reads `path` sees the old file or the new, never half."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        torch.save(value, temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A file written by this script; tensors and plain values only, so a hostile file can do no
+    harm. Raises BadInput, with one line, for anything else."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such checkpoint") from None
+    except Exception as error:               # truncated, something else, or code instead of tensors
+        raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); "
+                       "expected a file written by 05_train.py") from None
+    if not isinstance(state, dict):
+        raise BadInput(f"{path}: not a checkpoint of 05_train.py")
+    return state
+
+
+class Run:
+    """One folder in out/: settings, log, checkpoints, pictures; and which process this is."""
+
+    def __init__(self, settings):
+        self.settings, self.folder = settings, Path(settings.out)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)))
+        if self.world > 1 and not dist.is_initialized():
+            cuda = self.device.type == "cuda"
+            if cuda:
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if cuda else "gloo")
+        if settings.precision == "auto":
+            settings.precision = "bfloat16" if fast_bfloat16(self.device) else "float32"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stop = 0
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        if self.stop:                                      # asked twice: do not wait for the step
+            sys.exit(128 + number)
+        self.stop = number
+
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def log(self, entry):
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def forget_log_after(self, stage, step):
+        """On resume: drop what was logged after the checkpoint, it will be logged again."""
+        path = self.folder / "log.jsonl"
+        if self.rank == 0 and path.exists():
+            lines = [line for line in path.read_text().splitlines()
+                     if (e := json.loads(line))["stage"] != stage or e["step"] <= step]
+            path.write_text("".join(line + "\n" for line in lines))
+
+    def seed(self, stage, step):
+        """All randomness of one step, of one process."""
+        parts = [self.settings.seed, ["tokenizer", "transformer"].index(stage), step, self.rank]
+        torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
+
+    def autocast(self):
+        if self.settings.precision == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def share(self, indices):
+        """This process's part of a batch or of a data set."""
+        return indices[self.rank::self.world]
+
+    def stopping(self, step):
+        """The signal that asked us to stop, or 0; all processes agree on the step (every tenth)."""
+        if self.world == 1 or step % 10:
+            return self.stop if self.world == 1 else 0
+        flag = torch.tensor(self.stop, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+    def mean(self, value):
+        """Average over the processes, once. value: tensor () or (n,)"""
+        if self.world > 1:
+            dist.all_reduce(value := value.clone())
+            value = value / self.world
+        return value
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, model):
+        """The model to train through: compiled if asked, averaged over processes if many."""
+        if self.settings.compile:
+            model = torch.compile(model)
+        if self.world > 1:
+            # Buffers are not copied from rank 0: the quantizer keeps them equal by itself.
+            model = DistributedDataParallel(model, broadcast_buffers=False)
+        return model
