@@ -256,11 +256,11 @@ def learn_codes(x, vocab_size, depth=1, steps=150):
     """Train a quantizer on vectors x (N, C) alone: each update is one step of Lloyd's algorithm
     with a memory. With depth > 1 the codes learn to serve every residual level."""
     quantizer = VectorQuantizer(vocab_size, x.shape[1], decay=0.8)
+    quantizer.start_on_data([x * 0.5 ** level for level in range(depth)])
     for _ in range(steps):
         x_hat, groups, indices = torch.zeros_like(x), [], []
         for _ in range(depth):
             groups.append(x - x_hat)
-            quantizer.start_on_data([x * 0.5 ** d for d in range(depth)])
             indices.append(quantizer.nearest(groups[-1]))
             x_hat = x_hat + quantizer.lookup(indices[-1])
         quantizer.update(groups, indices)

@@ -42,10 +42,10 @@ class TokenizerConfig:
     scales: tuple = (1, 2, 3, 4, 6, 8)           # sides of the token maps, coarse to fine
     vocab_size: int = 512                        # V, codes shared by all scales
     latent_dim: int = 16                         # C, length of a code
-    channels: int = 32                           # width of the first convolution
-    multipliers: tuple = (1, 2)                  # width of each level; each step halves the side
+    channels: int = 64                           # width of the first convolution
+    multipliers: tuple = (1,)                    # width of each level; each step halves the side
     blocks: int = 1                              # residual blocks per level (decoder: one more)
-    unshuffle: int = 2                           # fold 2x2 pixels into channels first (1: do not)
+    unshuffle: int = 4                           # fold 4x4 pixels into channels first (1: do not)
     groups: int = 8                              # of GroupNorm
     attention: bool = False                      # self-attention at the lowest level and the middle
     phis: int = 4                                # small convolutions after upsampling, shared
@@ -405,7 +405,8 @@ def main():
     images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
     tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256))
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=3e-3)
-    for _ in range(150):
+    for step in range(350):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 350)
         _, _, losses = tokenizer(images[torch.randint(len(images), (16,))])
         optimizer.zero_grad()
         sum(losses.values()).backward()

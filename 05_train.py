@@ -24,6 +24,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -61,6 +62,7 @@ class Settings:
     save_every: int = 500                 # steps between checkpoints
     log_every: int = 50                   # steps between log lines
     fresh: bool = False                   # start over instead of going on
+    export: str = ""                      # also write both models, in half precision, to this file
     flip: bool = False                    # mirror half of the pictures
     views: int = 1                        # cached versions per picture (mirror image, other crops)
     tokenizer_steps: int = 1000           # steps of stage 1
@@ -84,9 +86,9 @@ SMALL = dict(image_size=32, scales=(1, 2, 3, 4, 6, 8), vocab_size=512, latent_di
 PRESETS = {
     "shapes": dict(SMALL, depth=4, width=128, heads=4, drop_path=0.0),
     "cifar10": dict(SMALL, vocab_size=1024, flip=True, views=2, tokenizer_steps=20_000,
-                    tokenizer_batch_size=64, channels=64, depth=8, width=384, heads=6,
-                    steps=30_000, batch_size=128),
-    "folder": dict(SMALL, image_size=64, multipliers=(1, 2, 2), vocab_size=1024, views=4,
+                    tokenizer_batch_size=64, unshuffle=2, multipliers=(1, 2), depth=8, width=384,
+                    heads=6, steps=30_000, batch_size=128),
+    "folder": dict(SMALL, image_size=64, multipliers=(1, 2), vocab_size=1024, views=4,
                    tokenizer_steps=20_000, steps=30_000, tokenizer_batch_size=32, batch_size=64,
                    depth=8, width=384, heads=6),
     "imagenet": dict(vqvae.RELEASED, learn="ema", views=8, tokenizer_steps=250_000,
@@ -476,9 +478,23 @@ def relaunch(settings):
     return subprocess.call(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def export(folder, path):
+    """One file to give away: both models without their optimizers, in half precision."""
+    both = {}
+    for part in ("tokenizer", "transformer"):
+        state = load_checkpoint(folder / f"{part}.pt")
+        state.pop("optimizers")
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
+        both[part] = {**state, "model": weights}
+    save_atomically(both, path)
+
+
 def train_all(settings, config, var_fields):
     run = Run(settings)
-    run.say(json.dumps({**asdict(settings), **asdict(config), **var_fields}))
+    everything = {**asdict(settings), **asdict(config), **var_fields}
+    run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in everything.items()), 100))
+    if run.rank == 0:
+        (run.folder / "settings.json").write_text(json.dumps(everything, indent=1))
 
     def load(split):
         return load_data(settings.dataset, split, config.image_size, settings.data_dir)
@@ -503,6 +519,8 @@ def train_all(settings, config, var_fields):
         **var_fields, "num_classes": len(class_names), "scales": known.scales,
         "vocab_size": known.vocab_size, "latent_dim": known.latent_dim})
     train(run, TransformerStage(run, tokenizer, var_config, data, class_names), settings.steps)
+    if run.rank == 0 and settings.export:
+        export(run.folder, settings.export)
     if run.rank == 0 and settings.steps:                   # chapter 6, as you would call it
         script = Path(__file__).with_name("06_sample_and_edit.py")
         subprocess.call([sys.executable, str(script), "--run", str(run.folder), "--out",
