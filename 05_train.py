@@ -77,7 +77,7 @@ class Settings:
     weight_decay: float = 0.05            # of matrices only
     final_lr: float = 0.0                 # share of the peak learning rate left at the end
     clip: float = 2.0                     # largest gradient norm
-    cfg: float = 2.0                      # default guidance when sampling from this run
+    cfg: float = 1.5                      # default guidance when sampling from this run
     top_k: int = 0                        # default top-k when sampling (0: off)
     top_p: float = 0.0                    # default top-p when sampling (0: off)
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import BadInput, folder, imagenet, judge, pictures
-from data.batches import load_data, sample_of, to_float
+from data.batches import load_data, rows_of, sample_of, to_float
 from data.plumbing import OneLineParser, clock, load_checkpoint, number, one_line, pick_device
 
 vqvae = import_module("02_multiscale_vqvae")
@@ -450,8 +450,7 @@ def evaluate(studio):
     reference, _ = judge.extract(network, sample_of(real, count).numpy())
     rows = {"held-out pictures (floor)": (image + 1) / 2, "reconstructions": (rebuilt + 1) / 2,
             "samples": studio.sample(wanted.tolist())}
-    at = np.unique(np.linspace(0, len(test) - 1, min(count, len(test))).astype(int))
-    truth = {"samples": wanted}
+    at, truth = rows_of(len(test), count), {"samples": wanted}
     print(f"{'':<28}{'accuracy':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}   (judge features)")
     for name, pics in rows.items():
         features, logits = judge.extract(network, pics)

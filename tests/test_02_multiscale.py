@@ -15,7 +15,7 @@ schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(lambda s: tup
 def tiny(scales=(1, 2, 4), **changes):
     """A tokenizer for pictures of twice the last scale, small enough for slow loops."""
     defaults = dict(image_size=2 * scales[-1], scales=scales, vocab_size=8, latent_dim=3,
-                    channels=4, multipliers=(1,), groups=2)
+                    channels=4, multipliers=(1,), unshuffle=2, groups=2)
     return ms.MultiScaleVQVAE(ms.TokenizerConfig(**{**defaults, **changes})).eval()
 
 

@@ -1,0 +1,665 @@
+"""Chapter 5: settings, the training loop, the token cache, resuming, many processes."""
+import json
+import pickle
+import shutil
+import signal
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as few
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import BadInput, batches, muon, plumbing, shapes
+
+m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
+m5 = import_module("05_train")
+SCRIPT = "05_train.py"
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# -- Settings --------------------------------------------------------------------------------------
+
+def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
+    shown, config, var = m5.read_settings([])
+    assert (shown.dataset, shown.out, config.image_size) == ("shapes", str(Path("out/shapes")), 32)
+    shown, config, var = m5.read_settings(["--dataset", "cifar10"])
+    assert config.vocab_size == 1024 and shown.flip and var["depth"] == 8
+    shown, config, var = m5.read_settings("--dataset cifar10 --depth 3 --no-flip --out x".split())
+    assert (var["depth"], shown.flip, shown.out, config.vocab_size) == (3, False, "x", 1024)
+    shown, config, _ = m5.read_settings(["--dataset", "/some/where/cats"])
+    assert shown.out == str(Path("out/cats")) and config.image_size == 64
+
+
+@pytest.mark.parametrize("depth, batch, epochs, lr, decay, final", [
+    (16, 768, 200, 1e-4 * 768 / 256, 0.05, 0.1), (20, 768, 250, 1e-4 * 768 / 256, 0.05, 0.1),
+    (24, 768, 350, 8e-5 * 768 / 256, 0.05, 0.01), (30, 1024, 350, 8e-5 * 1024 / 256, 0.08, 0.01)])
+def test_the_imagenet_recipe_is_that_of_the_paper(depth, batch, epochs, lr, decay, final):
+    shown, config, var = m5.read_settings(f"--dataset imagenet --depth {depth}".split())
+    assert (shown.batch_size, shown.steps) == (batch, epochs * 1281167 // batch)
+    assert shown.lr == pytest.approx(lr) and shown.weight_decay == decay
+    assert (shown.final_lr, shown.optimizer, shown.clip) == (final, "adamw", 2.0)
+    assert var["depth"] == depth and config.scales == (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    assert config.vocab_size == 4096 and config.latent_dim == 32
+    typed, _, _ = m5.read_settings(f"--dataset imagenet --depth {depth} --lr 1 --steps 7".split())
+    assert (typed.lr, typed.steps) == (1, 7)
+
+
+@pytest.mark.parametrize("options", [
+    "--nonsense 3", "--step 3", "--steps -1", "--steps 1.5", "--lr nan", "--lr inf", "--lr -1",
+    "--lr x", "--batch-size 0", "--gpus 0", "--stage three", "--optimizer sgd", "--quantizer x",
+    "--dataset nosuch", "--dataset imagenet", "--scales 1,2,x", "--scales 4,2,8", "--scales 1,2",
+    "--image-size 33", "--batch-size 5 --gpus 2", "--tokenizer-batch-size 5 --gpus 2",
+    "--quantizer lfq", "--seed -1", "--num-classes 3", "--device tpu", "--steps",
+    "--seed 1" + 400 * "0", "--seed 36893488147419103232"])
+def test_a_wrong_option_is_one_line_and_status_2(refused, tmp_path, options):
+    line = refused(SCRIPT, *options.split(), "--out", tmp_path / "run", "--device", "cpu")
+    words = [options.split()[0].lstrip("-"), options.split()[-1], "last scale", "scales must"]
+    assert any(word in line.lower() for word in words), line
+
+
+@pytest.mark.parametrize("options", ["--heads 3 --width 16", "--groups 5", "--depth 7 --heads 5"])
+def test_sizes_that_cannot_be_built_are_refused_before_anything_is_trained(
+        refused, tiny, tmp_path, options):
+    refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())
+    assert not (tmp_path / "run" / "tokenizer.pt").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused(refused, tmp_path):
+    assert "cuda" in refused(SCRIPT, "--device", "cuda", "--out", tmp_path / "run")
+
+
+def test_an_empty_folder_and_a_file_are_refused(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("no picture")
+    for name in ("empty", "note.txt"):
+        refused(SCRIPT, "--dataset", tmp_path / name, "--out", tmp_path / "run", "--device", "cpu")
+
+
+def test_the_real_script_prints_one_line_and_no_traceback(tmp_path, tiny):
+    process = tiny.start(SCRIPT, "--dataset", "nosuch", "--device", "cpu", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.count("\n") == 1 and "'nosuch'" in err
+
+
+def test_other_settings_on_resume_are_refused_and_name_what_changed(refused, tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    for change in ("--lr 0.5", "--tokenizer-lr 0.5", "--seed 9", "--steps 25"):
+        line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *change.split())
+        assert change.split()[0].lstrip("-").replace("-", "_") in line and "--fresh" in line
+    assert same(plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt"),
+                plumbing.load_checkpoint(tiny.folder / "transformer.pt")), "nothing may be lost"
+
+
+def test_help_explains_every_option(cli):
+    result = cli(SCRIPT, "--help")
+    assert result.status == 0 and "pictures per step of stage 2" in result.out
+    assert m5.read_settings(["--compile"])[0].compile is True
+
+
+# -- Which pictures, which learning rate -----------------------------------------------------------
+
+@given(n=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 5))
+def test_every_picture_comes_exactly_once_per_epoch(n, batch, seed):
+    steps = -(-3 * n // batch)
+    drawn = np.concatenate([batches.batch_indices(s, n, batch, seed) for s in range(steps)])
+    assert len(drawn) == steps * batch and drawn.dtype.kind == "i"
+    for epoch in range(3):
+        assert sorted(drawn[epoch * n:(epoch + 1) * n]) == list(range(n))
+
+
+@given(step=st.integers(0, 1000), n=st.integers(1, 50), batch=st.integers(1, 20))
+def test_seed_and_step_alone_decide_the_pictures(step, n, batch):
+    first = batches.batch_indices(step, n, batch, 3)
+    batches.epoch_order.cache_clear()
+    assert np.array_equal(first, batches.batch_indices(step, n, batch, 3))
+
+
+def test_the_pictures_are_shuffled_differently_in_every_epoch_and_for_every_seed():
+    epochs = [batches.batch_indices(e, 500, 500, seed) for seed in (0, 1) for e in range(3)]
+    epochs.append(np.arange(500))
+    for i, one in enumerate(epochs):
+        for other in epochs[:i]:
+            assert (one == other).mean() < 0.05
+    assert abs(np.corrcoef(epochs[0], np.arange(500))[0, 1]) < 0.2
+
+
+def test_the_training_loop_uses_the_shuffled_order(cli, tiny, tmp_path, monkeypatch):
+    """What reaches the model, not what batch_indices says: class folders are sorted by class, and
+    a model that sees one class after the other learns nothing."""
+    seen, forward = [], m4.VAR.forward
+
+    def spy(self, labels, inputs):
+        if self.training:
+            seen.append(labels.tolist())
+        return forward(self, labels, inputs)
+    monkeypatch.setattr(m4.VAR, "forward", spy)
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    assert cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
+               tmp_path / "run").status == 0
+    assert len(seen) == 24 and sum(len(set(labels)) > 1 for labels in seen) > 18
+    assert len({tuple(labels) for labels in seen}) > 12
+
+
+def test_the_learning_rate_warms_up_stays_and_falls_to_the_final_share():
+    assert m5.learning_rate(0, 0.1) == pytest.approx(0.005)
+    assert m5.learning_rate(0.01, 0.1) == pytest.approx(0.5025)
+    for progress in (0.02, 0.03, 0.05):
+        assert m5.learning_rate(progress, 0.1) == pytest.approx(1)
+    assert m5.learning_rate(0.525, 0.1) == pytest.approx(0.55)
+    assert m5.learning_rate(1, 0.1) == pytest.approx(0.1)
+    falling = [m5.learning_rate(p, 0.0) for p in np.linspace(0.06, 1, 20)]
+    assert np.allclose(np.diff(falling), falling[1] - falling[0]) and falling[-1] < 1e-12
+
+
+# -- Optimizers ------------------------------------------------------------------------------------
+
+def var_model(**options):
+    torch.manual_seed(0)
+    return m4.VAR(m4.VARConfig(**{**dict(num_classes=3, scales=(1, 2, 4), vocab_size=16,
+                                         latent_dim=4, depth=2, width=16, heads=2), **options}))
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_decays_and_what_goes_to_muon(muon_lr, shared):
+    model = var_model(shared_adaln=shared)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizers = m5.make_optimizers(model, 1e-3, 0.05, muon_lr)
+    groups = [g for o in optimizers for g in o.param_groups]
+    assert sorted(names[id(p)] for g in groups for p in g["params"]) == sorted(names.values())
+    decayed = {names[id(p)] for g in groups for p in g["params"] if g["weight_decay"] > 0}
+    for name in names.values():
+        small = name.endswith("bias") or any(part in name for part in (
+            "embed", "position", "start", "log_scale", "offset")) and "word_embed.w" not in name
+        assert (name in decayed) == (not small), name
+    if muon_lr:
+        inside = {names[id(p)] for p in optimizers[1].param_groups[0]["params"]}
+        assert len(inside) == 2 * 4 and all(n.startswith("blocks.") for n in inside)
+        assert not any("modulation" in n or "log_scale" in n for n in inside)
+    assert len(optimizers) == (2 if muon_lr else 1)
+
+
+def test_the_codebook_does_not_decay():
+    model = m2.MultiScaleVQVAE(m2.TokenizerConfig(learn="gradient"))
+    (optimizer,) = m5.make_optimizers(model, 1e-3, 0.05)
+    plain = [id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
+    assert id(model.quantizer.codebook) in plain
+
+
+def slow_orthogonal(g):
+    """The same five steps on one matrix at a time, in float64."""
+    x = g.double() if g.shape[0] <= g.shape[1] else g.double().t()
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.t()
+        x = 3.4445 * x - 4.7750 * (a @ x) + 2.0315 * (a @ a @ x)
+    return x if g.shape[0] <= g.shape[1] else x.t()
+
+
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), n=st.integers(1, 3),
+       seed=st.integers(0, 99))
+def test_stacked_matrices_are_orthogonalised_as_one_at_a_time(rows, columns, n, seed):
+    g = torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(seed))
+    ours = muon.orthogonal(g)
+    assert ours.shape == g.shape and ours.dtype == g.dtype
+    for one, matrix in zip(ours, g):
+        assert torch.allclose(one.double(), slow_orthogonal(matrix), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 10, 40), (3, 40, 10), (2, 1, 7), (2, 7, 1)])
+def test_orthogonal_makes_all_singular_values_about_one(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(muon.orthogonal(g))
+    assert values.min() > 0.6 and values.max() < 1.3
+    aligned = (muon.orthogonal(g) * g).sum((1, 2))
+    assert (aligned > 0).all(), "the update must still point along the gradient"
+
+
+def test_muon_equals_a_slow_loop():
+    torch.manual_seed(0)
+    shapes_ = [(6, 4), (4, 6), (6, 4), (5, 5)]
+    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes_]
+    wanted = [p.detach().double() for p in params]
+    momentum = [torch.zeros(s, dtype=torch.float64) for s in shapes_]
+    optimizer = muon.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.2)
+    for _ in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            g = p.grad.double()
+            momentum[i] = 0.9 * momentum[i] + 0.1 * g
+            step = slow_orthogonal(0.1 * g + 0.9 * momentum[i])
+            wanted[i] = wanted[i] * (1 - 0.1 * 0.2) - 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * step
+        optimizer.step()
+    for p, slow in zip(params, wanted):
+        assert torch.allclose(p.detach().double(), slow, atol=1e-3)
+
+
+# -- A whole run -----------------------------------------------------------------------------------
+
+def test_the_same_command_trains_both_stages_and_makes_pictures(tiny):
+    files = {path.name for path in tiny.folder.iterdir()}
+    assert {"tokenizer.pt", "transformer.pt", "log.jsonl", "tokens_train.npy", "samples.png",
+            "reconstructions.png"} <= files
+    assert not any(name.endswith(".tmp") for name in files)
+    assert tiny.stderr == ""
+    steps = [e["step"] for e in log_of(tiny.folder) if e["stage"] == "transformer" and "loss" in e]
+    assert steps == list(range(1, 25))
+    entry = [e for e in log_of(tiny.folder) if "per_scale" in e][0]
+    assert len(entry["per_scale"]) == 3 and abs(entry["loss"] - np.log(16)) < 0.1
+    assert np.dot(entry["per_scale"], [1, 4, 16]) / 21 == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_both_stages_learn(tiny):
+    entries = log_of(tiny.folder)
+    for key, better in (("psnr", 1), ("loss", -1)):
+        values = [e["held_out"][key] for e in entries if key in e.get("held_out", {})]
+        assert len(values) >= 2 and better * (values[-1] - values[0]) > 0
+
+
+def test_classes_come_from_the_data(tiny):
+    state = plumbing.load_checkpoint(tiny.folder / "transformer.pt")
+    assert state["config"]["num_classes"] == 3 and state["class_names"] == ["ant", "bee", "cat"]
+    assert len(state["model"]["class_embed.weight"]) == 4
+
+
+def test_the_tokenizer_is_no_part_of_the_transformers_checkpoint(tiny):
+    state = plumbing.load_checkpoint(tiny.folder / "transformer.pt")
+    assert set(state["model"]) == set(var_model().state_dict())
+    words = ("encoder", "decoder", "quant", "phi", "codebook", "tokenizer")
+    assert not [name for name in state["model"] if any(word in name for word in words)]
+    count = sum(len(g["params"]) for o in state["optimizers"] for g in o["param_groups"])
+    assert count == len(list(var_model().parameters()))
+
+
+def test_the_tokenizer_is_frozen_in_stage_2(cli, tiny, tmp_path, monkeypatch):
+    """No gradients, not a bit of its file changed, and after the cache is built no encoder."""
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    before = (tmp_path / "run" / "tokenizer.pt").read_bytes()
+
+    def encode(self, image):
+        raise AssertionError("stage 2 called the encoder")
+    monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", encode)
+    teacher_inputs = m2.MultiScaleVQVAE.teacher_inputs
+
+    def spy(self, tokens):
+        assert not self.training and not any(p.requires_grad for p in self.parameters())
+        return teacher_inputs(self, tokens)
+    monkeypatch.setattr(m2.MultiScaleVQVAE, "teacher_inputs", spy)
+    result = cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
+                 tmp_path / "run")
+    assert result.status == 0 and "going on" not in result.out
+    assert (tmp_path / "run" / "tokenizer.pt").read_bytes() == before
+    assert same(plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"],
+                plumbing.load_checkpoint(tiny.folder / "transformer.pt")["model"])
+    (call,) = result.started
+    assert "06_sample_and_edit.py" in " ".join(call)
+
+
+def test_loaded_models_are_frozen_and_in_eval_mode(tiny):
+    for load, name in ((m5.load_tokenizer, "tokenizer.pt"), (m5.load_transformer, "transformer.pt")):
+        model, about = load(tiny.folder / name)
+        assert not any(module.training for module in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+        assert about["class_names"] == ["ant", "bee", "cat"] and "model" not in about
+    with pytest.raises(BadInput, match="VAR"):
+        m5.load_transformer(tiny.folder / "tokenizer.pt")
+    with pytest.raises(BadInput, match="MultiScaleVQVAE"):
+        m5.load_tokenizer(tiny.folder / "transformer.pt")
+
+
+def test_the_same_command_again_has_nothing_to_do(cli, tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    result = cli(SCRIPT, *tiny.options, "--out", tmp_path / "run")
+    assert result.status == 0 and result.out.count("trained for 24 steps") == 2
+    assert log_of(tmp_path / "run") == log_of(tiny.folder)
+
+
+def test_a_flat_folder_trains_an_unconditional_model(cli, tiny, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(tiny.pictures.glob("*/*.png"))):
+        shutil.copy(path, flat / f"{i}.png")
+    result = cli(SCRIPT, *tiny.options, "--dataset", flat, "--tokenizer-steps", 2, "--steps", 2,
+                 "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    state = plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")
+    assert state["config"]["num_classes"] == 1 and state["class_names"] == ["flat"]
+
+
+@pytest.mark.parametrize("options", ["--precision bfloat16", "--quantizer lfq", "--learn gradient",
+                                     "--no-residual --scales 4", "--optimizer adamw --flip"])
+def test_every_variant_trains_a_few_steps(cli, tiny, tmp_path, options):
+    result = cli(SCRIPT, *tiny.options, "--tokenizer-steps", 2, "--steps", 2, *options.split(),
+                 "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    entries = log_of(tmp_path / "run")
+    assert len([e for e in entries if "loss" in e]) == 4
+    assert all(np.isfinite(e["loss"]) for e in entries if "loss" in e)
+
+
+def test_stage_2_alone_takes_the_picture_size_from_the_tokenizer(cli, tiny, tmp_path):
+    """--stage transformer without repeating the tokenizer's sizes works, or says what to repeat."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(tiny.folder / "tokenizer.pt", tmp_path / "run")
+    result = cli(SCRIPT, "--dataset", tiny.pictures, "--stage", "transformer", "--steps", 1,
+                 *"--depth 2 --width 16 --heads 2 --batch-size 4 --views 1 --workers 0".split(),
+                 "--device", "cpu", "--precision", "float32", "--out", tmp_path / "run")
+    assert result.status == 0 or result.status == 2 and result.err.count("\n") == 1
+
+
+# -- Steps that must not count ---------------------------------------------------------------------
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """spoilt(bad) makes the training steps s with bad(s) yield nan. -> list of the steps seen"""
+    forward, seen = m4.VAR.forward, []
+
+    def spoil(bad):
+        def broken(self, labels, inputs):
+            logits = forward(self, labels, inputs)
+            if self.training:
+                seen.append(len(seen))
+                logits = logits * (float("nan") if bad(seen[-1]) else 1.0)
+            return logits
+        monkeypatch.setattr(m4.VAR, "forward", broken)
+        return seen
+    return spoil
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(cli, tiny, tmp_path, spoilt):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    spoilt(lambda step: step == 3)
+    result = cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--steps", 4,
+                 "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    spoilt_run = plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")
+    assert all(v.isfinite().all() for v in spoilt_run["model"].values())
+    count = [s["step"] for s in spoilt_run["optimizers"][0]["state"].values()]
+    assert all(int(steps) == 3 for steps in count), "three steps counted, the fourth was skipped"
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_with_one_line(
+        refused, tiny, tmp_path, spoilt):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    seen = spoilt(lambda step: step >= 5)
+    line = refused(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
+                   tmp_path / "run")
+    assert "finite" in line and "learning rate" in line and len(seen) == 15
+    kept = plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"]
+    assert all(v.isfinite().all() for v in kept.values())
+
+
+def test_scattered_bad_steps_do_not_stop_a_run(cli, tiny, tmp_path, spoilt):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    spoilt(lambda step: step % 2 == 1)
+    assert cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
+               tmp_path / "run").status == 0
+
+
+# -- Interrupted and resumed -----------------------------------------------------------------------
+
+def wait_for(process, word):
+    """Read lines until one begins with `word`; -> all lines read"""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(word):
+            return lines
+    raise AssertionError("".join(lines) + process.stderr.read())
+
+
+def test_killed_and_stopped_runs_go_on_bit_for_bit(cli, tiny, tmp_path):
+    run = tmp_path / "run"
+    process = tiny.start(SCRIPT, *tiny.options, "--out", run, cwd=tmp_path)
+    wait_for(process, "tokenizer 12/24")
+    process.kill()                                         # no chance to save anything
+    process.communicate()
+    step = plumbing.load_checkpoint(run / "tokenizer.pt")["step"]
+    assert 10 <= step < 24, "it was to be killed on the way"
+
+    process = tiny.start(SCRIPT, *tiny.options, "--out", run, cwd=tmp_path)
+    lines = wait_for(process, "transformer 7/24")
+    assert f"tokenizer: going on at step {step}\n" in lines
+    process.send_signal(signal.SIGTERM)                    # saves first
+    out, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and err == ""
+    step = plumbing.load_checkpoint(run / "transformer.pt")["step"]
+    assert 7 <= step < 24 and f"stopped at step {step}" in out
+
+    result = cli(SCRIPT, *tiny.options, "--out", run)
+    assert result.status == 0 and f"transformer: going on at step {step}" in result.out
+    for name in ("tokenizer.pt", "transformer.pt"):
+        straight, resumed = (plumbing.load_checkpoint(f / name) for f in (tiny.folder, run))
+        for key in ("model", "optimizers", "step", "config"):
+            assert same(straight[key], resumed[key]), (name, key)
+    assert log_of(run) == log_of(tiny.folder)
+
+
+def test_a_log_line_cut_short_by_a_crash_does_not_stop_the_resume(cli, tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"stage": "transf')
+    result = cli(SCRIPT, *tiny.options, "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert log_of(tmp_path / "run") == log_of(tiny.folder)
+
+
+def test_a_truncated_checkpoint_is_refused_in_one_line(refused, tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    path = tmp_path / "run" / "tokenizer.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "tokenizer.pt" in refused(SCRIPT, *tiny.options, "--out", tmp_path / "run")
+
+
+# -- Many processes --------------------------------------------------------------------------------
+
+def test_two_processes_train_as_one_does_and_only_one_writes(cli, tiny, tmp_path):
+    """Stage 2 on the same global batches: same logged loss, same cached tokens."""
+    options = [*tiny.options, "--label-dropout", 0, "--drop-path", 0, "--phis", 3,
+               "--tokenizer-steps", 2, "--steps", 6]
+    process = tiny.start(SCRIPT, *options, "--gpus", 2, "--out", tmp_path / "two", cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / "two" / "tokenizer.pt", tmp_path / "one")
+    result = cli(SCRIPT, *options, "--stage", "transformer", "--out", tmp_path / "one")
+    assert result.status == 0, result.err
+    two, one = ([e for e in log_of(tmp_path / name) if e["stage"] == "transformer"]
+                for name in ("two", "one"))
+    assert [e["step"] for e in two] == [e["step"] for e in one]
+    for a, b in zip(two, one):
+        assert a.keys() == b.keys()
+        a, b = a.get("held_out", a), b.get("held_out", b)
+        for key in {"loss", "per_scale", "right", "grad"} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=1e-5), key
+    assert out.count("transformer 6/6") == 1
+    assert np.array_equal(np.load(tmp_path / "two" / "tokens_train.npy"),
+                          np.load(tmp_path / "one" / "tokens_train.npy"))
+
+
+def test_two_processes_train_a_tokenizer_with_fewer_scales_than_phis(tiny, tmp_path):
+    """Three scales use three of the four phis: one has no gradient, and that is fine."""
+    process = tiny.start(SCRIPT, *tiny.options, "--gpus", 2, "--stage", "tokenizer",
+                         "--tokenizer-steps", 3, "--out", tmp_path / "run", cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    assert "tokenizer 3/3" in out
+
+
+# -- The token cache -------------------------------------------------------------------------------
+
+@pytest.fixture
+def studio(tmp_path):
+    """A run, a tokenizer and 30 pictures in memory."""
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    run = m5.Run(m5.Settings(dataset="shapes", out=str(tmp_path / "run"), device="cpu", workers=0,
+                             precision="float32"))
+    torch.manual_seed(0)
+    tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
+        image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4, channels=8, groups=4)).eval()
+    images = shapes.load("train", size=16, count=30)[0]
+    yield SimpleNamespace(run=run, tokenizer=tokenizer.requires_grad_(False), images=images,
+                          path=tmp_path / "run" / "tokens_train.npy")
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+def build(s, views=2):
+    return m5.cache_tokens(s.run, s.tokenizer, s.images, "train", views)
+
+
+def tokens_of(s, mirror=False):
+    image = batches.to_float(torch.from_numpy(s.images))
+    image = image.flip(3) if mirror else image
+    return torch.cat(s.tokenizer.image_to_tokens(image), 1).numpy()
+
+
+def test_the_cache_holds_the_tokens_of_the_pictures_and_of_their_mirror_images(studio):
+    cache = build(studio)
+    assert isinstance(cache, np.memmap) and cache.shape == (2, 30, 21)
+    assert np.array_equal(cache[0], tokens_of(studio))
+    assert np.array_equal(cache[1], tokens_of(studio, mirror=True))
+    assert not np.array_equal(cache[0], cache[1])
+
+
+def test_a_cache_that_fits_is_used_again(studio, monkeypatch):
+    build(studio)
+    monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", None)
+    assert build(studio).shape == (2, 30, 21)
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "pictures", "count", "views"])
+def test_a_cache_that_no_longer_fits_is_built_again(studio, change):
+    build(studio)
+    if change == "tokenizer":
+        torch.nn.init.normal_(studio.tokenizer.quant_conv.weight)
+    elif change == "pictures":                             # as many, but others
+        studio.images = shapes.load("train", size=16, count=60)[0][30:]
+    elif change == "count":
+        studio.images = studio.images[:20]
+    cache = build(studio, views=1 if change == "views" else 2)
+    assert cache.shape == (1 if change == "views" else 2, len(studio.images), 21)
+    assert np.array_equal(cache[0], tokens_of(studio))
+
+
+def test_an_interrupted_cache_is_not_taken_for_a_whole_one(studio, monkeypatch):
+    build(studio)
+    torch.nn.init.normal_(studio.tokenizer.quant_conv.weight)
+    with monkeypatch.context() as patch:
+        def stop(self, image):
+            raise KeyboardInterrupt
+        patch.setattr(m2.MultiScaleVQVAE, "image_to_tokens", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(studio)
+    assert np.array_equal(build(studio)[0], tokens_of(studio))
+    assert not list(studio.path.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["tokens_train.npy.tmp", "tokens_train.json", "tokens_train.npy"])
+def test_half_a_file_of_the_cache_does_no_harm(studio, name):
+    build(studio)
+    with open(studio.path.with_name(name), "wb") as file:
+        file.write(b'{"data')
+    if name != "tokens_train.npy.tmp":                     # a kill leaves .json unwritten or cut
+        studio.path.with_name("tokens_train.json").write_text('{"datas')
+    assert np.array_equal(build(studio)[0], tokens_of(studio))
+
+
+def test_tokens_of_a_large_codebook_fit(studio):
+    torch.manual_seed(0)
+    studio.tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
+        image_size=16, scales=(1, 2, 4), vocab_size=2 ** 17, latent_dim=17, channels=8, groups=4,
+        quantizer="lfq")).eval()
+    assert np.array_equal(build(studio)[0], tokens_of(studio)) and tokens_of(studio).max() > 65535
+
+
+# -- Files -----------------------------------------------------------------------------------------
+
+def test_a_failing_save_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    plumbing.save_atomically({"step": 1}, path)
+
+    def fail(value, name, *args, **kwargs):
+        Path(name).write_bytes(b"half a fi")
+        raise OSError("disk full")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="disk full"):
+            plumbing.save_atomically({"step": 2}, path)
+    assert plumbing.load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_whatever_is_no_checkpoint_is_refused_and_code_in_it_never_runs(tmp_path):
+    victim, path = tmp_path / "ran", tmp_path / "model.pt"
+    torch.save({"model": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    torch.save({"model": Hostile(victim)}, path)
+    zipped = path.read_bytes()
+    torch.save([1, 2], path)
+    contents = [b"", b"hello", whole[:len(whole) // 2], path.read_bytes(), zipped,
+                pickle.dumps(Hostile(victim)), pickle.dumps({"a": 1}), "text é".encode()]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(BadInput) as error:
+            plumbing.load_checkpoint(path)
+        assert "\n" not in str(error.value) and "model.pt" in str(error.value)
+    assert not victim.exists(), "loading ran code from the file"
+    with pytest.raises(BadInput, match="no such"):
+        plumbing.load_checkpoint(tmp_path / "missing.pt")
+    with pytest.raises(BadInput):
+        plumbing.load_checkpoint(tmp_path)
+
+
+def test_checkpoints_hold_tensors_and_plain_values_only(tiny):
+    for name in ("tokenizer.pt", "transformer.pt"):
+        state = torch.load(tiny.folder / name, weights_only=True)
+        assert state["step"] == 24 and state["settings"]["seed"] == 0
+
+
+@few(max_examples=10)
+@given(data=st.data())
+def test_psnr_is_that_of_the_definition(data):
+    seed = data.draw(st.integers(0, 100))
+    a, b = torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    slow = [-10 * np.log10((((x + 1) / 2 - (y + 1) / 2) ** 2).mean().item()) for x, y in zip(a, b)]
+    assert m5.psnr(a, b).tolist() == pytest.approx(slow, rel=1e-4)
+
+
+def test_a_picture_folder_is_cached_with_another_crop_in_every_view(studio, tmp_path):
+    from data import folder
+    for i in range(25):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 24, 3), np.uint8)).save(
+            tmp_path / f"{i}.png")
+    images, _, _ = folder.load("train", data_dir=tmp_path, size=16)
+    cache = m5.cache_tokens(studio.run, studio.tokenizer, images, "train", 2)
+    pixels = torch.from_numpy(np.stack([images.crop(i, 1) for i in range(len(images))]))
+    wanted = torch.cat(studio.tokenizer.image_to_tokens(batches.to_float(pixels)), 1).numpy()
+    assert np.array_equal(cache[1], wanted) and not np.array_equal(cache[0], cache[1])
