@@ -143,20 +143,21 @@ class VectorQuantizer(nn.Module):
         if dist.is_initialized():            # every process must see the statistics of all of them,
             dist.all_reduce(count)           # or their codebooks drift apart
             dist.all_reduce(total)
-        self.hits.lerp_(count, 1 - self.decay)
-        self.sums.lerp_(total, 1 - self.decay)
+        finite = total.isfinite().all()      # one broken batch must not break every code
+        self.hits.lerp_(torch.where(finite, count, self.hits), 1 - self.decay)
+        self.sums.lerp_(torch.where(finite, total, self.sums), 1 - self.decay)
         if self.learn == "ema":
             alive = self.hits > 1e-3         # 0 / 0 would turn an unused code into nan
             mean = self.sums / self.hits.clamp(min=1e-3)[:, None]
             self.codebook.copy_(torch.where(alive[:, None], mean, self.codebook))
         if self.revive:
-            self._revive(groups)
+            self._revive(groups, finite)
 
-    def _revive(self, groups):
+    def _revive(self, groups, finite):
         """Codes used less than a tenth as often as the average (and less than once a step) jump
         onto vectors of this batch. Their statistics jump along: left stale, the next moving-average
         step would carry the code straight back to where nobody needs it."""
-        dead = self.hits < (0.1 * self.hits.mean()).clamp(max=1.0)
+        dead = finite & (self.hits < (0.1 * self.hits.mean()).clamp(max=1.0))
         fresh = self._draw(groups, self.vocab_size)
         self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
         self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
@@ -169,7 +170,7 @@ class VectorQuantizer(nn.Module):
         weight = torch.cat([f.new_full((len(f),), 1 / len(f)) for f in flat])
         drawn = torch.cat(flat)[torch.multinomial(weight, n, replacement=n > len(weight))]
         # Twice the same vector would be one code wasted; a nudge of 1 % lets the two part ways.
-        drawn = drawn * (1 + 0.01 * torch.randn_like(drawn))
+        drawn = drawn + 0.01 * drawn.square().mean().sqrt() * torch.randn_like(drawn)
         if dist.is_initialized():
             dist.broadcast(drawn, 0)
         return drawn

@@ -56,6 +56,11 @@ class TokenizerConfig:
 
     def __post_init__(self):
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)
+        if self.quantizer not in ("vq", "lfq") or self.learn not in ("ema", "gradient"):
+            raise BadInput("quantizer must be vq or lfq and learn ema or gradient, not "
+                           f"{self.quantizer} and {self.learn}")
+        if not self.scales or min(self.phis, self.blocks, self.vocab_size, *self.multipliers) < 1:
+            raise BadInput("scales, phis, blocks, vocab_size and multipliers must be 1 or more")
         side = self.image_size / (self.unshuffle * 2 ** (len(self.multipliers) - 1))
         if self.scales[-1] != side:
             raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, "
@@ -182,17 +187,19 @@ class Decoder(nn.Module):
 # -- The multi-scale quantizer ---------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
-def _resize_matrix(n_in, n_out, mode, device):
+@torch.inference_mode(False)                               # kept for later, training included
+def _resize_matrix(n_in, n_out, mode, device, dtype):
     """Resizing is linear, so a matrix does it: column i is what becomes of the i-th unit vector."""
-    eye = torch.eye(n_in)[None, None]
-    return F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous().to(device)
+    eye = torch.eye(n_in, device="cpu")[None, None]
+    matrix = F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous()
+    return matrix.to(device, dtype)
 
 
 def resize(x, side, mode):
     """x (B, C, n, n) -> (B, C, side, side), exactly as F.interpolate(mode="area" or "bicubic")."""
     if x.shape[-1] == side:
         return x
-    matrix = _resize_matrix(x.shape[-1], side, mode, x.device)
+    matrix = _resize_matrix(x.shape[-1], side, mode, x.device, x.dtype)
     return matrix @ x @ matrix.t()
 
 

@@ -53,9 +53,13 @@ class VARConfig:
 
     def __post_init__(self):
         self.scales = tuple(self.scales)
+        if self.depth < 1 or not self.scales or min(self.scales) < 1:
+            raise BadInput("depth and every scale must be 1 or more")
         self.width = self.width or 64 * self.depth
         self.heads = self.heads or self.depth
         self.drop_path = 0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path
+        if not (0 <= self.label_dropout <= 1 and self.drop_path < 1):
+            raise BadInput("label_dropout must lie in 0..1 and drop_path below 1")
         if self.width % self.heads:
             raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}")
 
@@ -296,6 +300,10 @@ def main():
     difference = float((torch.cat(parts, 1) - logits).abs().max() / logits.abs().max())
     print(f"scale by scale with a cache against all at once with a mask: {difference:.1e}")
     assert difference < 1e-5
+    raster = VAR(VARConfig(depth=2, width=128, heads=2, scales=(1,) * 64)).eval()
+    shape = tuple(raster(labels, torch.randn(2, 63, 16)).shape)
+    print(f"raster order, the same class: {shape} logits "
+          f"from {raster.K} blocks of one token")
     for depth in (16, 20, 24, 30):
         with torch.device("meta"):                         # sizes without memory
             big = VAR(VARConfig(num_classes=1000, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),

@@ -160,8 +160,8 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, ge
     with torch.no_grad():
         target = tokenizer.encode(hide(image, keep))
     whole = keep.float()[None, None].to(image.device)
-    # Cells kept to the last pixel: 1, others 0.
-    known = (F.adaptive_avg_pool2d(whole, tokenizer.scales[-1]) == 1).to(target.dtype)
+    # Cells of which half or more is kept count as known; the rest of such a cell is continued.
+    known = (F.adaptive_avg_pool2d(whole, tokenizer.scales[-1]) >= 0.5).to(target.dtype)
 
     def choose(k, tokens_k, f_hat):
         """Half of a cell known is enough to fix its token: what it gets wrong of the kept part, the
@@ -260,7 +260,9 @@ class Studio:
         if args.released or args.var_file:
             self.tokenizer, self.var = (model.to(self.device) for model in
                                         load_released(*fetch_released(args)))
-            self.names = imagenet.class_names()
+            count = self.var.config.num_classes
+            self.names = (imagenet.class_names() if count == 1000 else
+                          [f"class {i}" for i in range(count)])
             where = "released"
         else:
             path = find_run(args.run)
@@ -427,7 +429,7 @@ def outpaint(studio):
 
 def edit_class(studio):
     others = studio.classes[:6]
-    repaint(studio, "edit", studio.mask((0.15, 0.15, 0.85, 0.85)), recolour=others)
+    repaint(studio, "edit", studio.mask((0.125, 0.125, 0.875, 0.875)), recolour=others)
 
 
 def evaluate(studio):

@@ -1,6 +1,7 @@
 """Chapter 5: settings, the training loop, the token cache, resuming, many processes."""
 import json
 import pickle
+import re
 import shutil
 import signal
 from importlib import import_module
@@ -67,11 +68,11 @@ def test_the_imagenet_recipe_is_that_of_the_paper(depth, batch, epochs, lr, deca
     "--lr x", "--batch-size 0", "--gpus 0", "--stage three", "--optimizer sgd", "--quantizer x",
     "--dataset nosuch", "--dataset imagenet", "--scales 1,2,x", "--scales 4,2,8", "--scales 1,2",
     "--image-size 33", "--batch-size 5 --gpus 2", "--tokenizer-batch-size 5 --gpus 2",
-    "--quantizer lfq", "--seed -1", "--num-classes 3", "--device tpu", "--steps",
+    "--quantizer lfq --latent-dim 5", "--seed -1", "--num-classes 3", "--device tpu", "--steps",
     "--seed 1" + 400 * "0", "--seed 36893488147419103232"])
-def test_a_wrong_option_is_one_line_and_status_2(refused, tmp_path, options):
-    line = refused(SCRIPT, *options.split(), "--out", tmp_path / "run", "--device", "cpu")
-    words = [options.split()[0].lstrip("-"), options.split()[-1], "last scale", "scales must"]
+def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, options):
+    line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())
+    words = [options.split()[0].lstrip("-"), options.split()[-1], "last scale", "scales must", "lfq"]
     assert any(word in line.lower() for word in words), line
 
 
@@ -320,9 +321,9 @@ def test_loaded_models_are_frozen_and_in_eval_mode(tiny):
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         assert about["class_names"] == ["ant", "bee", "cat"] and "model" not in about
-    with pytest.raises(BadInput, match="VAR"):
+    with pytest.raises(BadInput, match="transformer"):
         m5.load_transformer(tiny.folder / "tokenizer.pt")
-    with pytest.raises(BadInput, match="MultiScaleVQVAE"):
+    with pytest.raises(BadInput, match="tokenizer"):
         m5.load_tokenizer(tiny.folder / "transformer.pt")
 
 
@@ -443,7 +444,7 @@ def test_killed_and_stopped_runs_go_on_bit_for_bit(cli, tiny, tmp_path):
     out, err = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and err == ""
     step = plumbing.load_checkpoint(run / "transformer.pt")["step"]
-    assert 7 <= step < 24 and f"stopped at step {step}" in out
+    assert 7 <= step < 24 and re.search(rf"stopped .*at step {step} ", out)
 
     result = cli(SCRIPT, *tiny.options, "--out", run)
     assert result.status == 0 and f"transformer: going on at step {step}" in result.out
@@ -624,8 +625,8 @@ def test_whatever_is_no_checkpoint_is_refused_and_code_in_it_never_runs(tmp_path
     torch.save({"model": Hostile(victim)}, path)
     zipped = path.read_bytes()
     torch.save([1, 2], path)
-    contents = [b"", b"hello", whole[:len(whole) // 2], path.read_bytes(), zipped,
-                pickle.dumps(Hostile(victim)), pickle.dumps({"a": 1}), "text é".encode()]
+    contents = [b"", zipped, b"hello", whole[:len(whole) // 2], path.read_bytes(),
+                pickle.dumps(Hostile(victim)), "text é".encode()]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(BadInput) as error:

@@ -1,0 +1,172 @@
+"""The book as a whole: demos, reading order, allowed packages, budget, options, README."""
+import ast
+import re
+import runpy
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted(path.name for path in ROOT.glob("0*.py"))
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+EVERY_FILE = sorted([*SOURCES, *ROOT.glob("tests/**/*.py")])
+README = ROOT / "README.md"
+DESIGNED = {
+    "05_train.py": "--device --seed --out --dataset --data-dir --stage --tokenizer-steps --steps "
+                   "--batch-size --depth --gpus --save-every --fresh --precision --compile",
+    "06_sample_and_edit.py": "--device --seed --out --run --released --tokenizer-file --var-file "
+                             "--task --classes --n --cfg --top-k --top-p --smooth --image --box "
+                             "--mask"}
+
+
+def test_there_are_six_chapters():
+    assert CHAPTERS == ["01_vq.py", "02_multiscale_vqvae.py", "03_block_causal_mask.py",
+                        "04_var_transformer.py", "05_train.py", "06_sample_and_edit.py"]
+
+
+@pytest.mark.parametrize("name, words, picture", [
+    ("01_vq.py", ["equal width", "learned", "residual levels", "signs of 8 channels"], True),
+    ("02_multiscale_vqvae.py", ["scale", "left of f", "1x1", "8x8"], True),
+    ("03_block_causal_mask.py", ["move by 0.0", "without a mask", "raster"], True),
+    ("04_var_transformer.py", ["loss before training", "ln V = 6.238", "cache", "depth 30"], False)])
+def test_every_demo_shows_what_it_claims(name, words, picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    out = capsys.readouterr().out
+    assert all(word in out for word in words), out
+    made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert made == ([Path("out") / name.replace(".py", ".png")] if picture else [])
+    for path in made:
+        with Image.open(tmp_path / path) as image:
+            image.load()
+            assert min(image.size) > 100 and len(set(image.resize((50, 50)).getdata())) > 3
+
+
+def test_importing_a_chapter_runs_and_prints_nothing(tmp_path):
+    names = [name.removesuffix(".py") for name in CHAPTERS]
+    code = (f"import sys, importlib; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"import torch, signal\nstate = torch.get_rng_state()\n"
+            f"handler = signal.getsignal(signal.SIGTERM)\n"
+            f"for name in {names}: importlib.import_module(name)\n"
+            f"assert torch.equal(state, torch.get_rng_state())\n"
+            f"assert handler == signal.getsignal(signal.SIGTERM)\n"
+            f"assert not torch.distributed.is_initialized()\n")
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_only_definitions_stand_at_the_top_of_a_file(path):
+    """No loop, no `with`, no call for its own sake: only imports, names, functions, classes, and
+    the `if` that runs main()."""
+    for node in ast.parse(path.read_text()).body:
+        text_alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        assert text_alone or main or isinstance(node, (
+            ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef)), (
+            ast.unparse(node))
+
+
+def imports(path):
+    """Names of all modules that a file imports anywhere, import_module("...") included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                ("import_module", "__import__", "run_path", "run_module")):
+            yield ast.literal_eval(node.args[0])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_reading_order_holds_and_no_sixth_package_comes_in(path):
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "PIL", "data"}
+    number = int(path.name[:2]) if path.name[0] == "0" else 0
+    for name in imports(path):
+        if re.match(r"\d\d_", name):
+            assert (ROOT / f"{name}.py").exists() and int(name[:2]) < number, name
+        else:
+            assert name.split(".")[0] in allowed, name
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: path.name)
+def test_lines_are_at_most_100_characters_long(path):
+    long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
+    assert not long, f"{path.name}: lines {long}"
+
+
+def test_the_chapters_stay_within_their_budget():
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in CHAPTERS}
+    assert sum(lines.values()) <= 2200, lines
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_opens_with_a_docstring_that_ends_in_commands(name):
+    text = ast.get_docstring(ast.parse((ROOT / name).read_text()))
+    assert text.startswith(f"Chapter {int(name[:2])}") and f"python {name}" in text
+    assert "Shapes:" in text and "Differs from" in text and len(text.splitlines()) <= 35
+
+
+def test_no_tracked_file_is_larger_than_16_megabytes():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, text=True, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    big = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()
+           and (ROOT / name).stat().st_size > 16 * 2 ** 20]
+    assert not big
+
+
+# -- Options and README ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def known():
+    """Script -> the options its --help lists."""
+    found = {}
+    for name, read in (("05_train.py", "read_settings"), ("06_sample_and_edit.py", "read_arguments")):
+        shown = subprocess.run([sys.executable, str(ROOT / name), "--help"], text=True, cwd=ROOT,
+                               capture_output=True)
+        assert shown.returncode == 0 and hasattr(import_module(name.removesuffix(".py")), read)
+        found[name] = set(re.findall(r"--[a-z][a-z-]*", shown.stdout))
+    return found
+
+
+@pytest.mark.parametrize("script", sorted(DESIGNED))
+def test_every_promised_option_exists(script, known):
+    assert set(DESIGNED[script].split()) <= known[script]
+
+
+def command_lines(text):
+    """(script, options) of every command that a text shows; a line ending in \\ goes on."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for script in DESIGNED:
+            if script in line:
+                yield script, re.findall(r"(?<![\w-])--[a-z][a-z-]*", line.split(script, 1)[1])
+
+
+@pytest.mark.parametrize("path", [*SOURCES, README], ids=lambda path: path.name)
+def test_commands_shown_use_options_that_exist(path, known):
+    if not path.exists():
+        pytest.skip("there is no README yet")
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    for script, options in command_lines(text):
+        assert set(options) <= known[script] | {"--help"}, (script, options)
+
+
+def test_the_readme_names_every_chapter_and_only_files_that_exist():
+    if not README.exists():
+        pytest.skip("there is no README yet")
+    text = README.read_text()
+    assert all(name in text for name in CHAPTERS)
+    for name in set(re.findall(r"`((?:data|tests)/[\w/.-]+\.\w+|0\d_\w+\.py)`", text)):
+        assert (ROOT / name).exists() or name.startswith("data/downloads"), name
