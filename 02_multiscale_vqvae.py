@@ -21,7 +21,6 @@ products, because the sizes never change.
     python 02_multiscale_vqvae.py      trains for seconds, shows one picture after 1..K scales
 """
 import functools
-import re
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -69,12 +68,6 @@ class TokenizerConfig:
             raise BadInput(f"scales must grow from 1 or more, not {self.scales}")
         if self.quantizer == "lfq" and self.vocab_size != 2 ** self.latent_dim:
             raise BadInput(f"lfq needs vocab_size = 2**latent_dim = {2 ** self.latent_dim}")
-
-
-# The tokenizer of the paper: 256 px, 16x down, 109 M parameters. TokenizerConfig(**RELEASED)
-RELEASED = dict(image_size=256, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096,
-                latent_dim=32, channels=160, multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1,
-                groups=32, attention=True, learn="gradient")
 
 
 # -- Encoder and decoder (VQGAN) -------------------------------------------------------------------
@@ -350,58 +343,6 @@ class MultiScaleVQVAE(nn.Module):
             shown = resize(resize(target, self.scales[k], "area"), self.scales[-1], "bicubic")
             f_hat = f_hat + shown
         return groups
-
-
-# -- The released weights --------------------------------------------------------------------------
-
-# Released name -> ours, in order. Levels count from fine to coarse there, in our decoder the way
-# the data flows.
-RELEASED_NAMES = [
-    (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.middle.0."),
-    (r"^(encoder|decoder)\.mid\.attn_1\.", r"\1.middle.1."),
-    (r"^(encoder|decoder)\.mid\.block_2\.", r"\1.middle.2."),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.proj_out\.", ".proj."),
-    (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"phis.\1."),
-    (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
-]
-RELEASED_SKIPPED = re.compile(r"^quantize\.ema_vocab_hit_SV$")      # statistics, not weights
-
-
-def released_name(name, levels=5, blocks=2):
-    """Name in the released state dict -> name in ours (None: a buffer we do not need)."""
-    if RELEASED_SKIPPED.match(name):
-        return None
-    for pattern, ours in RELEASED_NAMES:
-        name = re.sub(pattern, ours, name)
-    found = re.match(r"^(encoder|decoder)\.(?:down|up)\.(\d+)\.(\w+?)\.(?:(\d+)\.)?(.*)$", name)
-    if not found:
-        return name
-    side, i, part, j, rest = found.groups()
-    i, n = int(i), blocks + (side == "decoder")
-    lowest = i == levels - 1                               # the only level with attention
-    step = 2 if lowest else 1
-    if part in ("downsample", "upsample"):
-        position = n * step
-    else:
-        position = int(j) * step + (part == "attn")
-    return f"{side}.levels.{i if side == 'encoder' else levels - 1 - i}.{position}.{rest}"
-
-
-def released_config(state, scales=None):
-    """Read the sizes off a released tokenizer's state dict. scales: what shapes cannot tell."""
-    channels = state["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-    blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
-    multipliers = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels
-                   for i in range(levels)]
-    vocab_size, latent_dim = state["quantize.embedding.weight"].shape
-    phis = sum(k.startswith("quantize.quant_resi.qresi_ls.") for k in state) // 2
-    scales = tuple(scales or (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
-    return TokenizerConfig(**{**RELEASED, **dict(
-        image_size=scales[-1] * 2 ** (levels - 1), scales=scales, vocab_size=vocab_size,
-        latent_dim=latent_dim, channels=channels, multipliers=tuple(multipliers), blocks=blocks,
-        phis=phis)})
 
 
 # -- Demo ------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ is this class with scales=(1,) * 64.
     python 04_var_transformer.py     first loss = ln V, cached == masked, sizes of depth 16 to 30
 """
 import math
-import re
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -238,42 +237,6 @@ class VAR(nn.Module):
         for block, modulation, block_cache in zip(self.blocks, conditioning[1], cache):
             x = block(x, modulation, block_cache)
         return self.predict(x, conditioning)
-
-
-# -- The released weights --------------------------------------------------------------------------
-
-RELEASED_NAMES = [
-    (r"^pos_start$", "start"), (r"^pos_1LC$", "position"), (r"^word_embed\.", "word_embed."),
-    (r"^class_emb\.", "class_embed."), (r"^lvl_embed\.", "scale_embed."),
-    (r"^shared_ada_lin\.1\.", "shared_modulation."),
-    (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
-    (r"\.attn\.mat_qkv\.", ".attention.qkv."), (r"\.attn\.scale_mul_1H11$", ".attention.log_scale"),
-    (r"\.attn\.", ".attention."), (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2."),
-    (r"\.ada_lin\.1\.", ".modulation."), (r"\.ada_gss$", ".modulation_offset"),
-]
-RELEASED_SKIPPED = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias)$")
-
-
-def released_name(name):
-    """Name in the released state dict -> name in ours (None: a derived buffer)."""
-    if RELEASED_SKIPPED.match(name):
-        return None
-    for pattern, ours in RELEASED_NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
-def released_config(state, scales, heads=None):
-    """Read the sizes off a released transformer's state dict; heads only if nothing tells them."""
-    rows, width = state["class_emb.weight"].shape
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    temperature = state.get("blocks.0.attn.scale_mul_1H11")
-    return VARConfig(
-        num_classes=rows - 1, scales=tuple(scales), vocab_size=state["head.weight"].shape[0],
-        latent_dim=state["word_embed.weight"].shape[1], depth=depth, width=width,
-        heads=temperature.shape[1] if temperature is not None else heads or depth,
-        mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-        shared_adaln="shared_ada_lin.1.weight" in state, qk_norm=temperature is not None)
 
 
 # -- Demo ------------------------------------------------------------------------------------------

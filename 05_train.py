@@ -34,11 +34,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, pictures
-from data.batches import batch_indices, load_data, picture_batches, sample_of, to_float
+from data import BadInput, pictures, released
+from data.batches import (batch_indices, load_data, per_pass, picture_batches, sample_of,
+                          to_float)
 from data.muon import Muon
-from data.plumbing import (OneLineParser, Run, add_options, clock, load_checkpoint, one_line,
-                           pick_device, save_atomically)
+from data.plumbing import (OneLineParser, Run, add_options, clock, export, load_checkpoint,
+                           one_line, pick_device, save_atomically)
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -65,11 +66,11 @@ class Settings:
     export: str = ""                      # also write both models, in half precision, to this file
     flip: bool = False                    # mirror half of the pictures
     views: int = 1                        # cached versions per picture (mirror image, other crops)
-    tokenizer_steps: int = 1000           # steps of stage 1
+    tokenizer_steps: int = 2000           # steps of stage 1
     tokenizer_batch_size: int = 16        # pictures per step of stage 1, over all processes
     tokenizer_lr: float = 3e-3            # peak learning rate of stage 1
     vq_weight: float = 0.25               # weight of the quantization loss against the picture loss
-    steps: int = 1000                     # steps of stage 2
+    steps: int = 1600                     # steps of stage 2
     batch_size: int = 16                  # pictures per step of stage 2, over all processes
     optimizer: str = "muon"               # of the block matrices: muon or adamw (the rest is adamw)
     lr: float = 1.5e-3                    # peak learning rate of adamw in stage 2
@@ -91,7 +92,7 @@ PRESETS = {
     "folder": dict(SMALL, image_size=64, multipliers=(1, 2), vocab_size=1024, views=4,
                    tokenizer_steps=20_000, steps=30_000, tokenizer_batch_size=32, batch_size=64,
                    depth=8, width=384, heads=6),
-    "imagenet": dict(vqvae.RELEASED, learn="ema", views=8, tokenizer_steps=250_000,
+    "imagenet": dict(released.TOKENIZER, learn="ema", views=8, tokenizer_steps=250_000,
                      tokenizer_batch_size=256, tokenizer_lr=1e-4, optimizer="adamw", depth=16,
                      save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
 }
@@ -311,7 +312,8 @@ class TokenizerStage:
 
     @torch.no_grad()
     def evaluate(self):
-        images = [to_float(part.to(self.run.device)) for part in self.held_out.split(50)]
+        images = [to_float(part.to(self.run.device)) for part in
+                  self.held_out.split(per_pass(self.held_out.shape[1]))]
         tokens = [self.model.image_to_tokens(image) for image in images]
         rebuilt = [self.model.tokens_to_image(t) for t in tokens]
         db = float(torch.cat([psnr(a, b) for a, b in zip(images, rebuilt)]).mean())
@@ -376,8 +378,8 @@ def cache_tokens(run, tokenizer, images, split, views):
         np.lib.format.open_memmap(half, "w+", dtype, (views, len(images), L)).flush()
     run.barrier()
     cache = np.lib.format.open_memmap(half, "r+")
-    mine = run.share(np.arange(len(images)))
-    jobs = [(view, mine[i:i + 250]) for view in range(views) for i in range(0, len(mine), 250)]
+    mine, many = run.share(np.arange(len(images))), per_pass(tokenizer.config.image_size)
+    jobs = [(view, mine[i:i + many]) for view in range(views) for i in range(0, len(mine), many)]
     plan = ([(int(i), view) for i in rows] for view, rows in jobs)
     begin = said = time.time()
     for done, pixels in enumerate(picture_batches(images, plan, run.settings.workers)):
@@ -478,17 +480,6 @@ def relaunch(settings):
     return subprocess.call(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def export(folder, path):
-    """One file to give away: both models without their optimizers, in half precision."""
-    both = {}
-    for part in ("tokenizer", "transformer"):
-        state = load_checkpoint(folder / f"{part}.pt")
-        state.pop("optimizers")
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
-        both[part] = {**state, "model": weights}
-    save_atomically(both, path)
-
-
 def train_all(settings, config, var_fields):
     run = Run(settings)
     everything = {**asdict(settings), **asdict(config), **var_fields}
@@ -498,10 +489,9 @@ def train_all(settings, config, var_fields):
 
     def load(split):
         return load_data(settings.dataset, split, config.image_size, settings.data_dir)
-    if run.rank == 0:
-        load("train")                                      # a download happens once, not N times
+    train_data = load("train") if run.rank == 0 else None  # a download happens once, not N times
     run.barrier()
-    images, labels, class_names = load("train")
+    images, labels, class_names = train_data or load("train")
     test_images, test_labels, _ = load("test")
     run.say(f"{settings.dataset}: {len(images)} pictures to train on, {len(test_images)} held out, "
             f"{len(class_names)} classes, {config.image_size} px; {run.world} process(es) on "
@@ -524,7 +514,8 @@ def train_all(settings, config, var_fields):
     if run.rank == 0 and settings.steps:                   # chapter 6, as you would call it
         script = Path(__file__).with_name("06_sample_and_edit.py")
         subprocess.call([sys.executable, str(script), "--run", str(run.folder), "--out",
-                         str(run.folder), "--device", run.device.type])
+                         str(run.folder), "--device", run.device.type,
+                         "--data-dir", settings.data_dir])
 
 
 def main():

@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import BadInput, folder, imagenet, judge, pictures
-from data.batches import load_data, rows_of, sample_of, to_float
-from data.plumbing import OneLineParser, clock, load_checkpoint, number, one_line, pick_device
+from data import BadInput, folder, imagenet, judge, pictures, released
+from data.batches import load_data, per_pass, rows_of, sample_of, to_float
+from data.plumbing import OneLineParser, clock, number, one_line, pick_device
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -178,33 +178,29 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, ge
 
 # -- The released weights --------------------------------------------------------------------------
 
-RELEASED_SCALES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-RELEASED_URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
-
-
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
     """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
     the shapes; `scales` is needed only for schedules other than the paper's two, `heads` only for
     models without query/key normalisation. Raises BadInput for anything in another layout."""
-    for key in ("trainer", "vae_local"):
-        tokenizer_state = tokenizer_state.get(key, tokenizer_state)
-    for key in ("trainer", "var_wo_ddp"):
-        var_state = var_state.get(key, var_state)
+    tokenizer_state = released.unwrap(tokenizer_state, ("trainer", "vae_local"))
+    var_state = released.unwrap(var_state, ("trainer", "var_wo_ddp"))
     for state, key, what in ((tokenizer_state, "quantize.embedding.weight", "tokenizer"),
                              (var_state, "pos_1LC", "transformer")):
         if key not in state:
             raise BadInput(f"not a released VAR {what}: it has no entry {key!r}")
     length = var_state["pos_1LC"].shape[1]
-    scales = tuple(scales or RELEASED_SCALES.get(length, ()))
+    scales = tuple(scales or released.SCALES.get(length, ()))
     if sum(s * s for s in scales) != length:
         raise BadInput(f"the transformer has {length} positions, the scales {scales} make "
                        f"{sum(s * s for s in scales)}: give the scales it was trained with")
     try:
         with torch.device("meta"):                         # no time spent on random weights
-            tokenizer = vqvae.MultiScaleVQVAE(vqvae.released_config(tokenizer_state, scales))
-            var = transformer.VAR(transformer.released_config(var_state, scales, heads))
-        for model, state, rename in ((tokenizer, tokenizer_state, vqvae.released_name),
-                                     (var, var_state, transformer.released_name)):
+            sizes = released.tokenizer_sizes(tokenizer_state, scales)
+            tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
+            sizes = released.var_sizes(var_state, scales, heads)
+            var = transformer.VAR(transformer.VARConfig(**sizes))
+        for model, state, rename in ((tokenizer, tokenizer_state, released.tokenizer_name),
+                                     (var, var_state, released.var_name)):
             fill(model, {rename(name): value for name, value in state.items()})
     except (KeyError, RuntimeError, IndexError, ValueError) as error:
         raise BadInput(f"not in the released layout: {str(error).splitlines()[0][:150]}") from None
@@ -230,24 +226,6 @@ def fill(model, state):
     model.eval().requires_grad_(False)
 
 
-def fetch_released(args):
-    """--released d16 -> the two state dicts, downloaded once or taken from the given files."""
-    store, states = Path(training.__file__).parent / "data" / "downloads", []
-    for given, name in ((args.tokenizer_file, "vae_ch160v4096z32.pth"),
-                        (args.var_file, f"var_{args.released}.pth")):
-        path = Path(given) if given else store / name
-        if not path.exists() and not given:
-            store.mkdir(parents=True, exist_ok=True)
-            print(f"downloading {RELEASED_URL}{name} to {path}")
-            try:
-                torch.hub.download_url_to_file(RELEASED_URL + name, str(path))
-            except Exception as error:
-                raise BadInput(f"could not download {RELEASED_URL}{name} ({error}); give the files "
-                               "with --tokenizer-file and --var-file") from None
-        states.append(load_checkpoint(path))
-    return states
-
-
 # -- Command line: which model, which pictures -----------------------------------------------------
 
 class Studio:
@@ -258,8 +236,10 @@ class Studio:
         torch.manual_seed(args.seed)
         self.dataset, sampling = None, dict(cfg=1.5, top_k=900, top_p=0.96)
         if args.released or args.var_file:
-            self.tokenizer, self.var = (model.to(self.device) for model in
-                                        load_released(*fetch_released(args)))
+            models = load_released(
+                released.fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
+                released.fetch(f"var_{args.released}.pth", args.var_file))
+            self.tokenizer, self.var = (model.to(self.device) for model in models)
             count = self.var.config.num_classes
             self.names = (imagenet.class_names() if count == 1000 else
                           [f"class {i}" for i in range(count)])
@@ -314,7 +294,8 @@ class Studio:
             return to_float(torch.from_numpy(np.array(photo))[None]), [self.classes[0]]
         try:
             images, labels, _ = load_data(self.dataset or "", "test", self.side, self.args.data_dir)
-        except BadInput:
+        except BadInput as error:
+            print(f"no held-out pictures ({error}): working on pictures drawn by the model itself")
             labels = self.classes[:count]
             return self.sample(labels) * 2 - 1, labels
         at = [np.flatnonzero(labels == c)[0] for c in self.classes if (labels == c).any()][:count]
@@ -448,18 +429,12 @@ def evaluate(studio):
     image = to_float(held_out)
     with torch.no_grad():
         rebuilt = torch.cat([studio.tokenizer.tokens_to_image(studio.tokenizer.image_to_tokens(
-            part.to(studio.device))).cpu() for part in image.split(50)])
-    reference, _ = judge.extract(network, sample_of(real, count).numpy())
-    rows = {"held-out pictures (floor)": (image + 1) / 2, "reconstructions": (rebuilt + 1) / 2,
-            "samples": studio.sample(wanted.tolist())}
-    at, truth = rows_of(len(test), count), {"samples": wanted}
-    print(f"{'':<28}{'accuracy':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}   (judge features)")
-    for name, pics in rows.items():
-        features, logits = judge.extract(network, pics)
-        right = (np.asarray(logits.argmax(1)) == truth.get(name, test_labels[at])).mean()
-        precision, recall = judge.precision_recall(reference, features)
-        print(f"{name:<28}{right:>9.1%}{judge.frechet_distance(reference, features):>9.3f}"
-              f"{precision:>11.2f}{recall:>8.2f}")
+            part.to(studio.device))).cpu() for part in image.split(per_pass(studio.side))])
+    at = rows_of(len(test), count)
+    judge.compare(network, sample_of(real, count).numpy(), {
+        "held-out pictures (floor)": ((image + 1) / 2, test_labels[at]),
+        "reconstructions": ((rebuilt + 1) / 2, test_labels[at]),
+        "samples": (studio.sample(wanted.tolist()), wanted)})
 
 
 TASKS = dict(sample=sample, reconstruct=reconstruct, inpaint=inpaint, outpaint=outpaint,

@@ -67,3 +67,8 @@ def sample_of(images, count):
 def rows_of(n, count):
     """Which rows `sample_of` takes: at random, as every 8th or 10th picture may be of one class."""
     return np.sort(np.random.default_rng(0).permutation(n)[:count])
+
+
+def per_pass(side):
+    """How many pictures to encode at once: about a megapixel, whatever their size."""
+    return max(1, min(250, 2 ** 20 // side ** 2))

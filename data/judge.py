@@ -189,3 +189,16 @@ def nearest_neighbours(features_query, features_set):
     """For each of (N, F) the row of (M, F) closest to it: int64 (N,)."""
     return torch.cat([torch.cdist(part.double(), features_set.double()).argmin(1)
                       for part in features_query.split(1000)])
+
+
+def compare(judge, reference, rows):
+    """Print a table: how pictures look to the judge beside `reference`, real training pictures
+    uint8 (N, H, W, 3). rows: name -> (pictures, labels (n,) that they should have)."""
+    known, _ = extract(judge, reference)
+    print(f"{'':<28}{'accuracy':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}   (judge features)")
+    for name, (pictures, labels) in rows.items():
+        features, logits = extract(judge, pictures)
+        right = (logits.argmax(1) == torch.as_tensor(labels)).double().mean()
+        precision, recall = precision_recall(known, features)
+        print(f"{name:<28}{right:>9.1%}{frechet_distance(known, features):>9.3f}"
+              f"{precision:>11.2f}{recall:>8.2f}")

@@ -135,6 +135,17 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+def export(folder, path):
+    """One file to give away: both models without their optimizers, in half precision."""
+    both = {}
+    for part in ("tokenizer", "transformer"):
+        state = load_checkpoint(folder / f"{part}.pt")
+        state.pop("optimizers")
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
+        both[part] = {**state, "model": weights}
+    save_atomically(both, path)
+
+
 class Run:
     """One folder in out/: settings, log, checkpoints, pictures; and which process this is."""
 

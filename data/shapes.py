@@ -18,7 +18,7 @@ from data import BadInput
 
 CLASS_NAMES = ["heart", "star", "moon", "ring", "flower", "house", "tree", "mushroom", "fish",
                "boat"]
-DEFAULT_COUNT = {"train": 40_000, "test": 4_000}
+DEFAULT_COUNT = {"train": 20_000, "test": 4_000}
 
 # Figures are saturated and of middle brightness, backgrounds pale: any pair can be told apart.
 FIGURES = np.float32([

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from data import released
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
@@ -49,6 +51,14 @@ def fill(shapes, salt):
     return state
 
 
+def tokenizer_config(state, scales=None):
+    return m2.TokenizerConfig(**released.tokenizer_sizes(state, scales))
+
+
+def var_config(state, scales, heads=None):
+    return m4.VARConfig(**released.var_sizes(state, scales, heads))
+
+
 def renamed(state, released_name):
     return {released_name(name): value for name, value in state.items() if released_name(name)}
 
@@ -61,10 +71,10 @@ def build(name):
         tokenizer, var = m6.load_released(*states, scales=config["patch_nums"],
                                           heads=config["heads"])
         return tokenizer.eval(), var.eval()
-    tokenizer = m2.MultiScaleVQVAE(m2.released_config(states[0], config["patch_nums"]))
-    tokenizer.load_state_dict(renamed(states[0], m2.released_name), strict=False)
-    var = m4.VAR(m4.released_config(states[1], config["patch_nums"], config["heads"]))
-    var.load_state_dict(renamed(states[1], m4.released_name))
+    tokenizer = m2.MultiScaleVQVAE(tokenizer_config(states[0], config["patch_nums"]))
+    tokenizer.load_state_dict(renamed(states[0], released.tokenizer_name), strict=False)
+    var = m4.VAR(var_config(states[1], config["patch_nums"], config["heads"]))
+    var.load_state_dict(renamed(states[1], released.var_name))
     return tokenizer.eval(), var.eval()
 
 
@@ -182,7 +192,7 @@ def check_cover(state, module, released_name, alone=frozenset()):
 def test_each_published_entry_has_one_place_in_our_transformer(name):
     entry, config = PUBLISHED[name], PUBLISHED[name]["config"]
     state = {key: torch.empty(shape, device="meta") for key, shape in entry["var"].items()}
-    found = m4.released_config(state, config["patch_nums"])
+    found = var_config(state, config["patch_nums"])
     for ours, theirs in dict(depth="depth", width="width", heads="heads", num_classes="num_classes",
                              vocab_size="V", latent_dim="Cvae", shared_adaln="shared_aln",
                              qk_norm="attn_l2_norm").items():
@@ -190,7 +200,7 @@ def test_each_published_entry_has_one_place_in_our_transformer(name):
     assert found.mlp_ratio == 4 and found.scales == tuple(config["patch_nums"])
     with torch.device("meta"):                        # sizes without memory
         var = m4.VAR(found)
-    check_cover(state, var, m4.released_name)
+    check_cover(state, var, released.var_name)
     assert sum(p.numel() for p in var.parameters()) == entry["parameters"]
 
 
@@ -198,16 +208,16 @@ def test_each_published_entry_has_one_place_in_our_transformer(name):
 def test_each_published_entry_has_one_place_in_our_tokenizer(name):
     entry = PUBLISHED[name]
     state = {key: torch.empty(shape, device="meta") for key, shape in entry["vae"].items()}
-    found = m2.released_config(state, SIDES[name])
-    settings = {**m2.RELEASED, "image_size": int(name[-3:]), "scales": SIDES[name]}
+    found = tokenizer_config(state, SIDES[name])
+    settings = {**released.TOKENIZER, "image_size": int(name[-3:]), "scales": SIDES[name]}
     assert found == m2.TokenizerConfig(**settings)
     with torch.device("meta"):
         tokenizer = m2.MultiScaleVQVAE(found)
-    check_cover(state, tokenizer, m2.released_name, OURS_ALONE)
+    check_cover(state, tokenizer, released.tokenizer_name, OURS_ALONE)
     assert sum(p.numel() for p in tokenizer.parameters()) == entry["parameters"]
 
 
 def test_without_given_scales_a_tokenizer_is_the_one_for_256_pixels():
     shapes = PUBLISHED["vae_ch160v4096z32_256"]["vae"]
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert m2.released_config(state) == m2.TokenizerConfig(**m2.RELEASED)
+    assert tokenizer_config(state) == m2.TokenizerConfig(**released.TOKENIZER)
