@@ -28,6 +28,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import pictures, shapes
+
 
 # -- Numbers: where to put the buckets ------------------------------------------------------------
 
@@ -269,7 +271,6 @@ def learn_codes(x, vocab_size, depth=1, steps=150):
 
 
 def main():
-    from data import pictures, shapes
     torch.manual_seed(0)
     x = torch.randn(20_000)
     print("8 levels for bell-shaped numbers          mean squared error")

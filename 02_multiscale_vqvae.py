@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BadInput
+from data import BadInput, pictures, shapes
 
 vq = import_module("01_vq")
 
@@ -348,7 +348,6 @@ class MultiScaleVQVAE(nn.Module):
 # -- Demo ------------------------------------------------------------------------------------------
 
 def main():
-    from data import pictures, shapes
     torch.manual_seed(0)
     images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
     tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256))

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import pictures
+
 
 def scale_of_token(scales):
     """Which scale each of the L tokens belongs to. (1, 2) -> 0 1 1 1 1, shape (L,) int64"""
@@ -75,7 +77,6 @@ def block_causal_attention(q, k, v, scales, scale=None):
 # -- Demo ------------------------------------------------------------------------------------------
 
 def main():
-    from data import pictures
     torch.manual_seed(0)
     scales = (1, 2, 3, 4)
     L = sum(s * s for s in scales)

@@ -25,11 +25,12 @@ import math
 from dataclasses import dataclass
 from importlib import import_module
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BadInput
+from data import BadInput, pictures
 
 mask = import_module("03_block_causal_mask")
 
@@ -241,32 +242,57 @@ class VAR(nn.Module):
 
 # -- Demo ------------------------------------------------------------------------------------------
 
+def influence(model):
+    """Change one input at a time (the first is the class): how far does each output move?
+    -> (L, L), row = output, column = input. Measured, not derived from the mask."""
+    labels = torch.zeros(model.L + 1, dtype=torch.long)
+    inputs = torch.randn(1, model.L - 1, 16).repeat(model.L + 1, 1, 1)
+    labels[0] = 1
+    for i in range(1, model.L):
+        inputs[i, i - 1] += 1
+    logits = model(labels, inputs)                                   # the last row: nothing changed
+    return (logits[:-1] - logits[-1]).norm(dim=-1).t()
+
+
+def show_influence():
+    """The block-causal mask, seen from outside."""
+    maps = []
+    for scales in ((1, 2, 3, 4), (1,) * 30):               # raster order is the same class
+        small = VAR(VARConfig(depth=2, width=64, heads=2, scales=scales)).eval()
+        for p in small.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        moved = influence(small)
+        assert bool((moved[~mask.block_causal_mask(scales)] == 0).all())
+        maps.append(pictures.heat_map((moved + 1e-3).log().numpy()))
+    print("changing an input moves no output of a coarser scale (raster: no earlier output)")
+    pictures.save_grid("out/04_var_transformer.png", np.stack(maps), columns=2, scale=9,
+                       column_labels=["next scale: 1 4 9 16", "raster: 30 blocks of 1"])
+    print("wrote out/04_var_transformer.png")
+
+
+@torch.no_grad()
 def main():
     torch.manual_seed(0)
     var = VAR(VARConfig(depth=2, width=128, heads=2)).eval()
     labels, teacher_inputs = torch.tensor([3, 10]), torch.randn(2, var.L - 1, 16)
     tokens = torch.randint(512, (2, var.L))
-    with torch.no_grad():
-        logits = var(labels, teacher_inputs)
-        loss = float(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
-        print(f"loss before training {loss:.3f}, ln V = {math.log(512):.3f}")
-        assert abs(loss / math.log(512) - 1) < 0.02
+    logits = var(labels, teacher_inputs)
+    loss = float(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()))
+    print(f"loss before training {loss:.3f}, ln V = {math.log(512):.3f}")
+    assert abs(loss / math.log(512) - 1) < 0.02
 
-        for p in var.parameters():                         # open the gates: shut ones prove nothing
-            p.add_(0.1 * torch.randn_like(p))
-        logits, cache = var(labels, teacher_inputs), var.new_cache()
-        conditioning, parts, begin = var.conditioning(labels), [], 0
-        for k, side in enumerate(var.config.scales):
-            inputs = teacher_inputs[:, begin - 1:begin - 1 + side * side] if k else None
-            parts.append(var.step(k, inputs, conditioning, cache))
-            begin += side * side
+    for p in var.parameters():                         # open the gates: shut ones prove nothing
+        p.add_(0.1 * torch.randn_like(p))
+    logits, cache = var(labels, teacher_inputs), var.new_cache()
+    conditioning, parts, begin = var.conditioning(labels), [], 0
+    for k, side in enumerate(var.config.scales):
+        inputs = teacher_inputs[:, begin - 1:begin - 1 + side * side] if k else None
+        parts.append(var.step(k, inputs, conditioning, cache))
+        begin += side * side
     difference = float((torch.cat(parts, 1) - logits).abs().max() / logits.abs().max())
     print(f"scale by scale with a cache against all at once with a mask: {difference:.1e}")
     assert difference < 1e-5
-    raster = VAR(VARConfig(depth=2, width=128, heads=2, scales=(1,) * 64)).eval()
-    shape = tuple(raster(labels, torch.randn(2, 63, 16)).shape)
-    print(f"raster order, the same class: {shape} logits "
-          f"from {raster.K} blocks of one token")
+    show_influence()
     for depth in (16, 20, 24, 30):
         with torch.device("meta"):                         # sizes without memory
             big = VAR(VARConfig(num_classes=1000, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
