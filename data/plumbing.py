@@ -71,6 +71,8 @@ def one_line(main):
     except (BadInput, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        status = 130
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
@@ -101,11 +103,12 @@ def fast_bfloat16(device):
         return False
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(512, 512).to(dtype)
-        a @ a
-        begin = time.perf_counter()
-        a @ a
-        seconds[dtype] = time.perf_counter() - begin
+        a, tries = torch.randn(256, 256).to(dtype), []
+        for _ in range(5):
+            begin = time.perf_counter()
+            a @ a
+            tries.append(time.perf_counter() - begin)
+        seconds[dtype] = min(tries)
     return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
 
 
@@ -158,12 +161,21 @@ class Run:
             if cuda:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if cuda else "gloo")
-        if settings.precision == "auto":
-            settings.precision = "bfloat16" if fast_bfloat16(self.device) else "float32"
         self.folder.mkdir(parents=True, exist_ok=True)
+        if settings.precision == "auto":
+            settings.precision = self.choose_precision()
         self.stop = 0
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.ask_to_stop)
+
+    def choose_precision(self):
+        """What this run used before, else bfloat16 where it is fast; one answer for all."""
+        before = self.folder / "settings.json"
+        if before.exists() and not self.settings.fresh:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                return json.loads(before.read_text())["precision"]
+        fast = torch.tensor(float(fast_bfloat16(self.device)), device=self.device)
+        return "bfloat16" if float(self.mean(fast)) == 1 else "float32"
 
     def ask_to_stop(self, number, frame):
         if self.stop:                                      # asked twice: do not wait for the step

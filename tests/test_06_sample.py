@@ -214,8 +214,10 @@ def test_a_label_the_model_does_not_know_is_refused(models, labels):
     labels = torch.tensor(labels, dtype=torch.int64)
     with pytest.raises(BadInput, match="0..2"):
         m6.generate(*models, labels)
-    with pytest.raises(BadInput):
-        m6.edit(*models, torch.zeros(len(labels), 3, 16, 16), torch.ones(16, 16).bool(), labels)
+    if len(labels):
+        with pytest.raises(BadInput, match="0..2"):
+            m6.edit(*models, torch.zeros(len(labels), 3, 16, 16), torch.ones(16, 16).bool(),
+                    labels)
 
 
 def test_smooth_sampling_repeats_and_stays_in_range(models):
@@ -306,37 +308,36 @@ def test_keeping_nothing_is_plain_sampling(scales):
                                            generator=seeded(4)))
 
 
-def kept_error(result, image, keep):
-    return float((result - (image + 1) / 2)[:, :, keep].square().mean())
-
-
 @pytest.mark.parametrize("columns", [8, 12])
-def test_the_kept_part_is_truer_than_with_replayed_tokens(trained, columns):
+def test_the_kept_part_is_truer_than_with_replayed_tokens(trained, columns, monkeypatch):
     """Replaying tokens adds codes that were right for another f_hat; rounding what is still missing
-    puts right what the drawn tokens spill over the edge."""
+    puts right what the drawn tokens spill over the edge. Measured where tokens act: in f_hat."""
     tokenizer, var, image = trained
+    monkeypatch.setattr(m6, "to_picture", lambda _, f_hat: f_hat)
     keep = torch.zeros(16, 16, dtype=torch.bool)
     keep[:, :columns] = True
     cells = F.adaptive_avg_pool2d(keep.float()[None, None], 4) == 1
     kept = [tokenizer.look_at(cells.float(), k)[0, :, 0] >= 0.5 for k in range(tokenizer.K)]
-    tokens, labels = tokenizer.image_to_tokens(m6.hide(image, keep)), torch.arange(12) % 3
-    ours, replayed = [], []
-    for seed in range(6):
-        ours.append(kept_error(m6.edit(tokenizer, var, image, keep, labels, generator=seeded(seed)),
-                               image, keep))
-        replayed.append(kept_error(m6.generate(tokenizer, var, labels, tokens=tokens, keep=kept,
-                                               generator=seeded(seed)), image, keep))
-    assert np.mean(ours) <= np.mean(replayed)
+    target, labels = tokenizer.encode(m6.hide(image, keep)), torch.arange(12) % 3
+    tokens = tokenizer.quantize(target)
+
+    def error(f_hat):
+        return float((f_hat - target)[:, :, cells[0, 0]].square().mean())
+    ours = [error(m6.edit(tokenizer, var, image, keep, labels, generator=seeded(seed)))
+            for seed in range(8)]
+    replayed = [error(m6.generate(tokenizer, var, labels, tokens=tokens, keep=kept,
+                                  generator=seeded(seed))) for seed in range(8)]
+    assert np.mean(ours) < np.mean(replayed)
 
 
-def test_the_label_changes_the_repainted_part(models):
+def test_the_label_changes_the_repainted_part_and_pasting_keeps_the_rest(models):
     keep = torch.zeros(16, 16, dtype=torch.bool)
     keep[:, :8] = True
     image = torch.rand(1, 3, 16, 16, generator=seeded()) * 2 - 1
-    one, other = (m6.edit(*models, image, keep, torch.tensor([c]), cfg=3.0, generator=seeded(1))
-                  for c in (0, 2))
+    one, other = (m6.edit(*models, image, keep, torch.tensor([c]), cfg=3.0, generator=seeded(1),
+                          paste=True) for c in (0, 2))
     change = (one - other).abs().mean((0, 1, 2))
-    assert change[8:].mean() > 2 * change[:8].mean()
+    assert change[8:].min() > 0 and change[:8].max() == 0
 
 
 @pytest.mark.parametrize("image, keep", [((16, 16), (8, 8)), ((8, 8), (8, 8)), ((16, 8), (16, 8)),
@@ -472,7 +473,7 @@ def test_all_tasks_write_valid_pictures(sampled):
             columns = 2 if name == "samples" else 3
             assert image.mode == "RGB" and rows * cell <= image.height < rows * (cell + 8) + 20
             assert columns * cell <= image.width < columns * (cell + 8) + 120
-            assert len(set(image.resize((40, 40)).getdata())) > 20, "an empty picture"
+            assert len(set(image.resize((40, 40)).tobytes())) > 20, "an empty picture"
     with Image.open(out / "coarse_to_fine.gif") as gif:
         assert gif.n_frames >= 3 and gif.size == (3 * cell, cell)
     assert result.out.count(" dB") == 4 and "nan" not in result.out

@@ -45,7 +45,7 @@ def test_every_demo_shows_what_it_claims(name, words, picture, tmp_path, monkeyp
     for path in made:
         with Image.open(tmp_path / path) as image:
             image.load()
-            assert min(image.size) > 100 and len(set(image.resize((50, 50)).getdata())) > 3
+            assert min(image.size) > 100 and len(set(image.resize((50, 50)).tobytes())) > 3
 
 
 def test_importing_a_chapter_runs_and_prints_nothing(tmp_path):
