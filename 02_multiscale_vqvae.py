@@ -60,6 +60,9 @@ class TokenizerConfig:
                            f"{self.quantizer} and {self.learn}")
         if not self.scales or min(self.phis, self.blocks, self.vocab_size, *self.multipliers) < 1:
             raise BadInput("scales, phis, blocks, vocab_size and multipliers must be 1 or more")
+        if any(self.channels * m % self.groups for m in self.multipliers):
+            raise BadInput(f"every width, {self.channels} times {self.multipliers}, must be a "
+                           f"multiple of groups, {self.groups}")
         side = self.image_size / (self.unshuffle * 2 ** (len(self.multipliers) - 1))
         if self.scales[-1] != side:
             raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, "
@@ -221,6 +224,8 @@ class MultiScaleVQVAE(nn.Module):
         self.phis = nn.ModuleList(nn.Conv2d(cfg.latent_dim, cfg.latent_dim, 3, padding=1)
                                   for _ in range(cfg.phis))
         self.phi_index = phi_of_scale(self.K, cfg.phis)
+        for i, phi in enumerate(self.phis):                # with few scales some serve none of them
+            phi.requires_grad_(i in self.phi_index)
 
     # Pictures and feature maps
 
@@ -350,22 +355,22 @@ class MultiScaleVQVAE(nn.Module):
 def main():
     torch.manual_seed(0)
     images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
-    tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256))
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=3e-3)
-    for step in range(350):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 350)
-        _, _, losses = tokenizer(images[torch.randint(len(images), (16,))])
+    tokenizer, steps = MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32)), 400
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=4e-3)
+    for step in range(steps):                              # warm up, then a straight line to 0
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / steps)
+        _, _, losses = tokenizer(images[torch.randint(len(images), (8,))])
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        (losses["reconstruction"] + 0.25 * losses["vq"]).backward()
         optimizer.step()
     tokenizer.eval()
     shown = images[:8]
     with torch.no_grad():
         f = tokenizer.encode(shown)
         tokens = tokenizer.quantize(f)
-        steps = tokenizer.pyramid(tokens)
-        decoded = [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in steps]
-    left = [float((f - f_hat).square().mean() / f.square().mean()) for f_hat in steps]
+        rebuilt = tokenizer.pyramid(tokens)
+        decoded = [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in rebuilt]
+    left = [float((f - f_hat).square().mean() / f.square().mean()) for f_hat in rebuilt]
     print("scale   tokens   left of f   picture error")
     for side, error, image in zip(tokenizer.scales, left, decoded):
         wrong = float((image - shown).square().mean())

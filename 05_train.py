@@ -18,6 +18,7 @@ stage, s, process): nothing about randomness has to be saved to go on bit for bi
 
 Differs from the original VAR code: stage 1 exists; tokens are computed once, not in every step.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, pictures, released
+from data import BadInput, batches, pictures, released
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, sample_of,
                           to_float)
 from data.muon import Muon
@@ -137,7 +138,9 @@ def read_settings(argv=None):
         if getattr(settings, size) % settings.gpus:
             raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
                            f"divided among {settings.gpus} processes")
-    return settings, config, pick(transformer.VARConfig)
+    var_fields = pick(transformer.VARConfig)
+    transformer.VARConfig(**var_fields)                    # sizes that cannot be: say so at once
+    return settings, config, var_fields
 
 
 # -- The training loop, shared by both stages ------------------------------------------------------
@@ -365,11 +368,12 @@ def cache_tokens(run, tokenizer, images, split, views):
     is another crop. tokens_<split>.json names data and tokenizer: if it does not fit, all is
     done again."""
     path = run.folder / f"tokens_{split}.npy"
-    header = dict(dataset=run.settings.dataset, split=split, pictures=len(images), views=views,
-                  tokenizer=fingerprint(tokenizer), scales=list(tokenizer.scales))
-    note = path.with_suffix(".json")
-    if path.exists() and note.exists() and json.loads(note.read_text()) == header:
-        return np.load(path, mmap_mode="r")
+    header = dict(dataset=run.settings.dataset, split=split, views=views, scales=tokenizer.scales,
+                  pictures=batches.fingerprint(images), tokenizer=fingerprint(tokenizer))
+    note, header = path.with_suffix(".json"), json.dumps(header)
+    with contextlib.suppress(OSError, ValueError, EOFError):             # missing or half a file
+        if note.read_text() == header:
+            return np.load(path, mmap_mode="r")
     run.barrier()                                          # nobody writes while others compare
     L, half = sum(s * s for s in tokenizer.scales), Path(f"{path}.tmp")
     dtype = np.uint16 if tokenizer.config.vocab_size <= 65536 else np.int32
@@ -396,7 +400,7 @@ def cache_tokens(run, tokenizer, images, split, views):
     run.barrier()
     if run.rank == 0:
         os.replace(half, path)
-        note.write_text(json.dumps(header))
+        note.write_text(header)
     run.barrier()
     return np.load(path, mmap_mode="r")
 
@@ -489,6 +493,8 @@ def train_all(settings, config, var_fields):
 
     def load(split):
         return load_data(settings.dataset, split, config.image_size, settings.data_dir)
+    if settings.stage == "transformer":                    # its tokenizer sets the picture size
+        config = load_tokenizer(run.folder / "tokenizer.pt")[0].config
     train_data = load("train") if run.rank == 0 else None  # a download happens once, not N times
     run.barrier()
     images, labels, class_names = train_data or load("train")

@@ -80,6 +80,9 @@ def sample_scales(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, smooth
     Guidance: logits = (1 + t) conditional - t unconditional, t = cfg * k / (K - 1). It ramps up
     with the scale because the coarse scales decide *what* is drawn: strong guidance there makes all
     pictures alike; at fine scales it only sharpens. At the first scale t = 0."""
+    if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
+        raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
+                       f"({var.config.num_classes}: no class)")
     K, B = tokenizer.K, len(labels)
     if cfg > 0:                                            # second half: "no class", a learnt row
         labels = torch.cat([labels, torch.full_like(labels, var.config.num_classes)])
@@ -118,9 +121,6 @@ def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, smooth=Fals
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given token is
     replayed instead of drawn. Raises BadInput for a label the model does not know."""
-    if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
-        raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
-                       f"({var.config.num_classes}: no class)")
 
     def replay(k, tokens_k, f_hat):
         return torch.where(keep[k].to(tokens_k.device), tokens[k], tokens_k)
@@ -153,8 +153,8 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, ge
     image (B, 3, H, W) in [-1, 1], keep (H, W) bool -> (B, 3, H, W) in [0, 1]. Hidden pixels are
     replaced before anything reads the picture: they cannot change the result. paste=True puts the
     kept pixels themselves back over the tokenizer's rendering of them."""
-    if image.shape[-2:] != keep.shape or image.shape[-1] != tokenizer.config.image_size:
-        side = tokenizer.config.image_size
+    side = tokenizer.config.image_size
+    if not tuple(image.shape[-2:]) == tuple(keep.shape) == (side, side):
         raise BadInput(f"picture and mask must be {side}x{side}, not {tuple(image.shape[-2:])} and "
                        f"{tuple(keep.shape)}")
     with torch.no_grad():
@@ -182,13 +182,13 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
     """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
     the shapes; `scales` is needed only for schedules other than the paper's two, `heads` only for
     models without query/key normalisation. Raises BadInput for anything in another layout."""
-    tokenizer_state = released.unwrap(tokenizer_state, ("trainer", "vae_local"))
-    var_state = released.unwrap(var_state, ("trainer", "var_wo_ddp"))
+    tokenizer_state = released.unwrap(tokenizer_state, ("trainer", "vae_local"), "tokenizer")
+    var_state = released.unwrap(var_state, ("trainer", "var_wo_ddp"), "transformer")
     for state, key, what in ((tokenizer_state, "quantize.embedding.weight", "tokenizer"),
                              (var_state, "pos_1LC", "transformer")):
         if key not in state:
             raise BadInput(f"not a released VAR {what}: it has no entry {key!r}")
-    length = var_state["pos_1LC"].shape[1]
+    length = var_state["pos_1LC"].shape[1] if var_state["pos_1LC"].ndim == 3 else 0
     scales = tuple(scales or released.SCALES.get(length, ()))
     if sum(s * s for s in scales) != length:
         raise BadInput(f"the transformer has {length} positions, the scales {scales} make "
@@ -202,7 +202,7 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
         for model, state, rename in ((tokenizer, tokenizer_state, released.tokenizer_name),
                                      (var, var_state, released.var_name)):
             fill(model, {rename(name): value for name, value in state.items()})
-    except (KeyError, RuntimeError, IndexError, ValueError) as error:
+    except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
         raise BadInput(f"not in the released layout: {str(error).splitlines()[0][:150]}") from None
     return tokenizer, var
 
@@ -252,8 +252,9 @@ class Studio:
                                                         self.device)
             self.var, about = training.load_transformer(path if one else path / "transformer.pt",
                                                         self.device)
-            if self.var.config.scales != self.tokenizer.scales:
-                raise BadInput(f"{path}: tokenizer and transformer have different scales")
+            if not one and about["settings"]["tokenizer"] != training.fingerprint(self.tokenizer):
+                raise BadInput(f"{path}: its transformer was trained on the tokens of another "
+                               "tokenizer; train it again: 05_train.py --stage transformer --fresh")
             self.names, self.dataset = about["class_names"], about["dataset"]
             sampling = about["sampling"]
             print(f"model: {path}")
@@ -284,9 +285,7 @@ class Studio:
         """Pictures to work on: --image, else held-out ones, else ones the model draws itself.
         -> image (n, 3, H, W) in [-1, 1], labels list"""
         if self.args.image:
-            with Image.open(self.args.image) as test:      # one clear line for what is no picture
-                test.verify()
-            photo = folder.decode(self.args.image)[0].convert("RGB")
+            photo = open_picture(self.args.image).convert("RGB")
             short = min(photo.size)
             left, top = (photo.width - short) // 2, (photo.height - short) // 2
             photo = photo.resize((self.side, self.side), Image.LANCZOS,
@@ -294,6 +293,8 @@ class Studio:
             return to_float(torch.from_numpy(np.array(photo))[None]), [self.classes[0]]
         try:
             images, labels, _ = load_data(self.dataset or "", "test", self.side, self.args.data_dir)
+            if not np.isin(labels, self.classes).any():
+                raise BadInput("none of these classes among them")
         except BadInput as error:
             print(f"no held-out pictures ({error}): working on pictures drawn by the model itself")
             labels = self.classes[:count]
@@ -305,8 +306,7 @@ class Studio:
     def mask(self, default):
         """(H, W) bool, True where --mask is white or --box reaches: the part to repaint."""
         if self.args.mask:
-            with Image.open(self.args.mask) as picture:
-                grey = picture.convert("L").resize((self.side, self.side), Image.BOX)
+            grey = open_picture(self.args.mask).convert("L").resize((self.side,) * 2, Image.BOX)
             return torch.from_numpy(np.array(grey)) > 127
         x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or default)
         inside = torch.zeros(self.side, self.side, dtype=torch.bool)
@@ -317,6 +317,13 @@ class Studio:
         path = self.out / f"{name}.png"
         pictures.save_grid(path, images, columns, **labels)
         print(f"wrote {path}")
+
+
+def open_picture(path):
+    try:
+        return folder.decode(path)[0]
+    except Exception as error:                             # whatever a broken file makes Pillow say
+        raise BadInput(f"{path}: not a readable picture ({error})") from None
 
 
 def find_run(given):
@@ -390,11 +397,13 @@ def repaint(studio, name, repaint_here, recolour=None):
                       torch.tensor(classes, device=studio.device),
                       generator=studio.generator(studio.args.seed + seed),
                       paste=studio.args.paste, **studio.sampling)
-        error = (result - (image + 1) / 2)[:, :, keep].square().mean().clamp(min=1e-10)
-        kept_db.append(float(-10 * torch.log10(error)))
+        if keep.any():
+            error = (result - (image + 1) / 2)[:, :, keep].square().mean().clamp(min=1e-10)
+            kept_db.append(float(-10 * torch.log10(error)))
         rows.append(result)
         texts.append(text)
-    print(f"{name}: kept region {np.mean(kept_db):.1f} dB")
+    if kept_db:
+        print(f"{name}: kept region {np.mean(kept_db):.1f} dB")
     studio.save(name, torch.cat(rows).cpu(), len(image), row_labels=texts)
 
 
@@ -419,6 +428,9 @@ def evaluate(studio):
     where = studio.dataset or "", studio.args.data_dir
     real, labels, names = load_data(where[0], "train", studio.side, where[1])
     test, test_labels, _ = load_data(where[0], "test", studio.side, where[1])
+    if min(len(real), len(test), studio.args.n or 1000) < 4:
+        raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
+                       f"on, {len(test)} held out and {studio.args.n or 1000} to sample")
     steps = 100 if studio.dataset == "shapes" else 2000
     path = Path("out") / f"judge_{Path(studio.dataset).name}_{studio.side}.pt"
     network = judge.load_or_train(path, real, labels, len(names), steps=steps, seed=0)

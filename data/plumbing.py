@@ -27,13 +27,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(kind, low):
-    """argparse type: a finite int or float that is at least `low`."""
+    """argparse type: an int or float that is finite, at least `low` and no larger than 64 bits."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= low):
+        if not low <= value < 2 ** 63:                     # nan is neither
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of {low} or more")
         return value
     return parse
@@ -195,9 +195,13 @@ class Run:
         """On resume: drop what was logged after the checkpoint, it will be logged again."""
         path = self.folder / "log.jsonl"
         if self.rank == 0 and path.exists():
-            lines = [line for line in path.read_text().splitlines()
-                     if (e := json.loads(line))["stage"] != stage or e["step"] <= step]
-            path.write_text("".join(line + "\n" for line in lines))
+            lines = []
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):   # cut short by a crash
+                    entry = json.loads(line)
+                    if entry["stage"] != stage or entry["step"] <= step:
+                        lines.append(line + "\n")
+            path.write_text("".join(lines))
 
     def seed(self, stage, step):
         """All randomness of one step, of one process."""

@@ -97,10 +97,14 @@ def var_sizes(state, scales, heads=None):
         shared_adaln="shared_ada_lin.1.weight" in state, qk_norm=temperature is not None)
 
 
-def unwrap(state, keys):
-    """Training checkpoints of the original hold the weights some levels down."""
+def unwrap(state, keys, what):
+    """Training checkpoints of the original hold the weights some levels down. Raises BadInput for
+    anything but names and tensors."""
     for key in keys:
-        state = state.get(key, state)
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    if not (isinstance(state, dict) and state and all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())):
+        raise BadInput(f"not a released VAR {what}: it should hold names and tensors only")
     return state
 
 

@@ -72,7 +72,8 @@ def test_the_imagenet_recipe_is_that_of_the_paper(depth, batch, epochs, lr, deca
     "--seed 1" + 400 * "0", "--seed 36893488147419103232"])
 def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, options):
     line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())
-    words = [options.split()[0].lstrip("-"), options.split()[-1], "last scale", "scales must", "lfq"]
+    typed = options.split()
+    words = [typed[0].lstrip("-"), typed[-1], "last scale", "scales must", "lfq"]
     assert any(word in line.lower() for word in words), line
 
 
@@ -248,7 +249,8 @@ def test_muon_equals_a_slow_loop():
             g = p.grad.double()
             momentum[i] = 0.9 * momentum[i] + 0.1 * g
             step = slow_orthogonal(0.1 * g + 0.9 * momentum[i])
-            wanted[i] = wanted[i] * (1 - 0.1 * 0.2) - 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5 * step
+            size = 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5
+            wanted[i] = wanted[i] * (1 - 0.1 * 0.2) - size * step
         optimizer.step()
     for p, slow in zip(params, wanted):
         assert torch.allclose(p.detach().double(), slow, atol=1e-3)
@@ -316,7 +318,8 @@ def test_the_tokenizer_is_frozen_in_stage_2(cli, tiny, tmp_path, monkeypatch):
 
 
 def test_loaded_models_are_frozen_and_in_eval_mode(tiny):
-    for load, name in ((m5.load_tokenizer, "tokenizer.pt"), (m5.load_transformer, "transformer.pt")):
+    for load, name in ((m5.load_tokenizer, "tokenizer.pt"),
+                       (m5.load_transformer, "transformer.pt")):
         model, about = load(tiny.folder / name)
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad for p in model.parameters())

@@ -211,13 +211,15 @@ def test_guidance_grows_with_the_scale_from_zero_to_cfg(models, monkeypatch):
 
 @pytest.mark.parametrize("labels", [[4], [-1], [0, 99], []])
 def test_a_label_the_model_does_not_know_is_refused(models, labels):
-    labels = torch.tensor(labels, dtype=torch.int64)
     with pytest.raises(BadInput, match="0..2"):
-        m6.generate(*models, labels)
-    if len(labels):
-        with pytest.raises(BadInput, match="0..2"):
-            m6.edit(*models, torch.zeros(len(labels), 3, 16, 16), torch.ones(16, 16).bool(),
-                    labels)
+        m6.generate(*models, torch.tensor(labels, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("labels", [[4], [-1], [0, 99]])
+def test_a_label_the_model_does_not_know_is_refused_in_editing_too(models, labels):
+    image, keep = torch.zeros(len(labels), 3, 16, 16), torch.ones(16, 16).bool()
+    with pytest.raises(BadInput, match="0..2"):
+        m6.edit(*models, image, keep, torch.tensor(labels))
 
 
 def test_smooth_sampling_repeats_and_stays_in_range(models):
@@ -453,7 +455,7 @@ def test_released_files_load_from_the_command_line(refused, cli, tmp_path):
 
 @pytest.fixture
 def sampled(cli, tiny, tmp_path):
-    """sampled(*options) runs chapter 6 on the tiny run and wants it to succeed. -> result, folder"""
+    """sampled(*options) runs chapter 6 on the tiny run, which must work. -> result, folder"""
     def call(*options, out="pictures"):
         result = cli(SCRIPT, "--run", tiny.folder, "--device", "cpu", "--out", tmp_path / out,
                      *options)
@@ -529,7 +531,8 @@ def test_damaged_runs_are_refused_and_named(refused, tiny, tmp_path, name, damag
     assert name in refused(SCRIPT, "--run", tmp_path / "run", "--device", "cpu")
 
 
-def test_a_tokenizer_that_the_transformer_was_not_trained_on_is_refused(refused, cli, tiny, tmp_path):
+def test_a_tokenizer_that_the_transformer_was_not_trained_on_is_refused(
+        refused, cli, tiny, tmp_path):
     """Stage 1 trained anew, stage 2 not: the tokens mean something else now."""
     shutil.copytree(tiny.folder, tmp_path / "run")
     assert cli("05_train.py", *tiny.options, "--stage", "tokenizer", "--tokenizer-steps", 1,
