@@ -169,3 +169,9 @@ def test_the_readme_names_every_chapter_and_only_files_that_exist():
     assert all(name in text for name in CHAPTERS)
     for name in set(re.findall(r"`((?:data|tests)/[\w/.-]+\.\w+|0\d_\w+\.py)`", text)):
         assert (ROOT / name).exists() or name.startswith("data/downloads"), name
+
+
+def test_the_readme_counts_the_lines_of_the_chapters_right():
+    for name in CHAPTERS:
+        claimed = re.search(rf"^\| \[{name}\].*\| (\d+) \|[^|]*\|$", README.read_text(), re.M)
+        assert int(claimed.group(1)) == len((ROOT / name).read_text().splitlines()), name
