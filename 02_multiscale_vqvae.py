@@ -69,6 +69,8 @@ class TokenizerConfig:
                              f"not {self.scales[-1]}")
         if list(self.scales) != sorted(set(self.scales)) or self.scales[0] < 1:
             raise BadInput(f"scales must grow from 1 or more, not {self.scales}")
+        if self.quantizer == "lfq" and self.latent_dim > 24:
+            raise BadInput(f"lfq has one bit per channel and allows 24, not {self.latent_dim}")
         if self.quantizer == "lfq" and self.vocab_size != 2 ** self.latent_dim:
             raise BadInput(f"lfq needs vocab_size = 2**latent_dim = {2 ** self.latent_dim}")
 

@@ -60,6 +60,8 @@ class VARConfig:
         self.drop_path = 0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path
         if not (0 <= self.label_dropout <= 1 and self.drop_path < 1):
             raise BadInput("label_dropout must lie in 0..1 and drop_path below 1")
+        if int(self.mlp_ratio * self.width) < 1:
+            raise BadInput(f"mlp_ratio {self.mlp_ratio} leaves the MLP no hidden unit")
         if self.width % self.heads:
             raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}")
 

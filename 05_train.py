@@ -19,7 +19,6 @@ stage, s, process): nothing about randomness has to be saved to go on bit for bi
 Differs from the original VAR code: stage 1 exists; tokens are computed once, not in every step.
 """
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -36,11 +35,11 @@ import torch
 import torch.nn.functional as F
 
 from data import BadInput, batches, pictures, released
-from data.batches import (batch_indices, load_data, per_pass, picture_batches, sample_of,
-                          to_float)
+from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
+                          sample_of, to_float)
 from data.muon import Muon
-from data.plumbing import (OneLineParser, Run, add_options, clock, export, load_checkpoint,
-                           one_line, pick_device, save_atomically)
+from data.plumbing import (OneLineParser, Run, add_options, clock, export, fingerprint,
+                           load_checkpoint, one_line, pick_device, save_atomically)
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -134,10 +133,13 @@ def read_settings(argv=None):
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name
                                                 if name not in PRESETS else name)
     config = vqvae.TokenizerConfig(**pick(vqvae.TokenizerConfig))
+    processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
     for size in ("tokenizer_batch_size", "batch_size"):
-        if getattr(settings, size) % settings.gpus:
+        if getattr(settings, size) % processes:
             raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
-                           f"divided among {settings.gpus} processes")
+                           f"divided among {processes} processes")
+    if settings.export and not Path(settings.export).absolute().parent.is_dir():
+        raise BadInput(f"--export {settings.export}: there is no such folder")
     var_fields = pick(transformer.VARConfig)
     transformer.VARConfig(**var_fields)                    # sizes that cannot be: say so at once
     return settings, config, var_fields
@@ -245,15 +247,21 @@ def resume(run, stage, path):
     """Load the checkpoint, if there is one and it belongs to the same settings. -> first step"""
     state = {} if run.settings.fresh or not path.exists() else load_checkpoint(path, run.device)
     if state:
-        old, new = state.get("settings", {}), stage.about["settings"]
+        old, new = state.get("settings"), stage.about["settings"]
+        if not isinstance(old, dict) or set(old) != set(new):
+            raise BadInput(f"{path} is no {stage.name} of this version; --fresh starts over")
         changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
         if changed:
             raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
                            "--fresh starts over, --out takes another folder")
-        stage.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(stage.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        try:
+            stage.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
+            raise BadInput(f"{path} is damaged; --fresh starts over") from None
         run.say(f"{stage.name}: going on at step {state['step']}")
+    run.remember_settings()
     run.forget_log_after(stage.name, state.get("step", 0))
     run.barrier()
     return state.get("step", 0)
@@ -283,8 +291,9 @@ class TokenizerStage:
                           settings={**{k: getattr(settings, k) for k in chosen}, **asdict(config)})
 
     def batches(self, start):
-        plan = ([(int(i), step) for i in self.run.share(
-                    batch_indices(step, len(self.images), self.batch_size, self.settings.seed))]
+        seed = self.settings.seed
+        plan = ([(int(i), seed * 10 ** 9 + step) for i in self.run.share(
+                    batch_indices(step, len(self.images), self.batch_size, seed))]
                 for step in range(start, self.settings.tokenizer_steps))
         return picture_batches(self.images, plan, self.settings.workers)
 
@@ -338,7 +347,7 @@ def load_transformer(path, device="cpu"):
 
 
 def build(path, part, config_class, model_class, device):
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)                          # the optimizer's part stays on the CPU
     state = state.get(part, state)                         # a shipped file holds both models
     state.pop("optimizers", None)
     try:
@@ -352,21 +361,15 @@ def build(path, part, config_class, model_class, device):
 
 # -- The token cache -------------------------------------------------------------------------------
 
-def fingerprint(model):
-    """A short name for exactly these weights."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 @torch.no_grad()
 def cache_tokens(run, tokenizer, images, split, views):
     """Tokenize every picture once. -> memory-mapped (views, N, L) integers in tokens_<split>.npy.
 
-    View 0 is the picture; for pictures in memory view 1 is its mirror image, for files every view
-    is another crop. tokens_<split>.json names data and tokenizer: if it does not fit, all is
-    done again."""
+    View 0 is the picture (of a file: its middle); view 1 of pictures in memory is the mirror image,
+    further views of files are random crops. tokens_<split>.json names data and tokenizer: if it
+    does not fit, all is done again."""
+    if views > 2 and isinstance(images, np.ndarray):
+        raise BadInput(f"--views {views}: pictures in memory have two, as they are and mirrored")
     path = run.folder / f"tokens_{split}.npy"
     header = dict(dataset=run.settings.dataset, split=split, views=views, scales=tokenizer.scales,
                   pictures=batches.fingerprint(images), tokenizer=fingerprint(tokenizer))
@@ -382,9 +385,11 @@ def cache_tokens(run, tokenizer, images, split, views):
         np.lib.format.open_memmap(half, "w+", dtype, (views, len(images), L)).flush()
     run.barrier()
     cache = np.lib.format.open_memmap(half, "r+")
-    mine, many = run.share(np.arange(len(images))), per_pass(tokenizer.config.image_size)
+    # Neighbouring rows for each process: no two of them write to the same page of the file.
+    mine = np.array_split(np.arange(len(images)), run.world)[run.rank]
+    many = per_pass(tokenizer.config.image_size)
     jobs = [(view, mine[i:i + many]) for view in range(views) for i in range(0, len(mine), many)]
-    plan = ([(int(i), view) for i in rows] for view, rows in jobs)
+    plan = ([(int(i), view - 1) for i in rows] for view, rows in jobs)
     begin = said = time.time()
     for done, pixels in enumerate(picture_batches(images, plan, run.settings.workers)):
         view, rows = jobs[done]
@@ -464,9 +469,9 @@ class TransformerStage:
 
     @torch.no_grad()
     def evaluate(self):
-        count = min(len(self.data["test"][1]), 2000)
+        chosen = rows_of(len(self.data["test"][1]), 2000)
         found = [self.per_token(self.model, *self.rows("test", part))
-                 for part in np.array_split(np.arange(count), -(-count // 100))]
+                 for part in np.array_split(chosen, -(-len(chosen) // 100))]
         loss = torch.cat([loss for loss, _ in found]).mean(0)
         right = float(torch.cat([right for _, right in found]).float().mean())
         text, numbers = self.describe(loss, right)
@@ -476,25 +481,29 @@ class TransformerStage:
 # -- The whole road --------------------------------------------------------------------------------
 
 def relaunch(settings):
-    """Start one process per GPU (with --device cpu: per gloo process) and wait for them."""
-    if pick_device(settings.device).type == "cuda" and settings.gpus > torch.cuda.device_count():
+    """Become torch's launcher, which starts one process per GPU (on a CPU: N over gloo)."""
+    device = pick_device(settings.device).type
+    if device == "cuda" and settings.gpus > torch.cuda.device_count():
         raise BadInput(f"--gpus {settings.gpus}: this machine has {torch.cuda.device_count()}")
+    if device == "mps":
+        raise BadInput("--gpus: an Apple GPU works alone; use --gpus 1 or --device cpu")
+    sys.stdout.flush()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={settings.gpus}", os.path.abspath(__file__), *sys.argv[1:]]
-    return subprocess.call(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def train_all(settings, config, var_fields):
     run = Run(settings)
-    everything = {**asdict(settings), **asdict(config), **var_fields}
-    run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in everything.items()), 100))
-    if run.rank == 0:
-        (run.folder / "settings.json").write_text(json.dumps(everything, indent=1))
 
     def load(split):
         return load_data(settings.dataset, split, config.image_size, settings.data_dir)
     if settings.stage == "transformer":                    # its tokenizer sets the picture size
         config = load_tokenizer(run.folder / "tokenizer.pt")[0].config
+    run.everything = {**asdict(settings), **asdict(config), **var_fields}
+    run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in run.everything.items()), 100))
+    if settings.fresh and run.rank == 0 and settings.stage != "transformer":
+        (run.folder / "transformer.pt").unlink(missing_ok=True)          # it knows other tokens
     train_data = load("train") if run.rank == 0 else None  # a download happens once, not N times
     run.barrier()
     images, labels, class_names = train_data or load("train")
@@ -507,7 +516,10 @@ def train_all(settings, config, var_fields):
         train(run, stage, settings.tokenizer_steps)
     if settings.stage == "tokenizer":
         return
-    tokenizer, _ = load_tokenizer(run.folder / "tokenizer.pt", run.device)
+    tokenizer, about = load_tokenizer(run.folder / "tokenizer.pt", run.device)
+    if about["step"] < about["settings"]["tokenizer_steps"]:
+        run.say(f"note: the tokenizer was trained for {about['step']} steps of "
+                f"{about['settings']['tokenizer_steps']}")
     data = {"train": (cache_tokens(run, tokenizer, images, "train", settings.views), labels),
             "test": (cache_tokens(run, tokenizer, test_images, "test", 1), test_labels)}
     known = tokenizer.config
@@ -528,7 +540,7 @@ def main():
     settings, config, var_fields = read_settings()
     if settings.gpus > 1 and "RANK" not in os.environ:
         load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
-        return relaunch(settings)
+        relaunch(settings)
     return train_all(settings, config, var_fields)
 
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import BadInput, folder, imagenet, judge, pictures, released
-from data.batches import load_data, per_pass, rows_of, sample_of, to_float
+from data.batches import fingerprint, load_data, per_pass, rows_of, sample_of, to_float
 from data.plumbing import OneLineParser, clock, number, one_line, pick_device
 
 vqvae = import_module("02_multiscale_vqvae")
@@ -121,6 +121,9 @@ def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, smooth=Fals
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given token is
     replayed instead of drawn. Raises BadInput for a label the model does not know."""
+
+    if (tokens is None) != (keep is None) or (smooth and tokens is not None):
+        raise BadInput("tokens and keep go together, and without smooth")
 
     def replay(k, tokens_k, f_hat):
         return torch.where(keep[k].to(tokens_k.device), tokens[k], tokens_k)
@@ -346,7 +349,7 @@ def find_class(names, text):
     folded = [name.casefold() for name in names]
     if text.casefold() in folded:
         return folded.index(text.casefold())
-    if text.isdecimal() and int(text) < len(names):
+    if text.isdecimal() and len(text) < 9 and int(text) < len(names):
         return int(text)
     raise BadInput(f"no class {text!r}; there are {len(names)}: {', '.join(names[:12])}")
 
@@ -425,14 +428,16 @@ def edit_class(studio):
 def evaluate(studio):
     """Samples before a small judge network that was trained on real pictures. Its Frechet distance
     and precision/recall are on its own features: not comparable with Inception FID."""
-    where = studio.dataset or "", studio.args.data_dir
+    if not studio.dataset:
+        raise BadInput("evaluate needs a model trained here: the released ones name no data set")
+    where = studio.dataset, studio.args.data_dir
     real, labels, names = load_data(where[0], "train", studio.side, where[1])
     test, test_labels, _ = load_data(where[0], "test", studio.side, where[1])
     if min(len(real), len(test), studio.args.n or 1000) < 4:
         raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
                        f"on, {len(test)} held out and {studio.args.n or 1000} to sample")
     steps = 100 if studio.dataset == "shapes" else 2000
-    path = Path("out") / f"judge_{Path(studio.dataset).name}_{studio.side}.pt"
+    path = Path("out") / f"judge_{Path(studio.dataset).name}_{fingerprint(real)}.pt"
     network = judge.load_or_train(path, real, labels, len(names), steps=steps, seed=0)
     print(f"judge: {judge.accuracy(network, test, test_labels):.2%} right on held-out pictures")
     count = studio.args.n or 1000
@@ -479,6 +484,9 @@ def read_arguments(argv=None):
     args = p.parse_args(argv)
     if args.box and not (args.box[0] < args.box[2] <= 1 and args.box[1] < args.box[3] <= 1):
         raise BadInput(f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1")
+    files = bool(args.tokenizer_file) + bool(args.var_file)
+    if args.run and (args.released or files) or files == 1 and not args.released:
+        raise BadInput("give --run, or --released, or both --tokenizer-file and --var-file")
     if args.top_p is not None and args.top_p > 1:
         raise BadInput(f"--top-p {args.top_p}: a share of probability, at most 1")
     return args

@@ -35,24 +35,29 @@ def batch_indices(step, n, batch, seed):
 
 
 class Crops:
-    """A folder's pictures as DataLoader wants them; an index is (picture, seed of its crop)."""
+    """A folder's pictures as DataLoader wants them; an index is (picture, seed of its crop), and
+    the seed -1 asks for the crop in the middle."""
 
     def __init__(self, images):
         self.images = images
 
     def __getitem__(self, index):
-        return self.images.crop(*index)
+        return self.images[index[0]] if index[1] < 0 else self.images.crop(*index)
+
+
+def stack(crops):
+    return torch.from_numpy(np.stack(crops))
 
 
 def picture_batches(images, batches, workers):
-    """batches: list of lists of (picture, crop seed) -> uint8 tensors (B, H, W, 3), in order.
+    """batches: lists of (picture, crop seed), any number -> uint8 tensors (B, H, W, 3), in order.
     Pictures in memory are simply indexed; pictures in files are decoded ahead by workers."""
     if isinstance(images, np.ndarray):
         for batch in batches:
             yield torch.from_numpy(images[[i for i, _ in batch]])
     else:
         yield from DataLoader(Crops(images), batch_sampler=batches, num_workers=workers,
-                              collate_fn=lambda crops: torch.from_numpy(np.stack(crops)))
+                              collate_fn=stack)
 
 
 def to_float(images):

@@ -83,12 +83,14 @@ def load_or_train(path, images_uint8, labels, num_classes, *, steps, seed, devic
     path = Path(path)
     made_for = {"num_classes": int(num_classes), "size": len(images_uint8[0]),
                 "steps": int(steps), "seed": int(seed)}
-    if path.exists():
+    try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["made_for"] == made_for:
             judge = Judge(made_for["num_classes"], made_for["size"])
             judge.load_state_dict(saved["state"])
             return judge.to(device, memory_format=torch.channels_last).eval()
+    except Exception:  # missing, half written or something else: it is quickly made again
+        pass
     judge = train_judge(images_uint8, labels, num_classes, steps=steps, seed=seed, device=device,
                         log=log)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 the folder, the processes and the signals of a run."""
 import argparse
 import contextlib
+import hashlib
 import inspect
 import json
 import math
@@ -34,7 +35,9 @@ def number(kind, low):
         except ValueError:
             value = math.nan
         if not low <= value < 2 ** 63:                     # nan is neither
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {low} or more")
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {what} of {low} or more that "
+                                             "fits in 64 bits")
         return value
     return parse
 
@@ -69,7 +72,9 @@ def one_line(main):
     try:
         status = main()
     except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":             # of many processes, one speaks
+            line = str(error).splitlines()[-1]
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -118,6 +123,8 @@ def save_atomically(value, path):
     try:
         torch.save(value, temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:                          # how torch reports a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -136,6 +143,14 @@ def load_checkpoint(path, device="cpu"):
     if not isinstance(state, dict):
         raise BadInput(f"{path}: not a checkpoint of 05_train.py")
     return state
+
+
+def fingerprint(model):
+    """A short name for exactly these weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def export(folder, path):
@@ -170,17 +185,27 @@ class Run:
 
     def choose_precision(self):
         """What this run used before, else bfloat16 where it is fast; one answer for all."""
-        before = self.folder / "settings.json"
-        if before.exists() and not self.settings.fresh:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return json.loads(before.read_text())["precision"]
         fast = torch.tensor(float(fast_bfloat16(self.device)), device=self.device)
-        return "bfloat16" if float(self.mean(fast)) == 1 else "float32"
+        if not self.settings.fresh:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                before = json.loads((self.folder / "settings.json").read_text())
+                fast.fill_(before["precision"] == "bfloat16")
+        if self.world > 1:
+            dist.broadcast(fast, 0)
+        return "bfloat16" if fast else "float32"
+
+    def remember_settings(self):
+        """Once a stage has accepted them: a refused command must leave no trace."""
+        if self.rank == 0:
+            temporary = self.folder / "settings.json.tmp"
+            temporary.write_text(json.dumps(self.everything, indent=1))
+            os.replace(temporary, self.folder / "settings.json")
 
     def ask_to_stop(self, number, frame):
         if self.stop:                                      # asked twice: do not wait for the step
             sys.exit(128 + number)
         self.stop = number
+        self.say("stopping after this step; once more to stop at once")
 
     def say(self, line):
         if self.rank == 0:

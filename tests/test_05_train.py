@@ -621,6 +621,7 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_whatever_is_no_checkpoint_is_refused_and_code_in_it_never_runs(tmp_path):
     victim, path = tmp_path / "ran", tmp_path / "model.pt"
     torch.save({"model": torch.zeros(1000)}, path)
@@ -664,6 +665,22 @@ def test_a_picture_folder_is_cached_with_another_crop_in_every_view(studio, tmp_
             tmp_path / f"{i}.png")
     images, _, _ = folder.load("train", data_dir=tmp_path, size=16)
     cache = m5.cache_tokens(studio.run, studio.tokenizer, images, "train", 2)
-    pixels = torch.from_numpy(np.stack([images.crop(i, 1) for i in range(len(images))]))
+    pixels = torch.from_numpy(np.stack([images.crop(i, 0) for i in range(len(images))]))
     wanted = torch.cat(studio.tokenizer.image_to_tokens(batches.to_float(pixels)), 1).numpy()
     assert np.array_equal(cache[1], wanted) and not np.array_equal(cache[0], cache[1])
+
+
+def test_loading_workers_can_be_started_where_processes_are_not_forked(tmp_path, monkeypatch):
+    """macOS and Windows, and Linux from Python 3.14 on, send workers what they need as pickles."""
+    from data import folder
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i, 9, 9)).save(tmp_path / f"{i}.png")
+    images, sent = folder.load("train", data_dir=tmp_path, size=16)[0], []
+
+    def loader(dataset, **options):
+        sent.append((dataset, options["collate_fn"]))
+        return []
+    monkeypatch.setattr(batches, "DataLoader", loader)
+    list(batches.picture_batches(images, [[(0, 1), (1, 1)]], 2))
+    dataset, collate = pickle.loads(pickle.dumps(sent[0]))
+    assert collate([dataset[0, 1], dataset[1, 1]]).shape == (2, 16, 16, 3)
