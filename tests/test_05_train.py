@@ -684,3 +684,48 @@ def test_loading_workers_can_be_started_where_processes_are_not_forked(tmp_path,
     list(batches.picture_batches(images, [[(0, 1), (1, 1)]], 2))
     dataset, collate = pickle.loads(pickle.dumps(sent[0]))
     assert collate([dataset[0, 1], dataset[1, 1]]).shape == (2, 16, 16, 3)
+
+
+def test_a_refused_command_leaves_no_trace(refused, cli, tiny, tmp_path):
+    """What was refused must not be taken for the run's settings by the next command."""
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    before = (tmp_path / "run" / "settings.json").read_text()
+    options = [*tiny.options, "--out", tmp_path / "run"]
+    refused("05_train.py", *options, "--tokenizer-lr", 0.5)
+    refused("05_train.py", *options, "--precision", "bfloat16")
+    assert (tmp_path / "run" / "settings.json").read_text() == before
+    assert cli("05_train.py", *options, "--precision", "auto").status == 0
+
+
+def test_the_batch_is_divided_among_the_processes_of_torchrun_too(monkeypatch, refused, tiny):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes" in refused("05_train.py", *tiny.options)
+
+
+@pytest.mark.parametrize("options", [
+    "--export /no/such/folder/x.pt", "--mlp-ratio 0.01", "--views 3 --dataset shapes",
+    "--quantizer lfq --latent-dim 25 --vocab-size 33554432"])
+def test_what_cannot_work_is_refused(refused, tiny, tmp_path, options, monkeypatch):
+    monkeypatch.setitem(shapes.DEFAULT_COUNT, "train", 20)
+    monkeypatch.setitem(shapes.DEFAULT_COUNT, "test", 20)
+    refused("05_train.py", *tiny.options, "--tokenizer-steps", 1, "--steps", 1, *options.split(),
+            "--out", tmp_path / "run")
+
+
+def test_starting_over_forgets_the_transformer_of_other_tokens(cli, tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    options = [*tiny.options, "--seed", 1, "--out", tmp_path / "run"]
+    assert cli("05_train.py", *options, "--fresh", "--stage", "tokenizer").status == 0
+    assert cli("05_train.py", *options).status == 0        # was: refused because of the old one
+
+
+def test_a_checkpoint_of_another_kind_is_refused_in_a_short_line(refused, tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "transformer.pt", tmp_path / "run" / "tokenizer.pt")
+    assert len(refused("05_train.py", *tiny.options, "--out", tmp_path / "run")) < 200
+
+
+def test_held_out_loss_is_not_that_of_the_first_classes_alone(tiny):
+    """Folders list their pictures class by class, so the first rows are of a few classes."""
+    rows = batches.rows_of(5000, 2000)
+    assert len(set(rows)) == 2000 and 2300 < rows.mean() < 2700 and rows.max() > 4900
