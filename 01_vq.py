@@ -4,7 +4,7 @@ A quantizer replaces a number (or a vector) by the nearest entry of a short list
 the entry's index. Everything later in this book is rounding: of colours here, of whole feature maps
 in chapter 2, and chapter 4 predicts the indices.
 
-    scalar    -0.37 ------------------> bucket 3 of 8 ------> -0.25
+    scalar    -0.37 ------------------> bucket 3 of 8 ------> -0.375
     vector    (0.9, 0.1, 0.2) --------> code 17 of 64 ------> (0.8, 0.1, 0.3)
     residual  x = z[17] + rest,  rest = z[4] + smaller rest,  ...      log2(64) bits per level
     sign      (0.9, -0.1, 0.2) -------> + - +  = index 5 ---> (s, -s, s)       no codebook at all
@@ -289,14 +289,16 @@ def main():
     for vocab_size in (2, 4, 8, 16, 64):
         quantizer = learn_codes(colours[::7], vocab_size)
         rows.append(quantizer.lookup(quantizer.nearest(photo)))
-        print(f"  {vocab_size:>3} learned codes"
-              f"{1000 * float((rows[-1] - photo).square().mean()):>29.3f}")
+        print(f"  {vocab_size:>3} codes,  {vocab_size.bit_length() - 1:>2} bits per pixel"
+              f"{1000 * float((rows[-1] - photo).square().mean()):>21.3f}")
     quantizer, errors = learn_codes(colours[::7], 8, depth=4), []
     for depth in (1, 2, 3, 4):
         x_hat, _ = residual_quantize(colours, quantizer, depth)
         errors.append(float((x_hat - colours).square().mean()))
-        print(f"  {depth} residual levels of 8 codes{1000 * errors[-1]:>17.3f}")
+        print(f"  {depth} levels of the same 8 codes, {3 * depth:>2} bits"
+              f"{1000 * errors[-1]:>14.3f}")
     assert all(b < a for a, b in zip(errors, errors[1:])), "every level must shrink the error"
+    print("  (levels save codes, not bits: 8 codes, learned once, name 8 ** 4 colours)")
     sign = LookupFreeQuantizer(8)
     print(f"  signs of 8 channels: {sign.vocab_size} codes for free, "
           f"usage {usage(sign.nearest(torch.randn(9999, 8)), 256)[0]:.0%} on white noise")

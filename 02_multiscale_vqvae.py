@@ -6,7 +6,8 @@ token per cell. Together they add up to the feature map that the decoder turns i
 
     picture 32x32x3 --encode--> f 8x8xC --quantize--> 1   2x2  3x3  4x4  6x6  8x8   token maps
                                                       1 +  4 +  9 + 16 + 36 + 64  = 130 tokens
-    f_hat = phi_1(up(z[r_1])) + phi_2(up(z[r_2])) + ... + phi_6(z[r_6])  --decode--> picture
+    f_hat = phi(up(z[r_1])) + phi(up(z[r_2])) + ... + phi(z[r_6])  --decode--> picture
+    where phi(x) = x/2 + conv(x)/2; there are four such convolutions, neighbouring scales share
 
 Shapes: image (B, 3, H, W) in [-1, 1]; f, f_hat (B, C, h, w); tokens: list of K int64 (B, h_k*w_k);
 scales (1, 2, 3, 4, 6, 8) the sides of the token maps; V codes; C latent channels; L = 130.
@@ -38,11 +39,11 @@ vq = import_module("01_vq")
 class TokenizerConfig:
     """Every size of the tokenizer."""
     image_size: int = 32                         # side of the square picture, in pixels
-    scales: tuple = (1, 2, 3, 4, 6, 8)           # sides of the token maps, coarse to fine
+    scales: tuple = (1, 2, 3, 4, 6, 8)           # sides of the token maps, as 1,2,3
     vocab_size: int = 512                        # V, codes shared by all scales
     latent_dim: int = 16                         # C, length of a code
     channels: int = 64                           # width of the first convolution
-    multipliers: tuple = (1,)                    # width of each level; each step halves the side
+    multipliers: tuple = (1,)                    # widths of the levels, as 1,2; each halves
     blocks: int = 1                              # residual blocks per level (decoder: one more)
     unshuffle: int = 4                           # fold 4x4 pixels into channels first (1: do not)
     groups: int = 8                              # of GroupNorm
@@ -357,7 +358,7 @@ class MultiScaleVQVAE(nn.Module):
 def main():
     torch.manual_seed(0)
     images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
-    tokenizer, steps = MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32)), 400
+    tokenizer, steps = MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32)), 340
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=4e-3)
     for step in range(steps):                              # warm up, then a straight line to 0
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / steps)
@@ -380,10 +381,10 @@ def main():
     assert all(fine < coarse for coarse, fine in zip(left, left[1:])), "every scale must help"
     *_, (_, _, running) = tokenizer._rounds(f)
     assert torch.allclose(tokenizer.features(tokens), running), "Algorithm 2 undoes Algorithm 1"
-    rows = (torch.cat(decoded + [shown]) + 1) / 2
+    rows = (torch.cat([shown] + decoded) + 1) / 2
     pictures.save_grid("out/02_multiscale_vqvae.png", rows, columns=8,
-                       row_labels=[f"{s}x{s}" for s in tokenizer.scales] + ["original"])
-    print("wrote out/02_multiscale_vqvae.png")
+                       row_labels=["original"] + [f"{s}x{s}" for s in tokenizer.scales])
+    print("wrote out/02_multiscale_vqvae.png (soft after so few steps; chapter 5 trains on)")
 
 
 if __name__ == "__main__":

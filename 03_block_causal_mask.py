@@ -13,7 +13,7 @@ may look at everyone, as all tokens of a map are predicted at once. That is a bl
 
 Block k looks at a *prefix*: blocks 1..k, all of them, nothing else. So no mask is needed when the
 blocks come one after the other (attend to everything cached so far), and the dense mask can be
-replaced by K small products over prefixes, which skip the half of the work that is masked away.
+replaced by K small products over prefixes, which skip what is masked away (a third of the work).
 
 Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...) sides; L = sum of squares.
 
@@ -102,11 +102,12 @@ def main():
 
     mask, raster = block_causal_mask(scales), block_causal_mask((1,) * L)
     assert torch.equal(raster, torch.ones(L, L).tril().bool())
-    print(f"products needed: next-scale {int(mask.sum())}, raster {int(raster.sum())}, all {L * L}")
+    print(f"products: next-scale {int(mask.sum())}, raster {int(raster.sum())}, all {L * L}; "
+          f"one after the other: next-scale {len(scales)} steps, raster {L}")
     images = [pictures.heat_map(m.float().numpy()) for m in (mask, raster)]
     pictures.save_grid("out/03_block_causal_mask.png", np.stack(images), columns=2,
                        scale=9, column_labels=["next scale: 1 4 9 16", "raster: 30 blocks of 1"])
-    print("wrote out/03_block_causal_mask.png")
+    print("wrote out/03_block_causal_mask.png: row looks at column where it is yellow")
 
 
 if __name__ == "__main__":

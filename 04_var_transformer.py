@@ -269,7 +269,7 @@ def show_influence():
     print("changing an input moves no output of a coarser scale (raster: no earlier output)")
     pictures.save_grid("out/04_var_transformer.png", np.stack(maps), columns=2, scale=9,
                        column_labels=["next scale: 1 4 9 16", "raster: 30 blocks of 1"])
-    print("wrote out/04_var_transformer.png")
+    print("wrote out/04_var_transformer.png: row output, column input, bright: moves more")
 
 
 @torch.no_grad()

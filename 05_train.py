@@ -487,6 +487,9 @@ def relaunch(settings):
         raise BadInput(f"--gpus {settings.gpus}: this machine has {torch.cuda.device_count()}")
     if device == "mps":
         raise BadInput("--gpus: an Apple GPU works alone; use --gpus 1 or --device cpu")
+    if device == "cpu" and settings.device == "auto":
+        raise BadInput(f"--gpus {settings.gpus}: torch finds no GPU here; with --device cpu as "
+                       "many processes share the CPU")
     sys.stdout.flush()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={settings.gpus}", os.path.abspath(__file__), *sys.argv[1:]]
@@ -499,6 +502,8 @@ def train_all(settings, config, var_fields):
     def load(split):
         return load_data(settings.dataset, split, config.image_size, settings.data_dir)
     if settings.stage == "transformer":                    # its tokenizer sets the picture size
+        if not (run.folder / "tokenizer.pt").exists():
+            raise BadInput(f"no tokenizer in {run.folder}: train it first, with --stage tokenizer")
         config = load_tokenizer(run.folder / "tokenizer.pt")[0].config
     run.everything = {**asdict(settings), **asdict(config), **var_fields}
     run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in run.everything.items()), 100))

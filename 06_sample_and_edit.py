@@ -261,6 +261,10 @@ class Studio:
             self.names, self.dataset = about["class_names"], about["dataset"]
             sampling = about["sampling"]
             print(f"model: {path}")
+        for path in filter(None, (args.image, args.mask)):
+            open_picture(path)                             # fail before anything is drawn
+        if args.image and not args.classes and args.task != "reconstruct":
+            print(f"--classes was not given: working as class {self.names[0]!r}")
         self.out = Path(args.out or Path("out") / where)
         self.out.mkdir(parents=True, exist_ok=True)
         self.sampling = {k: v if getattr(args, k) is None else getattr(args, k)
@@ -351,7 +355,7 @@ def find_class(names, text):
         return folded.index(text.casefold())
     if text.isdecimal() and len(text) < 9 and int(text) < len(names):
         return int(text)
-    raise BadInput(f"no class {text!r}; there are {len(names)}: {', '.join(names[:12])}")
+    raise BadInput(f"no class {text!r}; this model has {len(names)}: {', '.join(names[:12])}")
 
 
 # -- Tasks -----------------------------------------------------------------------------------------
@@ -366,11 +370,13 @@ def sample(studio):
                           **studio.sampling)
     stages = [to_picture(tokenizer, f_hat).cpu() for f_hat in steps]
     studio.save("coarse_to_fine", torch.cat(stages), len(labels),
+                column_labels=[studio.names[c] for c in classes[:10]],
                 row_labels=[f"{s}x{s}" for s in tokenizer.scales])
     zoom = max(1, 96 // studio.side)
     frames = [torch.cat(list(stage), 2)[None] for stage in stages]       # side by side
     frames = [np.kron(pictures.to_uint8(f)[0], np.ones((zoom, zoom, 1), np.uint8)) for f in frames]
     pictures.save_gif(studio.out / "coarse_to_fine.gif", frames + [frames[-1]] * 3, 400)
+    print(f"wrote {studio.out / 'coarse_to_fine.gif'}")
 
 
 def reconstruct(studio):
@@ -386,8 +392,8 @@ def reconstruct(studio):
 
 
 def repaint(studio, name, repaint_here, recolour=None):
-    """Shared by in-painting, out-painting and class editing: original, what the model sees, results
-    (three seeds, or with `recolour` one row per class)."""
+    """Shared by in-painting, out-painting and class editing: original, what is kept (grey: hidden),
+    results (three seeds, or with `recolour` one row per class)."""
     image, labels = studio.pictures(8)
     image, keep = image.to(studio.device), ~repaint_here.to(studio.device)
     shown = torch.where(keep, (image + 1) / 2, 0.5)
@@ -471,7 +477,7 @@ def read_arguments(argv=None):
     p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale; 0: none")
     p.add_argument("--top-k", type=number(int, 0), help="draw among the k likeliest tokens; 0: all")
     p.add_argument("--top-p", type=number(float, 0), help="draw among the likeliest, p in all")
-    p.add_argument("--smooth", action="store_true", help="mix codes: smoother, not true samples")
+    p.add_argument("--smooth", action="store_true", help="mix codes (--task sample only)")
     p.add_argument("--image", help="picture to reconstruct or edit; default: held-out ones")
     p.add_argument("--box", nargs=4, type=number(float, 0), metavar=("X0", "Y0", "X1", "Y1"),
                    help="part to repaint (outpaint: to keep), in fractions of the side")

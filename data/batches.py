@@ -56,8 +56,8 @@ def picture_batches(images, batches, workers):
         for batch in batches:
             yield torch.from_numpy(images[[i for i, _ in batch]])
     else:
-        yield from DataLoader(Crops(images), batch_sampler=batches, num_workers=workers,
-                              collate_fn=stack)
+        yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
+                              num_workers=min(workers, os.cpu_count() or 1))
 
 
 def to_float(images):
