@@ -53,6 +53,7 @@ class TokenizerConfig:
     quantizer: str = "vq"                        # "vq" learned codes, "lfq" signs (V = 2**C)
     learn: str = "ema"                           # "ema" or "gradient": how learned codes move
     beta: float = 0.25                           # weight of the commitment loss
+    coarse: float = 0.2                          # weight of coarser f_hats in the loss; 1: all equal
 
     def __post_init__(self):
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)
@@ -317,7 +318,8 @@ class MultiScaleVQVAE(nn.Module):
         """image (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), tokens, losses dict)
 
         losses: "reconstruction" mean squared error of the picture, "vq" equation 5 averaged over
-        the scales, for the f_hat after each of them, "extra" the quantizer's own (entropy) term."""
+        the f_hats after every scale, most of all the last, "extra" the quantizer's own (entropy)
+        term."""
         f = self.encode(image)
         with torch.autocast(f.device.type, enabled=False):  # rounding to the nearest needs float32
             f_hat, tokens, vq_loss, extra = self._learn_to_round(f.float())
@@ -331,12 +333,17 @@ class MultiScaleVQVAE(nn.Module):
         if self.training:
             self.quantizer.start_on_data(self._unrounded(f.detach()))
         groups, tokens, vq_loss, extra = [], [], 0, 0
-        for x, tokens_k, f_hat in self._rounds(f):
+        for k, (x, tokens_k, f_hat) in enumerate(self._rounds(f)):
             groups.append(x)
             tokens.append(tokens_k)
+            # Equation 5 asks this of the last f_hat alone, and the original code of every f_hat
+            # alike. The first lets coarse codes collapse; the second bends f towards what few
+            # tokens can say. A little weight on coarse scales is better than both.
+            last = k == self.K - 1
+            weight = self.K - self.config.coarse * (self.K - 1) if last else self.config.coarse
             # The encoder commits to f_hat (times beta); f_hat, that is codes and phi, follows f.
-            vq_loss = vq_loss + self.config.beta * F.mse_loss(f, f_hat.detach())
-            vq_loss = vq_loss + F.mse_loss(f_hat, f.detach())
+            vq_loss = vq_loss + weight * self.config.beta * F.mse_loss(f, f_hat.detach())
+            vq_loss = vq_loss + weight * F.mse_loss(f_hat, f.detach())
             extra = extra + self.quantizer.extra_loss(x)
         if self.training:
             self.quantizer.update(groups, tokens)

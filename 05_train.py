@@ -10,7 +10,7 @@
 
 The same command again goes on where it stopped; --fresh starts over. All settings: --help.
 
-Shapes: image (B, 3, H, W) in [-1, 1]; token cache (views, N, L) uint16; logits (B, L, V).
+Shapes: image (B, 3, H, W) in [-1, 1]; token cache (views, N, L) integers; logits (B, L, V).
 
 Sources: VAR (Tian et al. 2024), section 4 and the released training code for the ImageNet recipe;
 Muon (Jordan et al. 2024) for small models. Every random decision of step s is drawn from (seed,
@@ -18,8 +18,6 @@ stage, s, process): nothing about randomness has to be saved to go on bit for bi
 
 Differs from the original VAR code: stage 1 exists; tokens are computed once, not in every step.
 """
-import contextlib
-import json
 import os
 import re
 import subprocess
@@ -34,12 +32,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, batches, pictures, released
+from data import BadInput, health, released, vqgan
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
 from data.muon import Muon
 from data.plumbing import (OneLineParser, Run, add_options, clock, export, fingerprint,
                            load_checkpoint, one_line, pick_device, save_atomically)
+from data.tokens import cache_tokens
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -70,11 +69,17 @@ class Settings:
     tokenizer_batch_size: int = 16        # pictures per step of stage 1, over all processes
     tokenizer_lr: float = 3e-3            # peak learning rate of stage 1
     vq_weight: float = 0.25               # weight of the quantization loss against the picture loss
+    picture_loss: str = "l2"              # l2 (squared error) or l1 (absolute error)
+    perceptual: float = 0.0               # weight of the perceptual loss (LPIPS); 0: off
+    vgg_file: str = ""                    # its VGG-16 weights, if they cannot be downloaded
+    lpips_file: str = ""                  # its LPIPS weights, likewise
+    adversarial: float = 0.0              # weight of the adversarial loss (PatchGAN); 0: off
+    held_out: int = 2000                  # pictures, at most, that each evaluation looks at
     steps: int = 1600                     # steps of stage 2
     batch_size: int = 16                  # pictures per step of stage 2, over all processes
     optimizer: str = "muon"               # of the block matrices: muon or adamw (the rest is adamw)
     lr: float = 1.5e-3                    # peak learning rate of adamw in stage 2
-    muon_lr: float = 0.02                 # peak learning rate of muon
+    muon_lr: float = 0.02                 # peak learning rate of muon, in both stages
     weight_decay: float = 0.05            # of matrices only
     final_lr: float = 0.0                 # share of the peak learning rate left at the end
     clip: float = 2.0                     # largest gradient norm
@@ -83,18 +88,24 @@ class Settings:
     top_p: float = 0.0                    # default top-p when sampling (0: off)
 
 
-SMALL = dict(image_size=32, scales=(1, 2, 3, 4, 6, 8), vocab_size=512, latent_dim=16)
+# From the side of a picture to the side of its last token map, and the maps before it.
+LAYOUTS = {
+    32: dict(image_size=32, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),
+    64: dict(image_size=64, scales=(1, 2, 3, 4, 6, 8), multipliers=(1, 2)),
+    128: dict(image_size=128, scales=(1, 2, 3, 4, 6, 8, 11, 16), multipliers=(1, 2)),
+    256: dict(image_size=256, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), multipliers=(1, 2, 2)),
+    512: dict(image_size=512, scales=released.SCALES[2240], multipliers=(1, 2, 2)),
+}
 PRESETS = {
-    "shapes": dict(SMALL, depth=4, width=128, heads=4, drop_path=0.0),
-    "cifar10": dict(SMALL, vocab_size=1024, flip=True, views=2, tokenizer_steps=20_000,
+    "shapes": dict(LAYOUTS[32], depth=4, width=128, heads=4, drop_path=0.0),
+    "cifar10": dict(LAYOUTS[32], vocab_size=1024, flip=True, views=2, tokenizer_steps=20_000,
                     tokenizer_batch_size=64, unshuffle=2, multipliers=(1, 2), depth=8, width=384,
                     heads=6, steps=30_000, batch_size=128),
-    "folder": dict(SMALL, image_size=64, multipliers=(1, 2), vocab_size=1024, views=4,
-                   tokenizer_steps=20_000, steps=30_000, tokenizer_batch_size=32, batch_size=64,
-                   depth=8, width=384, heads=6),
+    "folder": dict(LAYOUTS[64], vocab_size=1024, views=4, tokenizer_steps=20_000, steps=30_000,
+                   tokenizer_batch_size=32, batch_size=64, depth=8, width=384, heads=6),
     "imagenet": dict(released.TOKENIZER, learn="ema", views=8, tokenizer_steps=250_000,
-                     tokenizer_batch_size=256, tokenizer_lr=1e-4, optimizer="adamw", depth=16,
-                     save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
+                     tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
+                     optimizer="adamw", depth=16, save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
 }
 
 
@@ -110,7 +121,7 @@ def imagenet_recipe(depth):
 
 CHOICES = dict(stage=("all", "tokenizer", "transformer"), device=("auto", "cpu", "cuda", "mps"),
                precision=("auto", "float32", "bfloat16"), optimizer=("muon", "adamw"),
-               quantizer=("vq", "lfq"), learn=("ema", "gradient"))
+               quantizer=("vq", "lfq"), learn=("ema", "gradient"), picture_loss=("l1", "l2"))
 ZERO_IS_FINE = {"seed", "workers", "top_k", "tokenizer_steps", "steps", "width", "heads"}
 NOT_OPTIONS = {"num_classes"}            # known from the data
 
@@ -123,7 +134,8 @@ def read_settings(argv=None):
                 ZERO_IS_FINE, NOT_OPTIONS)
     typed = vars(parser.parse_args(argv))
     name = typed.get("dataset", "shapes")
-    values = {**PRESETS.get(name, PRESETS["folder"]), **typed}
+    layout = LAYOUTS.get(typed.get("image_size"), {}) if name != "imagenet" else {}
+    values = {**PRESETS.get(name, PRESETS["folder"]), **layout, **typed}
     if name == "imagenet":
         values = {**values, **imagenet_recipe(values["depth"]), **typed}
 
@@ -154,20 +166,23 @@ def learning_rate(progress, final):
     return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
 
 
-def make_optimizers(model, lr, weight_decay, muon_lr=None):
+def make_optimizers(model, lr, weight_decay, settings):
     """Weights of linear layers and convolutions decay; biases, embeddings, gains and the q/k
-    temperature do not. With muon_lr, the matrices inside the blocks go to Muon."""
+    temperature do not. The matrices and convolutions inside the blocks may go to Muon."""
+    blocks = r"^blocks\..*(attention|mlp)|^(en|de)coder\.(levels|middle)"
     decayed = {id(m.weight) for m in model.modules()
                if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     groups = {"muon": [], "decay": [], "plain": []}
     for name, p in model.named_parameters():
-        inside = muon_lr and re.search(r"^blocks\..*(attention|mlp)", name) and p.ndim == 2
-        groups["muon" if inside else "decay" if id(p) in decayed else "plain"].append(p)
+        inside = settings.optimizer == "muon" and re.search(blocks, name)
+        kind = "plain" if id(p) not in decayed else "muon" if inside else "decay"
+        groups[kind].append(p)
     optimizers = [torch.optim.AdamW(
         [dict(params=groups["decay"], weight_decay=weight_decay),
          dict(params=groups["plain"], weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)]
     if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], lr=muon_lr, weight_decay=weight_decay))
+        optimizers.append(Muon(groups["muon"], lr=settings.muon_lr, weight_decay=weight_decay,
+                               dtype=getattr(torch, settings.precision)))
     return optimizers
 
 
@@ -176,7 +191,8 @@ def train(run, stage, total):
 
     A stage has a name, a model, optimizers, `about` (what the checkpoint tells of it) and
       batches(start)      what each step from `start` on works on
-      loss(model, batch)  -> (loss (), what to remember for the log)
+      parts               its modules, by the name that the checkpoint gives their weights
+      loss(model, batch, progress)   -> (loss (), what to remember for the log)
       summary(memories)   -> (text, dict) since the last log line
       evaluate()          -> (text, dict) on held-out pictures, a few times and at the end"""
     path, settings, model = run.folder / f"{stage.name}.pt", run.settings, stage.model
@@ -192,7 +208,7 @@ def train(run, stage, total):
         for group, peak in peaks:
             group["lr"] = peak * learning_rate(step / total, settings.final_lr)
         model.train()
-        loss, memory = stage.loss(wrapped, batch)
+        loss, memory = stage.loss(wrapped, batch, step / total)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         bad = 0 if torch.isfinite(norm) else bad + 1       # one bad batch must not spoil all
@@ -202,7 +218,8 @@ def train(run, stage, total):
         elif bad == 10:
             raise BadInput(f"{stage.name}: no finite loss in 10 steps, last at step {step}; lower "
                            f"the learning rate and start again with --fresh")
-        model.zero_grad(set_to_none=True)
+        for optimizer in stage.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         memories.append((loss.detach(), memory))
         step += 1
         if step % settings.log_every == 0 or step == total:
@@ -238,7 +255,8 @@ def report(run, stage, step, total, memories, norm, pace):
 
 def save(run, stage, path, step):
     if run.rank == 0:
-        save_atomically(dict(stage.about, step=step, model=stage.model.state_dict(),
+        weights = {name: part.state_dict() for name, part in stage.parts.items()}
+        save_atomically(dict(stage.about, **weights, step=step,
                              optimizers=[o.state_dict() for o in stage.optimizers]), path)
     run.barrier()
 
@@ -255,7 +273,8 @@ def resume(run, stage, path):
             raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
                            "--fresh starts over, --out takes another folder")
         try:
-            stage.model.load_state_dict(state["model"])
+            for name, part in stage.parts.items():
+                part.load_state_dict(state[name])
             for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
@@ -269,12 +288,6 @@ def resume(run, stage, path):
 
 # -- Stage 1: the tokenizer ------------------------------------------------------------------------
 
-def psnr(image, other):
-    """Peak signal to noise ratio of pictures in [-1, 1], in dB, one per picture. -> (B,)"""
-    error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square().mean((1, 2, 3))
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))
-
-
 class TokenizerStage:
     name = "tokenizer"
 
@@ -282,13 +295,38 @@ class TokenizerStage:
         settings = self.settings = run.settings
         torch.manual_seed(settings.seed)
         self.run, self.images, self.batch_size = run, train_images, settings.tokenizer_batch_size
-        self.held_out = sample_of(test_images, 500)
+        self.held_out = sample_of(test_images, settings.held_out)
         self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
-        self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4)
+        self.parts = {"model": self.model}
+        self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
+        self.perceptual = self.load_perceptual(config) if settings.perceptual else None
+        if settings.adversarial:
+            critic = self.parts["critic"] = vqgan.Discriminator(config.image_size).to(run.device)
+            self.critic = run.wrap(critic)
+            self.optimizers.append(torch.optim.AdamW(
+                critic.parameters(), lr=settings.tokenizer_lr / 3, betas=(0.5, 0.9)))
         chosen = ("dataset", "seed", "precision", "flip", "tokenizer_steps", "tokenizer_batch_size",
-                  "tokenizer_lr", "vq_weight", "final_lr", "clip")
+                  "tokenizer_lr", "vq_weight", "picture_loss", "perceptual", "adversarial",
+                  "optimizer", "muon_lr", "final_lr", "clip")
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           settings={**{k: getattr(settings, k) for k in chosen}, **asdict(config)})
+        self.about["settings"]["perceptual"] *= self.perceptual is not None
+
+    def load_perceptual(self, config):
+        """LPIPS, if its weights can be had; training goes on without it where they cannot."""
+        given = self.settings.vgg_file, self.settings.lpips_file
+        if config.image_size < 16:
+            raise BadInput("--perceptual needs pictures of 16 pixels or more")
+        try:
+            for rank in (0, self.run.rank):                # one process downloads, the others read
+                if rank == self.run.rank:
+                    model = vqgan.load_perceptual(*given).to(self.run.device)
+                self.run.barrier()
+            return model
+        except BadInput as error:
+            if any(given):
+                raise
+            self.run.say(f"no perceptual loss: {error}; give --vgg-file and --lpips-file to have it")
 
     def batches(self, start):
         seed = self.settings.seed
@@ -297,43 +335,57 @@ class TokenizerStage:
                 for step in range(start, self.settings.tokenizer_steps))
         return picture_batches(self.images, plan, self.settings.workers)
 
-    def loss(self, model, pixels):
-        image = to_float(pixels.to(self.run.device))
-        if self.settings.flip:
+    def loss(self, model, pixels, progress):
+        settings, image = self.settings, to_float(pixels.to(self.run.device))
+        if settings.flip:
             mirrored = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
             image = torch.where(mirrored, image.flip(3), image)
         with self.run.autocast():
-            _, tokens, losses = model(image)
-        loss = losses["reconstruction"] + self.settings.vq_weight * (losses["vq"] + losses["extra"])
-        return loss, (losses["reconstruction"].detach(), [t.cpu() for t in tokens])
+            rebuilt, tokens, losses = model(image)
+            picture = losses["reconstruction"]
+            if settings.picture_loss == "l1":
+                picture = F.l1_loss(rebuilt.float(), image)
+            if self.perceptual:
+                picture = picture + settings.perceptual * self.perceptual(rebuilt, image).mean()
+        loss = picture + settings.vq_weight * (losses["vq"] + losses["extra"])
+        if share := settings.adversarial * vqgan.start_late(progress):
+            loss = loss + share * self.criticise(image, rebuilt, picture)
+        return loss, (losses["reconstruction"].detach(), tokens)
+
+    def criticise(self, image, rebuilt, picture):
+        """The critic learns from this batch (its optimizer steps with the others).
+        -> what the tokenizer adds to its loss to please the critic, as heavy as `picture`"""
+        with self.run.autocast():
+            scores = self.critic(torch.cat([image, rebuilt.detach()]))
+        vqgan.hinge(*scores.float().chunk(2)).backward()
+        critic = self.parts["critic"].requires_grad_(False)      # the next pass teaches it nothing
+        with self.run.autocast():
+            displeased = -critic(rebuilt).float().mean()
+        critic.requires_grad_(True)
+        last = self.model.decoder.conv_out.weight
+        return vqgan.adaptive_weight(picture, displeased, last) * displeased
 
     def summary(self, memories):
         error = self.run.mean(torch.stack([error for error, _ in memories]).mean())
         db = float(10 * torch.log10(4 / error))
-        text, numbers = self.usage([tokens for _, tokens in memories])
-        return f"psnr {db:.1f} dB | {text}", dict(psnr=db, **numbers)
+        seen = [torch.cat(tokens) for tokens in zip(*[tokens for _, tokens in memories])]
+        counts = self.run.total(health.count_codes(seen, self.model.config.vocab_size))
+        numbers = health.usage(counts)
+        return f"psnr {db:.1f} dB | {health.short(self.model.scales, numbers)}", dict(
+            psnr=db, **numbers)
 
-    def usage(self, batches):
-        """Share of the codes that occur at each scale and at any. batches: list of token lists"""
-        V, scales = self.model.config.vocab_size, self.model.scales
-        tokens = [torch.cat([t[k].flatten() for t in batches]) for k in range(len(scales))]
-        share = [len(t.unique()) / V for t in tokens]
-        overall = len(torch.cat(tokens).unique()) / V
-        text = " ".join(f"{side}: {part:.0%}" for side, part in zip(scales, share))
-        return f"used {overall:.0%} ({text})", dict(used=share, used_overall=overall)
-
-    @torch.no_grad()
     def evaluate(self):
-        images = [to_float(part.to(self.run.device)) for part in
-                  self.held_out.split(per_pass(self.held_out.shape[1]))]
-        tokens = [self.model.image_to_tokens(image) for image in images]
-        rebuilt = [self.model.tokens_to_image(t) for t in tokens]
-        db = float(torch.cat([psnr(a, b) for a, b in zip(images, rebuilt)]).mean())
-        grid = torch.cat([images[0][:10], rebuilt[0][:10]]).cpu()
-        pictures.save_grid(self.run.folder / "reconstructions.png", (grid + 1) / 2, len(grid) // 2,
-                           row_labels=["original", f"{self.model.K} scales"])
-        text, numbers = self.usage(tokens)
-        return f"psnr {db:.2f} dB | {text}", dict(psnr=db, **numbers)
+        images = (to_float(part.to(self.run.device)) for part in
+                  self.held_out.split(per_pass(self.held_out.shape[1])))
+        numbers = health.examine(self.model, images, self.run.autocast)
+        stride = max(1, len(self.held_out) // 10)             # test sets come sorted by class
+        health.save_picture(self.run.folder / "reconstructions.png", self.model,
+                            to_float(self.held_out[::stride][:10].to(self.run.device)))
+        numbers["warnings"] = health.warnings(self.model, numbers, len(self.held_out))
+        text = "\n".join([f"psnr {numbers['psnr']:.2f} dB | used {numbers['used_overall']:.0%} of "
+                          f"the codes | {len(self.held_out)} pictures",
+                          health.table(self.model.scales, numbers), *numbers["warnings"]])
+        return text, numbers
 
 
 def load_tokenizer(path, device="cpu"):
@@ -349,7 +401,8 @@ def load_transformer(path, device="cpu"):
 def build(path, part, config_class, model_class, device):
     state = load_checkpoint(path)                          # the optimizer's part stays on the CPU
     state = state.get(part, state)                         # a shipped file holds both models
-    state.pop("optimizers", None)
+    for part_of_training in ("optimizers", "critic"):
+        state.pop(part_of_training, None)
     try:
         model = model_class(config_class(**state.pop("config")))
         model.load_state_dict(state.pop("model"))
@@ -357,57 +410,6 @@ def build(path, part, config_class, model_class, device):
         reason = str(error).splitlines()[0][:120]
         raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
     return model.to(device).eval().requires_grad_(False), state
-
-
-# -- The token cache -------------------------------------------------------------------------------
-
-@torch.no_grad()
-def cache_tokens(run, tokenizer, images, split, views):
-    """Tokenize every picture once. -> memory-mapped (views, N, L) integers in tokens_<split>.npy.
-
-    View 0 is the picture (of a file: its middle); view 1 of pictures in memory is the mirror image,
-    further views of files are random crops. tokens_<split>.json names data and tokenizer: if it
-    does not fit, all is done again."""
-    if views > 2 and isinstance(images, np.ndarray):
-        raise BadInput(f"--views {views}: pictures in memory have two, as they are and mirrored")
-    path = run.folder / f"tokens_{split}.npy"
-    header = dict(dataset=run.settings.dataset, split=split, views=views, scales=tokenizer.scales,
-                  pictures=batches.fingerprint(images), tokenizer=fingerprint(tokenizer))
-    note, header = path.with_suffix(".json"), json.dumps(header)
-    with contextlib.suppress(OSError, ValueError, EOFError):             # missing or half a file
-        if note.read_text() == header:
-            return np.load(path, mmap_mode="r")
-    run.barrier()                                          # nobody writes while others compare
-    L, half = sum(s * s for s in tokenizer.scales), Path(f"{path}.tmp")
-    dtype = np.uint16 if tokenizer.config.vocab_size <= 65536 else np.int32
-    if run.rank == 0:
-        note.unlink(missing_ok=True)
-        np.lib.format.open_memmap(half, "w+", dtype, (views, len(images), L)).flush()
-    run.barrier()
-    cache = np.lib.format.open_memmap(half, "r+")
-    # Neighbouring rows for each process: no two of them write to the same page of the file.
-    mine = np.array_split(np.arange(len(images)), run.world)[run.rank]
-    many = per_pass(tokenizer.config.image_size)
-    jobs = [(view, mine[i:i + many]) for view in range(views) for i in range(0, len(mine), many)]
-    plan = ([(int(i), view - 1) for i in rows] for view, rows in jobs)
-    begin = said = time.time()
-    for done, pixels in enumerate(picture_batches(images, plan, run.settings.workers)):
-        view, rows = jobs[done]
-        image = to_float(pixels.to(run.device))
-        if view % 2 and isinstance(images, np.ndarray):
-            image = image.flip(3)
-        cache[view, rows] = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
-        if time.time() - said > 5:
-            said = time.time()
-            eta = clock((said - begin) / (done + 1) * (len(jobs) - done - 1))
-            run.say(f"  tokens of {split}: {100 * (done + 1) // len(jobs)}% | eta {eta}")
-    cache.flush()
-    run.barrier()
-    if run.rank == 0:
-        os.replace(half, path)
-        note.write_text(header)
-    run.barrier()
-    return np.load(path, mmap_mode="r")
 
 
 # -- Stage 2: the transformer ----------------------------------------------------------------------
@@ -422,8 +424,8 @@ class TransformerStage:
         self.run, self.data, self.tokenizer = run, data, tokenizer
         self.batch_size, self.sizes = settings.batch_size, [s * s for s in config.scales]
         self.model = transformer.VAR(config).to(run.device)
-        self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay,
-                                          settings.muon_lr if settings.optimizer == "muon" else 0)
+        self.parts = {"model": self.model}
+        self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
         chosen = ("dataset", "seed", "precision", "views", "steps", "batch_size", "optimizer", "lr",
                   "muon_lr", "weight_decay", "final_lr", "clip")
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
@@ -453,7 +455,7 @@ class TransformerStage:
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
         return loss.view_as(tokens), logits.argmax(-1) == tokens
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, progress):
         loss, right = self.per_token(model, *batch)
         return loss.mean(), (loss.detach().mean(0), right.float().mean())
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import BadInput, folder, imagenet, judge, pictures, released
+from data import BadInput, folder, health, imagenet, judge, pictures, released
 from data.batches import fingerprint, load_data, per_pass, rows_of, sample_of, to_float
 from data.plumbing import OneLineParser, clock, number, one_line, pick_device
 
@@ -385,7 +385,7 @@ def reconstruct(studio):
     with torch.no_grad():
         steps = studio.tokenizer.pyramid(studio.tokenizer.image_to_tokens(image))
     last = to_picture(studio.tokenizer, steps[-1])
-    print(f"reconstruction: {float(training.psnr(last * 2 - 1, image).mean()):.1f} dB")
+    print(f"reconstruction: {float(health.psnr(last * 2 - 1, image).mean()):.1f} dB")
     rows = torch.cat([(image + 1) / 2] + [to_picture(studio.tokenizer, f) for f in steps]).cpu()
     studio.save("reconstruct", rows, len(image),
                 row_labels=["original"] + [f"{s}x{s}" for s in studio.tokenizer.scales])

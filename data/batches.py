@@ -71,9 +71,11 @@ def sample_of(images, count):
 
 
 def fingerprint(images):
-    """A short name for these pictures: from twenty of them and from how many there are."""
-    digest = hashlib.sha256(sample_of(images, 20).numpy().tobytes()).hexdigest()
-    return f"{len(images)}-{digest[:16]}"
+    """A short name for these pictures: of all bytes in memory; of files, from all names and the
+    pixels of twenty."""
+    digest = hashlib.sha256(images.tobytes() if isinstance(images, np.ndarray)
+                            else images.names + sample_of(images, 20).numpy().tobytes())
+    return f"{len(images)}-{digest.hexdigest()[:16]}"
 
 
 def rows_of(n, count):

@@ -111,7 +111,7 @@ class FolderImages:
         # One block of bytes: with a list of strings, every worker process would slowly copy it
         # all, because merely reading a Python string writes its reference count.
         encoded = [os.fsencode(path) for path in paths]
-        self._names = b"".join(encoded)
+        self.names = b"".join(encoded)
         self._ends = np.cumsum([len(name) for name in encoded])
 
     def __len__(self):
@@ -127,7 +127,7 @@ class FolderImages:
     def path(self, i):
         """Where picture i lies."""
         start = self._ends[i - 1] if i else 0
-        return os.path.join(self.root, os.fsdecode(self._names[start:self._ends[i]]))
+        return os.path.join(self.root, os.fsdecode(self.names[start:self._ends[i]]))
 
     def _cut(self, i, across, down):
         """Resize and crop in one go: only what is kept gets computed, however long the picture."""

@@ -158,7 +158,7 @@ def export(folder, path):
     both = {}
     for part in ("tokenizer", "transformer"):
         state = load_checkpoint(folder / f"{part}.pt")
-        state.pop("optimizers")
+        state = {k: v for k, v in state.items() if k not in ("optimizers", "critic")}
         weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
         both[part] = {**state, "model": weights}
     save_atomically(both, path)
@@ -250,12 +250,15 @@ class Run:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
-    def mean(self, value):
-        """Average over the processes, once. value: tensor () or (n,)"""
+    def total(self, value):
+        """Sum over the processes. value: tensor of any shape"""
         if self.world > 1:
             dist.all_reduce(value := value.clone())
-            value = value / self.world
         return value
+
+    def mean(self, value):
+        """Average over the processes, once. value: tensor of any shape"""
+        return self.total(value) / self.world
 
     def barrier(self):
         if self.world > 1:

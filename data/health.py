@@ -1,0 +1,121 @@
+"""Is the tokenizer well? What each scale does, measured over whole sets of pictures.
+
+    side         1      2      3      4      6      8
+    codes     14 %   33 %   38 %   66 %   62 %  100 %    of the codebook, that occur at this scale
+    perplex.    54    190    301    602    512    980    how many codes would be, were they used evenly
+    left      71 %   55 %   43 %   33 %   22 %    9 %    of the energy of f, after this scale
+    psnr      14.2   15.6   17.0   18.4   19.6   27.0    of the picture decoded after this scale, in dB
+
+A 1x1 map sees one vector per picture: few codes there are normal. Few codes at a *large* scale are
+codebook collapse, which training alone never mends.
+"""
+import torch
+
+from data import pictures
+
+
+def psnr(image, other):
+    """Peak signal to noise ratio of pictures in [-1, 1], in dB, one per picture. -> (B,)"""
+    error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+
+
+def count_codes(tokens, vocab_size):
+    """How often each code occurs at each scale. tokens: list of K (B, n_k) -> (K, V) int64"""
+    return torch.stack([torch.bincount(t.flatten(), minlength=vocab_size) for t in tokens])
+
+
+def usage(counts):
+    """counts (K, V) -> dict: shares of codes used, perplexities exp(-sum p ln p), both per scale
+    and overall."""
+    counts = counts.cpu()                                  # float64 is not known everywhere
+    # Of 2**24 codes few occur: only those are turned into numbers of 8 bytes, again and again.
+    seen = [row[row > 0].double() for row in [*counts, counts.sum(0)]]
+    p = [part / part.sum() for part in seen]
+    perplexity = [float(torch.exp(-(part * part.log()).sum())) for part in p]
+    used = [len(part) / counts.shape[1] for part in seen]
+    return dict(used=used[:-1], used_overall=used[-1],
+                perplexity=perplexity[:-1], perplexity_overall=perplexity[-1])
+
+
+@torch.no_grad()
+def examine(tokenizer, batches, autocast):
+    """Health over batches of pictures (B, 3, H, W) in [-1, 1]. `autocast` makes the context that
+    the network runs in. -> dict: usage() and, per scale, `left` (share of the energy of f that is
+    still missing) and `psnr_after` (mean over the pictures, dB); `psnr` is that of the last."""
+    counts, left, energy, db, n = 0, 0, 0, 0, 0
+    for image in batches:
+        with autocast():
+            f = tokenizer.encode(image)
+        f = f.float()
+        tokens = tokenizer.quantize(f)
+        steps = tokenizer.pyramid(tokens)
+        with autocast():
+            seen = [psnr(image, tokenizer.decode(f_hat).float()).sum() for f_hat in steps]
+        counts = counts + count_codes(tokens, tokenizer.config.vocab_size)
+        left = left + torch.stack([(f - f_hat).square().sum() for f_hat in steps]).cpu().double()
+        energy = energy + f.square().sum().cpu().double()
+        db, n = db + torch.stack(seen).cpu().double(), n + len(image)
+    db = (db / n).tolist()
+    return dict(psnr=db[-1], **usage(counts), left=(left / energy).tolist(), psnr_after=db)
+
+
+def short(scales, health):
+    """For the log line: 'used 100% (1: 14% 2: 33% ... 8: 100%)'."""
+    each = " ".join(f"{side}: {part:.0%}" for side, part in zip(scales, health["used"]))
+    return f"used {health['used_overall']:.0%} ({each})"
+
+
+def table(scales, health):
+    """The lines shown at the top of this file, for the log."""
+    rows = [("side", [f"{side}x{side}" for side in scales]),
+            ("codes used", [f"{x:.0%}" for x in health["used"]]),
+            ("perplexity", [f"{x:.0f}" for x in health["perplexity"]]),
+            ("energy left", [f"{x:.1%}" for x in health["left"]]),
+            ("psnr, dB", [f"{x:.1f}" for x in health["psnr_after"]])]
+    wide = max(7, *[len(x) + 2 for _, cells in rows for x in cells])
+    return "\n".join(f"    {name:<12}" + "".join(x.rjust(wide) for x in cells)
+                     for name, cells in rows)
+
+
+def warnings(tokenizer, health, pictures_seen):
+    """What is wrong, in words, and which setting to try. -> list of lines, empty when all is well.
+
+    A scale has collapsed when it has more than 16 tokens, saw each code's share of vectors four
+    times over, and still uses less than a fifth of the codes."""
+    config, lines = tokenizer.config, []
+    V = config.vocab_size
+    for k, side in enumerate(config.scales):
+        enough = pictures_seen * side * side >= 4 * V
+        if side * side > 16 and enough and health["used"][k] < 0.2:
+            lines.append(f"warning: scale {side}x{side} has collapsed, {health['used'][k]:.0%} of "
+                         f"{V} codes in use; {_cure(config)}")
+        if k and config.residual and health["left"][k] > health["left"][k - 1] + 0.01:
+            lines.append(f"warning: scale {side}x{side} makes the features worse, not better (left "
+                         f"{health['left'][k - 1]:.0%} -> {health['left'][k]:.0%}); train longer, "
+                         "or try a larger --vq-weight or a smaller --tokenizer-lr")
+    return lines
+
+
+def _cure(config):
+    if config.quantizer == "lfq":
+        return "try --quantizer vq, or a smaller --latent-dim"
+    if config.learn == "gradient":
+        return "try --learn ema"
+    return "try a smaller --tokenizer-lr, a larger --vq-weight, or a smaller --vocab-size"
+
+
+@torch.no_grad()
+def save_picture(path, tokenizer, image, columns=10):
+    """One picture of it all: real row, rows after scale 1..K, and where the last one errs.
+    image (B, 3, H, W) in [-1, 1]."""
+    image = image[:columns]
+    steps = tokenizer.pyramid(tokenizer.image_to_tokens(image))
+    rows = [image] + [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in steps]
+    names = ["real"] + [f"after {side}x{side}, {psnr(image, row).mean():.1f} dB"
+                        for side, row in zip(tokenizer.scales, rows[1:])]
+    error = (rows[-1] - image).abs().mean(1).cpu() / 2               # 1 is black for white
+    heat = torch.from_numpy(pictures.heat_map(error.flatten(0, 1).numpy(), 0, 0.2))
+    heat = heat.unflatten(0, error.shape[:2]).permute(0, 3, 1, 2).float() / 255
+    pictures.save_grid(path, torch.cat([(row.cpu() + 1) / 2 for row in rows] + [heat]), len(image),
+                       row_labels=names + ["error, 0 to 20 %"])

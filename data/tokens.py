@@ -1,0 +1,123 @@
+"""The token cache: the tokenizer is frozen in stage 2, so every picture is encoded once and for all.
+
+    tokens_train.npy     (views, N, L) integers, memory-mapped: never loaded whole
+    tokens_train.json    whose tokens these are: data set, pictures, tokenizer
+
+View 0 is the picture (of a file: its middle); view 1 of pictures in memory is the mirror image,
+further views of files are random crops. While it is being made the cache lies beside, under names
+that end in .tmp, its rows filled with ones (no code has all bits set): a run that was stopped half
+way finds the rows that are missing, and makes only those.
+"""
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import BadInput, batches
+from data.plumbing import clock, fingerprint
+
+
+@torch.no_grad()
+def cache_tokens(run, tokenizer, images, split, views):
+    """Tokenize every picture once. -> memory-mapped (views, N, L) uint16 (int32 for V > 65,535).
+
+    A cache that belongs to other data or another tokenizer is made again; one that was interrupted
+    is finished. Raises OSError, leaving nothing behind, where the disk is full."""
+    if views > 2 and isinstance(images, np.ndarray):
+        raise BadInput(f"--views {views}: pictures in memory have two, as they are and mirrored")
+    path = run.folder / f"tokens_{split}.npy"
+    note, half, half_note = path.with_suffix(".json"), f"{path}.tmp", Path(f"{path}.json.tmp")
+    header = dict(dataset=run.settings.dataset, split=split, views=views,
+                  scales=list(tokenizer.scales), pictures=batches.fingerprint(images),
+                  tokenizer=fingerprint(tokenizer))
+    shape = (views, len(images), sum(s * s for s in tokenizer.scales))
+    dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size < 65536 else np.int32)
+    if (cache := opened(path, note, header, shape, dtype)) is not None:
+        return cache
+    if changed := differences(note, header):
+        run.say(f"  tokens of {split}: {changed} changed since they were made; making them again")
+    ready = opened(half, half_note, header, shape, dtype) is not None
+    run.barrier()                                          # nobody writes while others compare
+    if run.rank == 0:
+        note.unlink(missing_ok=True)
+        if not ready:
+            half_note.unlink(missing_ok=True)
+            fill(half, half_note, header, shape, dtype)
+        else:
+            run.say(f"  tokens of {split}: going on where they were interrupted")
+    run.barrier()
+    encode(run, tokenizer, images, np.lib.format.open_memmap(half, "r+"), split)
+    run.barrier()
+    if run.rank == 0:
+        os.replace(half, path)
+        os.replace(half_note, note)
+    run.barrier()
+    return np.load(path, mmap_mode="r")
+
+
+def encode(run, tokenizer, images, cache, split):
+    """Fill the rows of this process that are not yet filled, with a line every 5 seconds."""
+    # Neighbouring rows for each process: no two of them write to the same page of the file.
+    mine = np.array_split(np.arange(len(images)), run.world)[run.rank]
+    many, missing = batches.per_pass(tokenizer.config.image_size), np.array(-1).astype(cache.dtype)
+    jobs = [(view, mine[i:i + many]) for view in range(len(cache))
+            for i in range(0, len(mine), many)]
+    jobs = [(view, rows) for view, rows in jobs if (cache[view, rows] == missing).any()]
+    plan = ([(int(i), view - 1) for i in rows] for view, rows in jobs)
+    begin = said = time.time()
+    for done, pixels in enumerate(batches.picture_batches(images, plan, run.settings.workers)):
+        view, rows = jobs[done]
+        image = batches.to_float(pixels.to(run.device))
+        if view % 2 and isinstance(images, np.ndarray):
+            image = image.flip(3)
+        cache[view, rows] = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
+        if run.stop:
+            run.say(f"stopped at {100 * (done + 1) // len(jobs)}% of the tokens: the same command "
+                    "goes on from there")
+            sys.exit(128 + run.stop)
+        if time.time() - said > 5:
+            said = time.time()
+            eta = clock((said - begin) / (done + 1) * (len(jobs) - done - 1))
+            run.say(f"  tokens of {split}: {100 * (done + 1) // len(jobs)}% | eta {eta}")
+    cache.flush()
+
+
+def opened(path, note, header, shape, dtype):
+    """The array in `path` if its note says it is the one we want, else None."""
+    with contextlib.suppress(Exception):     # missing, half a file; damaged ones raise anything
+        if json.loads(note.read_text()) == header:
+            cache = np.load(path, mmap_mode="r")
+            return cache if (cache.shape, cache.dtype) == (shape, dtype) else None
+
+
+def differences(note, header):
+    """Which entries of an older note differ, as text; nothing if there is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        old = json.loads(note.read_text())
+        return ", ".join(key for key in header if old.get(key) != header[key])
+    return ""
+
+
+def fill(path, note, header, shape, dtype):
+    """A .npy file of this size, all bits set, and its note. Every byte is written now: a memory map
+    that meets a full disk later would kill the process without a word."""
+    try:
+        with open(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, dict(
+                descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape))
+            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            for start in range(0, size, 2 ** 24):
+                file.write(b"\xff" * min(2 ** 24, size - start))
+        note.write_text(json.dumps(header))
+    except OSError as error:
+        for half in (path, note):
+            with contextlib.suppress(OSError):
+                os.remove(half)
+        needed = np.prod(shape, dtype=np.float64) * dtype.itemsize / 2 ** 20
+        raise OSError(f"cannot write the token cache {path}, {needed:.1f} MB: "
+                      f"{error.strerror}") from None

@@ -1,0 +1,118 @@
+"""Which way of learning codes wins? One tokenizer per row, everything else equal.
+
+    python tests/study_tokenizer.py                                     built-in shapes, V = 512
+    python tests/study_tokenizer.py --dataset cifar10 --vocab-size 1024
+    python tests/study_tokenizer.py --dataset FOLDER --image-size 256 --rows "EMA + revival"
+
+Every row is a short training with chapter 5's own loop, then its evaluation on held-out pictures.
+Prints a table for the README and keeps runs in out/study/: rows that are there are not run again.
+All other options go to 05_train.py.
+"""
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import plumbing  # noqa: E402
+
+vq, training = import_module("01_vq"), import_module("05_train")
+
+
+class DirectionQuantizer(vq.VectorQuantizer):
+    """L2-normalised codes (ViT-VQGAN, Yu et al. 2022): the nearest by angle; length is lost."""
+
+    def nearest(self, x):
+        return super().nearest(F.normalize(x, dim=-1))
+
+    def start_on_data(self, groups):
+        super().start_on_data([F.normalize(group, dim=-1) for group in groups])
+
+    def update(self, groups, indices):
+        super().update([F.normalize(group, dim=-1) for group in groups], indices)
+        self.codebook.copy_(F.normalize(self.codebook, dim=-1))
+
+
+def random_start(quantizer):
+    quantizer.initialised.fill_(True)
+
+
+def no_revival(quantizer):
+    quantizer.revive = False
+
+
+def by_direction(quantizer):
+    quantizer.__class__ = DirectionQuantizer
+
+
+# Row -> options of 05_train.py, and what no option does.
+ROWS = {
+    "gradient": (["--learn", "gradient"], [random_start, no_revival]),
+    "gradient + data start": (["--learn", "gradient"], [no_revival]),
+    "EMA + data start": ([], [no_revival]),
+    "EMA + revival": ([], []),
+    "L2-normalised": ([], [by_direction]),
+    "LFQ": (["--quantizer", "lfq"], []),
+    "independent scales": (["--no-residual"], []),
+}
+
+
+def run_row(name, options):
+    """Train one row. -> its last evaluation (see data/health.py)"""
+    more, changes = ROWS[name]
+    settings, config, _ = training.read_settings([*options, *more, "--stage", "tokenizer"])
+    log = Path(settings.out) / "log.jsonl"
+    if not (log.exists() and finished(log, settings.tokenizer_steps)):
+        run = plumbing.Run(settings)
+        run.everything = vars(settings)
+        images, _, names = training.load_data(settings.dataset, "train", config.image_size,
+                                              settings.data_dir)
+        held_out, _, _ = training.load_data(settings.dataset, "test", config.image_size,
+                                            settings.data_dir)
+        stage = training.TokenizerStage(run, config, images, held_out, names)
+        for change in changes:
+            change(stage.model.quantizer)
+        training.train(run, stage, settings.tokenizer_steps)
+    return finished(log, settings.tokenizer_steps)
+
+
+def finished(log, steps):
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return next((e["held_out"] for e in entries if "held_out" in e and e["step"] == steps), None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
+    parser.add_argument("--dataset", default="shapes")
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--tokenizer-steps", type=int, default=3000)
+    ours, rest = parser.parse_known_args()
+    lines = []
+    for name in ours.rows:
+        out = Path("out/study", f"{Path(ours.dataset).name}-{ours.vocab_size}",
+                   name.replace(" ", "-"))
+        options = ["--dataset", ours.dataset, "--vocab-size", str(ours.vocab_size), "--out",
+                   str(out), "--tokenizer-steps", str(ours.tokenizer_steps), *rest]
+        if name == "LFQ":                                  # V = 2**C: as many signs as log2(V)
+            options += ["--latent-dim", str(ours.vocab_size.bit_length() - 1)]
+        print(f"== {name}", flush=True)
+        result = run_row(name, options)
+        scales = training.read_settings(options)[1].scales
+        lines.append([name, f"{result['psnr']:.2f}", f"{result['used_overall']:.0%}",
+                      f"{result['perplexity_overall']:.0f}",
+                      *[f"{result['used'][k]:.0%} / {result['perplexity'][k]:.0f}"
+                        for k in range(len(scales))]])
+    head = ["codes", "PSNR, dB", "used", "perplexity", *[f"{s}x{s}" for s in scales]]
+    print(f"\n{ours.dataset}, V = {ours.vocab_size}, {ours.tokenizer_steps} steps, torch "
+          f"{torch.__version__}; per scale: codes used / perplexity; sides above 4 should use half")
+    for line in [head, ["---"] * len(head), *lines]:
+        print("| " + " | ".join(line) + " |")
+
+
+if __name__ == "__main__":
+    plumbing.one_line(main)
