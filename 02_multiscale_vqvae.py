@@ -41,7 +41,7 @@ class TokenizerConfig:
     image_size: int = 32                         # side of the square picture, in pixels
     scales: tuple = (1, 2, 3, 4, 6, 8)           # sides of the token maps, as 1,2,3
     vocab_size: int = 512                        # V, codes shared by all scales
-    latent_dim: int = 16                         # C, length of a code
+    latent_dim: int = 32                         # C, length of a code
     channels: int = 64                           # width of the first convolution
     multipliers: tuple = (1,)                    # widths of the levels, as 1,2; each halves
     blocks: int = 1                              # residual blocks per level (decoder: one more)

@@ -41,7 +41,7 @@ class VARConfig:
     num_classes: int = 10                        # from the data; one more row means "no class"
     scales: tuple = (1, 2, 3, 4, 6, 8)           # the tokenizer's
     vocab_size: int = 512                        # V, the tokenizer's
-    latent_dim: int = 16                         # C, the tokenizer's
+    latent_dim: int = 32                         # C, the tokenizer's
     depth: int = 16                              # blocks
     width: int = 0                               # D; 0 means 64 * depth
     heads: int = 0                               # 0 means depth

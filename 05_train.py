@@ -74,7 +74,7 @@ class Settings:
     vgg_file: str = ""                    # its VGG-16 weights, if they cannot be downloaded
     lpips_file: str = ""                  # its LPIPS weights, likewise
     adversarial: float = 0.0              # weight of the adversarial loss (PatchGAN); 0: off
-    held_out: int = 2000                  # pictures, at most, that each evaluation looks at
+    held_out: int = 1000                  # pictures, at most, that each evaluation looks at
     steps: int = 1600                     # steps of stage 2
     batch_size: int = 16                  # pictures per step of stage 2, over all processes
     optimizer: str = "muon"               # of the block matrices: muon or adamw (the rest is adamw)

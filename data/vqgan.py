@@ -57,9 +57,9 @@ class Perceptual(nn.Module):
             for number, conv in zip(self.number, self.features):
                 conv.load_state_dict({k: vgg[f"features.{number}.{k}"] for k in ("weight", "bias")})
             for k, weigh in enumerate(self.weigh):
-                weigh.copy_(lpips[f"lin{k}.model.1.weight"].view(-1))
+                weigh.copy_(lpips[f"lin{k}.model.1.weight"].view_as(weigh))
         except (KeyError, RuntimeError, AttributeError) as error:
-            reason = str(error).splitlines()[0][:80]
+            reason = str(error).splitlines()[-1].strip()[:80]
             raise BadInput(f"these are not the weights of VGG-16 and of LPIPS ({reason})") from None
         return self
 
@@ -87,11 +87,12 @@ def load_perceptual(vgg_file="", lpips_file=""):
         name = "lpips_" + Path(url).name if url == LPIPS[0] else Path(url).name
         path = Path(given) if given else Path(__file__).parent / "downloads" / name
         if not given and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum)
             except Exception as error:
-                raise BadInput(f"could not download {url} ({str(error).splitlines()[0]})") from None
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise BadInput(f"could not download {url} ({reason})") from None
         states.append(load_checkpoint(path))
     return Perceptual().load(*states)
 

@@ -3,10 +3,11 @@
     python tests/study_tokenizer.py                                     built-in shapes, V = 512
     python tests/study_tokenizer.py --dataset cifar10 --vocab-size 1024
     python tests/study_tokenizer.py --dataset FOLDER --image-size 256 --rows "EMA + revival"
+    python tests/study_tokenizer.py --dataset cifar10 --rows "EMA + revival" adversarial
 
 Every row is a short training with chapter 5's own loop, then its evaluation on held-out pictures.
-Prints a table for the README and keeps runs in out/study/: rows that are there are not run again.
-All other options go to 05_train.py.
+Prints a table for the README and writes side_by_side.png; keeps runs in out/study/, so rows that
+are there are not run again. All other options go to 05_train.py.
 """
 import argparse
 import json
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import plumbing  # noqa: E402
+from data import health, pictures, plumbing  # noqa: E402
+from data.batches import sample_of, to_float  # noqa: E402
 
 vq, training = import_module("01_vq"), import_module("05_train")
 
@@ -58,26 +60,33 @@ ROWS = {
     "L2-normalised": ([], [by_direction]),
     "LFQ": (["--quantizer", "lfq"], []),
     "independent scales": (["--no-residual"], []),
+    "adversarial": (["--adversarial", "0.5"], []),
 }
+ABLATION = [name for name in ROWS if name != "adversarial"]
 
 
 def run_row(name, options):
-    """Train one row. -> its last evaluation (see data/health.py)"""
+    """Train one row. -> its last evaluation (see data/health.py), pictures, reconstructions"""
     more, changes = ROWS[name]
     settings, config, _ = training.read_settings([*options, *more, "--stage", "tokenizer"])
     log = Path(settings.out) / "log.jsonl"
+    held_out, _, _ = training.load_data(settings.dataset, "test", config.image_size,
+                                        settings.data_dir)
     if not (log.exists() and finished(log, settings.tokenizer_steps)):
         run = plumbing.Run(settings)
         run.everything = vars(settings)
         images, _, names = training.load_data(settings.dataset, "train", config.image_size,
                                               settings.data_dir)
-        held_out, _, _ = training.load_data(settings.dataset, "test", config.image_size,
-                                            settings.data_dir)
         stage = training.TokenizerStage(run, config, images, held_out, names)
         for change in changes:
             change(stage.model.quantizer)
         training.train(run, stage, settings.tokenizer_steps)
-    return finished(log, settings.tokenizer_steps)
+    tokenizer, _ = training.load_tokenizer(log.with_name("tokenizer.pt"))
+    for change in changes:
+        change(tokenizer.quantizer)
+    image = to_float(sample_of(held_out, 1000)[::max(1, min(1000, len(held_out)) // 10)][:10])
+    rebuilt = tokenizer.tokens_to_image(tokenizer.image_to_tokens(image))
+    return finished(log, settings.tokenizer_steps), image, rebuilt
 
 
 def finished(log, steps):
@@ -87,12 +96,12 @@ def finished(log, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ABLATION, metavar="NAME")
     parser.add_argument("--dataset", default="shapes")
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--tokenizer-steps", type=int, default=3000)
     ours, rest = parser.parse_known_args()
-    lines = []
+    lines, rows = [], []
     for name in ours.rows:
         out = Path("out/study", f"{Path(ours.dataset).name}-{ours.vocab_size}",
                    name.replace(" ", "-"))
@@ -101,7 +110,8 @@ def main():
         if name == "LFQ":                                  # V = 2**C: as many signs as log2(V)
             options += ["--latent-dim", str(ours.vocab_size.bit_length() - 1)]
         print(f"== {name}", flush=True)
-        result = run_row(name, options)
+        result, image, rebuilt = run_row(name, options)
+        rows += [rebuilt] if rows else [image, rebuilt]
         scales = training.read_settings(options)[1].scales
         lines.append([name, f"{result['psnr']:.2f}", f"{result['used_overall']:.0%}",
                       f"{result['perplexity_overall']:.0f}",
@@ -112,6 +122,11 @@ def main():
           f"{torch.__version__}; per scale: codes used / perplexity; sides above 4 should use half")
     for line in [head, ["---"] * len(head), *lines]:
         print("| " + " | ".join(line) + " |")
+    pictures.save_grid(out.parent / "side_by_side.png", (torch.cat(rows) + 1) / 2, len(image),
+                       row_labels=["original"] + [
+                           f"{name}, {health.psnr(image, row).mean():.1f} dB"
+                           for name, row in zip(ours.rows, rows[1:])])
+    print("wrote", out.parent / "side_by_side.png")
 
 
 if __name__ == "__main__":
