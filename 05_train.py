@@ -129,7 +129,8 @@ NOT_OPTIONS = {"num_classes"}            # known from the data
 def read_settings(argv=None):
     """Command line -> (Settings, TokenizerConfig, dict of VARConfig fields). Defaults, then the
     preset of the data set, then what was typed."""
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.splitlines()[0] + " Defaults in brackets; those of "
+                           "a data set are in PRESETS.", allow_abbrev=False)
     add_options(parser, (Settings, vqvae.TokenizerConfig, transformer.VARConfig), CHOICES,
                 ZERO_IS_FINE, NOT_OPTIONS)
     typed = vars(parser.parse_args(argv))

@@ -62,9 +62,12 @@ def add_options(parser, classes, choices, zero_is_fine, left_out):
             kind = {int: number(int, 0 if f.name in zero_is_fine else 1), tuple: whole_numbers,
                     float: number(float, -1 if f.name == "drop_path" else 0)}.get(f.type, f.type)
             how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
-                   else dict(type=kind, choices=choices.get(f.name)))
+                   else dict(type=kind, choices=choices.get(f.name),
+                             metavar={int: "N", float: "X", tuple: "N,N"}.get(f.type)))
+            default = ",".join(map(str, f.default)) if f.type is tuple else f.default
+            note = "" if default == "" else f" [{default}]"
             parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=comments[f.name].replace("%", "%%"), **how)
+                                help=(comments[f.name] + note).replace("%", "%%"), **how)
 
 
 def one_line(main):

@@ -1,25 +1,25 @@
-"""Chapter 5: settings, the training loop, the token cache, resuming, many processes."""
+"""Chapter 5: settings, the training loop, resuming, many processes."""
 import json
+import os
 import pickle
 import re
 import shutil
 import signal
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
-from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
 from data import BadInput, batches, muon, plumbing, shapes
 
-m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
-m5 = import_module("05_train")
+m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
+m4, m5 = import_module("04_var_transformer"), import_module("05_train")
 SCRIPT = "05_train.py"
 
 
@@ -509,91 +509,43 @@ def test_two_processes_train_a_tokenizer_with_fewer_scales_than_phis(tiny, tmp_p
     assert "tokenizer 3/3" in out
 
 
-# -- The token cache -------------------------------------------------------------------------------
+def train_rank(rank, folder, options):
+    """One of two processes that train a tokenizer; it notes all buffers after every step."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    update, tokens, buffers, revived = m1.VectorQuantizer.update, [], [], []
 
-@pytest.fixture
-def studio(tmp_path):
-    """A run, a tokenizer and 30 pictures in memory."""
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    run = m5.Run(m5.Settings(dataset="shapes", out=str(tmp_path / "run"), device="cpu", workers=0,
-                             precision="float32"))
-    torch.manual_seed(0)
-    tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
-        image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4, channels=8, groups=4)).eval()
-    images = shapes.load("train", size=16, count=30)[0]
-    yield SimpleNamespace(run=run, tokenizer=tokenizer.requires_grad_(False), images=images,
-                          path=tmp_path / "run" / "tokens_train.npy")
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
-
-
-def build(s, views=2):
-    return m5.cache_tokens(s.run, s.tokenizer, s.images, "train", views)
+    def spy(self, groups, indices):
+        self.decay, before = 0.7, self.hits.clone()        # forgets soon, so codes fall out of use
+        update(self, groups, indices)
+        revived.append(int(((self.hits == 1) & (before != 1)).sum()))
+        tokens.append([idx.flatten() for idx in indices])
+        buffers.append({name: value.clone() for name, value in self.named_buffers()})
+    m1.VectorQuantizer.update = spy
+    m5.train_all(*m5.read_settings([*options, "--out", f"{folder}/run"]))
+    torch.save(dict(tokens=tokens, buffers=buffers, revived=revived), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
-def tokens_of(s, mirror=False):
-    image = batches.to_float(torch.from_numpy(s.images))
-    image = image.flip(3) if mirror else image
-    return torch.cat(s.tokenizer.image_to_tokens(image), 1).numpy()
-
-
-def test_the_cache_holds_the_tokens_of_the_pictures_and_of_their_mirror_images(studio):
-    cache = build(studio)
-    assert isinstance(cache, np.memmap) and cache.shape == (2, 30, 21)
-    assert np.array_equal(cache[0], tokens_of(studio))
-    assert np.array_equal(cache[1], tokens_of(studio, mirror=True))
-    assert not np.array_equal(cache[0], cache[1])
-
-
-def test_a_cache_that_fits_is_used_again(studio, monkeypatch):
-    build(studio)
-    monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", None)
-    assert build(studio).shape == (2, 30, 21)
-
-
-@pytest.mark.parametrize("change", ["tokenizer", "pictures", "count", "views"])
-def test_a_cache_that_no_longer_fits_is_built_again(studio, change):
-    build(studio)
-    if change == "tokenizer":
-        torch.nn.init.normal_(studio.tokenizer.quant_conv.weight)
-    elif change == "pictures":                             # as many, but others
-        studio.images = shapes.load("train", size=16, count=60)[0][30:]
-    elif change == "count":
-        studio.images = studio.images[:20]
-    cache = build(studio, views=1 if change == "views" else 2)
-    assert cache.shape == (1 if change == "views" else 2, len(studio.images), 21)
-    assert np.array_equal(cache[0], tokens_of(studio))
-
-
-def test_an_interrupted_cache_is_not_taken_for_a_whole_one(studio, monkeypatch):
-    build(studio)
-    torch.nn.init.normal_(studio.tokenizer.quant_conv.weight)
-    with monkeypatch.context() as patch:
-        def stop(self, image):
-            raise KeyboardInterrupt
-        patch.setattr(m2.MultiScaleVQVAE, "image_to_tokens", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build(studio)
-    assert np.array_equal(build(studio)[0], tokens_of(studio))
-    assert not list(studio.path.parent.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("name", ["tokens_train.npy.tmp", "tokens_train.json", "tokens_train.npy"])
-def test_half_a_file_of_the_cache_does_no_harm(studio, name):
-    build(studio)
-    with open(studio.path.with_name(name), "wb") as file:
-        file.write(b'{"data')
-    if name != "tokens_train.npy.tmp":                     # a kill leaves .json unwritten or cut
-        studio.path.with_name("tokens_train.json").write_text('{"datas')
-    assert np.array_equal(build(studio)[0], tokens_of(studio))
-
-
-def test_tokens_of_a_large_codebook_fit(studio):
-    torch.manual_seed(0)
-    studio.tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
-        image_size=16, scales=(1, 2, 4), vocab_size=2 ** 17, latent_dim=17, channels=8, groups=4,
-        quantizer="lfq")).eval()
-    assert np.array_equal(build(studio)[0], tokens_of(studio)) and tokens_of(studio).max() > 65535
+def test_two_processes_have_one_codebook_and_count_its_usage_together(tiny, tmp_path):
+    options = [*tiny.options, *"--stage tokenizer --tokenizer-steps 20 --vocab-size 64 --phis 3 "
+               "--log-every 5".split()]
+    torch.multiprocessing.spawn(train_rank, (str(tmp_path), options), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert sum(one["revived"]) > 20 and not same(one["tokens"], two["tokens"])
+    assert set(one["buffers"][0]) == {"codebook", "hits", "sums", "initialised"}
+    for step in range(20):
+        assert same(one["buffers"][step], two["buffers"][step]), step
+    entries = [e for e in log_of(tmp_path / "run") if "held_out" not in e]
+    assert [e["step"] for e in entries] == [5, 10, 15, 20]
+    for entry in entries:                                  # of five steps and of both processes
+        steps = [process["tokens"][step] for process in (one, two)
+                 for step in range(entry["step"] - 5, entry["step"])]
+        scales = [torch.cat(parts) for parts in zip(*steps)]
+        used, perplexity = zip(*[m1.usage(idx, 64) for idx in [*scales, torch.cat(scales)]])
+        assert [*entry["used"], entry["used_overall"]] == pytest.approx(used)
+        assert [*entry["perplexity"], entry["perplexity_overall"]] == pytest.approx(perplexity)
 
 
 # -- Files -----------------------------------------------------------------------------------------
@@ -647,27 +599,6 @@ def test_checkpoints_hold_tensors_and_plain_values_only(tiny):
     for name in ("tokenizer.pt", "transformer.pt"):
         state = torch.load(tiny.folder / name, weights_only=True)
         assert state["step"] == 24 and state["settings"]["seed"] == 0
-
-
-@few(max_examples=10)
-@given(data=st.data())
-def test_psnr_is_that_of_the_definition(data):
-    seed = data.draw(st.integers(0, 100))
-    a, b = torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    slow = [-10 * np.log10((((x + 1) / 2 - (y + 1) / 2) ** 2).mean().item()) for x, y in zip(a, b)]
-    assert m5.psnr(a, b).tolist() == pytest.approx(slow, rel=1e-4)
-
-
-def test_a_picture_folder_is_cached_with_another_crop_in_every_view(studio, tmp_path):
-    from data import folder
-    for i in range(25):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (30, 24, 3), np.uint8)).save(
-            tmp_path / f"{i}.png")
-    images, _, _ = folder.load("train", data_dir=tmp_path, size=16)
-    cache = m5.cache_tokens(studio.run, studio.tokenizer, images, "train", 2)
-    pixels = torch.from_numpy(np.stack([images.crop(i, 0) for i in range(len(images))]))
-    wanted = torch.cat(studio.tokenizer.image_to_tokens(batches.to_float(pixels)), 1).numpy()
-    assert np.array_equal(cache[1], wanted) and not np.array_equal(cache[0], cache[1])
 
 
 def test_loading_workers_can_be_started_where_processes_are_not_forked(tmp_path, monkeypatch):

@@ -1,0 +1,361 @@
+"""What VQGAN adds to stage 1: LPIPS against a slow loop, the critic, and both in training."""
+import copy
+import hashlib
+import json
+import os
+import signal
+from contextlib import nullcontext
+from importlib import import_module
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import BadInput, plumbing, vqgan
+
+m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
+SCRIPT = "05_train.py"
+# Where torchvision's VGG-16 has its convolutions; LPIPS looks behind the last one of each group.
+CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+NARROW = ((4, 4), (8, 8), (8, 8, 8), (8, 8, 8), (8, 8, 8))
+
+
+def random_weights(groups, seed=0):
+    """State dicts as torchvision's VGG-16 and LPIPS have them, of these widths."""
+    g, vgg, lpips, c_in = torch.Generator().manual_seed(seed), {}, {}, 3
+    for k, (widths, numbers) in enumerate(zip(groups, CONVS, strict=True)):
+        for c, n in zip(widths, numbers, strict=True):
+            vgg[f"features.{n}.weight"] = torch.randn(c, c_in, 3, 3, generator=g) / (4 * c_in) ** .5
+            vgg[f"features.{n}.bias"] = 0.1 * torch.randn(c, generator=g)
+            c_in = c
+        lpips[f"lin{k}.model.1.weight"] = torch.rand(1, c_in, 1, 1, generator=g)
+    return vgg, lpips
+
+
+def slow_lpips(vgg, lpips, x, y):
+    """Zhang et al. 2018, equation 1, of two pictures (3, H, W), one position at a time, float64."""
+    shift, scale = np.array([[-.030, -.088, -.188], [.458, .448, .450]])[:, :, None, None]
+    far, both = 0.0, [torch.from_numpy((z.double().numpy() - shift) / scale) for z in (x, y)]
+    for k, numbers in enumerate(CONVS):
+        both = [F.max_pool2d(z, 2) if k else z for z in both]
+        for n in numbers:
+            weight, bias = (vgg[f"features.{n}.{kind}"].double() for kind in ("weight", "bias"))
+            both = [F.conv2d(z, weight, bias, padding=1).clamp(min=0) for z in both]
+        w, (_, height, width) = lpips[f"lin{k}.model.1.weight"].flatten().numpy(), both[0].shape
+        for i, j in np.ndindex(height, width):
+            a, b = (z[:, i, j].numpy() for z in both)
+            a, b = (v / max(np.linalg.norm(v), 1e-10) for v in (a, b))
+            far += sum(w * (a - b) ** 2) / (height * width)
+    return far
+
+
+def pictures(n, *size, seed=0):
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """VGG-16 and LPIPS with a few channels only. -> their state dicts"""
+    monkeypatch.setattr(vqgan, "GROUPS", NARROW)
+    return random_weights(NARROW)
+
+
+@pytest.fixture
+def files(narrow, tmp_path):
+    """The narrow weights as files. -> the options that name them"""
+    for name, state in zip(("vgg", "lpips"), narrow):
+        torch.save(state, tmp_path / f"{name}.pth")
+    return ["--vgg-file", tmp_path / "vgg.pth", "--lpips-file", tmp_path / "lpips.pth"]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No downloads so far, and no network: torch's download fails with .error. -> .asked, .error"""
+    net = SimpleNamespace(asked=[], error=URLError("no route"))
+
+    def fail(url, path, hash_prefix=None, progress=True):
+        net.asked.append((url, hash_prefix))
+        raise net.error
+    monkeypatch.setattr(vqgan, "__file__", str(tmp_path / "data" / "vqgan.py"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    return net
+
+
+@pytest.fixture
+def train(cli, picture_folder, tmp_path):
+    """train(name, *options): stage 1 of a tiny run in the folder `name`. -> .out .log .state"""
+    def call(name, *options, status=0):
+        result = cli(SCRIPT, "--dataset", picture_folder, *TINY, "--stage", "tokenizer", *options,
+                     "--out", tmp_path / name)
+        assert result.status == status, result.err
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        result.log = [json.loads(line) for line in lines]
+        result.state = plumbing.load_checkpoint(tmp_path / name / "tokenizer.pt")
+        return result
+    return call
+
+
+# -- The perceptual loss ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lpips_is_equation_1_one_position_at_a_time(narrow, seed):
+    weights = random_weights(NARROW, seed)
+    x, y = pictures(2, 16, 32, seed=seed), pictures(2, 16, 32, seed=seed + 9)
+    slow = [slow_lpips(*weights, *pair) for pair in zip(x, y)]
+    assert vqgan.Perceptual().load(*weights)(x, y).tolist() == pytest.approx(slow, rel=1e-4)
+
+
+def test_at_full_size_it_is_vgg_16_under_torchvisions_numbers(tmp_path):
+    weights = random_weights(((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3))
+    assert sum(value.numel() for value in weights[0].values()) == 14_714_688
+    for name, state in zip(("vgg", "lpips"), weights):
+        torch.save(state, tmp_path / name)
+    x, y = pictures(2, 16, 16)
+    fast = vqgan.load_perceptual(tmp_path / "vgg", tmp_path / "lpips")(x[None], y[None])
+    assert fast.item() == pytest.approx(slow_lpips(*weights, x, y), rel=1e-4)
+
+
+def test_lpips_is_0_for_equal_pictures_symmetric_and_of_each_picture_alone(narrow):
+    lpips, x, y = vqgan.Perceptual().load(*narrow), pictures(5, 16, 16), pictures(5, 16, 16, seed=1)
+    far = lpips(x, y)
+    assert far.shape == (5,) and (far > 0).all() and (lpips(x, x) == 0).all()
+    assert torch.equal(lpips(y, x), far)
+    assert torch.allclose(lpips(x.flip(0), y.flip(0)).flip(0), far, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dead", [None, 2, 14, 28])
+def test_every_picture_has_a_finite_gradient_and_the_weights_have_none(narrow, dead):
+    if dead:                                               # behind this ReLU all is 0: no length 1
+        narrow[0][f"features.{dead}.bias"] -= 100
+    lpips, noise = vqgan.Perceptual().load(*narrow), pictures(1, 16, 16)
+    black = torch.full_like(noise, -1)
+    for x, y in ((noise, black), (black, noise), (noise, noise), (black, black)):
+        x = x.clone().requires_grad_()
+        far = lpips(x, y)
+        far.sum().backward()
+        assert far.isfinite().all() and x.grad.isfinite().all()
+        assert dead == 2 or (x.grad != 0).any() == (x.detach() != y).any()
+    assert not any(p.requires_grad or p.grad is not None for p in lpips.parameters())
+
+
+@pytest.mark.parametrize("part, name, value", [
+    (0, "features.28.bias", None), (1, "lin4.model.1.weight", None), (1, "lin0.model.1.weight", 7),
+    (0, "features.0.weight", torch.zeros(4, 3, 5, 5)), (0, "features.2.bias", "text"),
+    (1, "lin2.model.1.weight", torch.ones(1, 1, 1, 1))])
+def test_weights_that_do_not_fit_are_refused_in_one_line(narrow, part, name, value):
+    narrow[part][name] = value
+    if value is None:
+        del narrow[part][name]
+    with pytest.raises(BadInput, match="VGG-16") as error:
+        vqgan.Perceptual().load(*narrow)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 160
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), TimeoutError(), RuntimeError("a\nb")])
+def test_without_network_the_reason_names_the_address(offline, tmp_path, error):
+    offline.error = error
+    with pytest.raises(BadInput) as refusal:
+        vqgan.load_perceptual()
+    assert offline.asked == [vqgan.VGG] and vqgan.VGG[1].startswith("397923af")
+    assert vqgan.VGG[0] in str(refusal.value) and "\n" not in str(refusal.value)
+    (tmp_path / "data" / "downloads").rmdir()
+    (tmp_path / "data" / "downloads").write_text("not a folder to write into")
+    with pytest.raises(BadInput, match="could not download"):
+        vqgan.load_perceptual()
+
+
+def test_a_download_is_checked_and_made_once(files, monkeypatch, tmp_path):
+    monkeypatch.setattr(vqgan, "__file__", str(tmp_path / "data" / "vqgan.py"))
+    for name, path in (("VGG", files[1]), ("LPIPS", files[3])):
+        url, checksum = path.as_uri(), hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setattr(vqgan, name, (url, "0" * 64))
+        with pytest.raises(BadInput, match=f"{url} .*hash"):
+            vqgan.load_perceptual()
+        monkeypatch.setattr(vqgan, name, (url, checksum))
+    found = vqgan.load_perceptual()
+    downloads = (tmp_path / "data" / "downloads").iterdir()
+    assert sorted(path.name for path in downloads) == ["lpips_lpips.pth", "vgg.pth"]
+    for path in (files[1], files[3]):
+        path.unlink()                                      # nowhere to load from any more
+    assert same(vqgan.load_perceptual().state_dict(), found.state_dict())
+
+
+# -- The critic ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("image_size, side", [(16, 4), (32, 8), (64, 8), (256, 32)])
+def test_the_critic_gives_one_score_per_patch(image_size, side):
+    critic = vqgan.Discriminator(image_size, width=8)
+    assert critic(pictures(2, image_size, image_size)).shape == (2, 1, side, side)
+
+
+@pytest.mark.parametrize("image_size, patch", [(32, 26), (128, 54)])
+def test_but_for_the_norms_a_score_sees_a_patch_only(image_size, patch):
+    """GroupNorm also shows it mean and spread of each group of channels in the whole picture."""
+    critic = vqgan.Discriminator(image_size, width=8)
+    critic.net = torch.nn.Sequential(*[layer for layer in critic.net
+                                       if not isinstance(layer, torch.nn.GroupNorm)])
+    x = pictures(1, 2 * patch, 2 * patch).requires_grad_()
+    scores = critic(x)[0, 0]
+    scores[len(scores) // 2, len(scores) // 2].backward()
+    for side in (1, 2):
+        seen = x.grad[0].abs().sum((0, side)).nonzero().flatten()
+        assert len(seen) == patch == seen.max() - seen.min() + 1
+
+
+def test_hinge_by_hand():
+    real, fake = torch.tensor([2, 0.5, -1]), torch.tensor([-3, 0, 1.0])
+    by_hand = ((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3) / 2
+    assert vqgan.hinge(real, fake).item() == pytest.approx(by_hand)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.floats(-3, 3))
+def test_hinge_lifts_real_scores_up_to_1_and_lowers_the_others_down_to_minus_1(scores, other):
+    real, fake = (torch.tensor(x, requires_grad=True) for x in (scores, [other]))
+    vqgan.hinge(real, fake).backward()
+    assert torch.equal(real.grad < 0, real < 1) and (real.grad <= 0).all()
+    assert torch.equal(fake.grad > 0, fake > -1) and (fake.grad >= 0).all()
+
+
+def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    long, short = 3 * w[0] + 4 * w[1], 0.5 * w[1].square()       # gradients (3, 4) and (0, 2)
+    weight = vqgan.adaptive_weight(long, short, w)
+    assert weight.item() == pytest.approx(5 / 2, rel=1e-3) and not weight.requires_grad
+    assert w.grad is None and vqgan.adaptive_weight(long, 0 * short, w).item() == 1e4
+    (long + weight * short).backward()                     # the graphs are still there
+    assert w.grad.tolist() == pytest.approx([3, 4 + 2.5 * 2], rel=1e-3)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_the_critic_is_heard_late_and_then_ever_more(a, b):
+    assert vqgan.start_late(min(a, b)) <= vqgan.start_late(max(a, b))
+    assert (vqgan.start_late(a) > 0) == (a > 0.2)
+    for progress, share in ((0, 0), (0.2, 0), (0.225, 0.5), (0.25, 1), (0.3, 1), (1, 1)):
+        assert vqgan.start_late(progress) == pytest.approx(share)
+
+
+def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
+    run = SimpleNamespace(settings=m5.Settings(adversarial=0.5, precision="float32"),
+                          device=torch.device("cpu"), wrap=lambda m: m, autocast=nullcontext)
+    config = m2.TokenizerConfig(image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
+                                channels=8, groups=4, multipliers=(1, 2), unshuffle=2)
+    stage = m5.TokenizerStage(run, config, *2 * [np.zeros((8, 16, 16, 3), np.uint8)], ["black"])
+    image, critic, last = pictures(4, 16, 16), stage.parts["critic"], stage.model.decoder.conv_out
+    rebuilt, _, losses = stage.model(image)
+    real, fake, picture = critic(image), critic(rebuilt), losses["reconstruction"]
+    hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+    wanted = torch.autograd.grad(hinge, list(critic.parameters()), retain_graph=True)
+    long, short = (torch.autograd.grad(value, last.weight, retain_graph=True)[0].norm()
+                   for value in (picture, fake.mean()))
+    added = stage.criticise(image, rebuilt, picture)
+    assert all(p.grad is None for p in stage.model.parameters()), "a lesson for the critic only"
+    assert added.item() == pytest.approx(-(long / (short + 1e-4) * fake.mean()).item(), rel=1e-4)
+    (picture + added).backward()
+    for p, grad in zip(critic.parameters(), wanted, strict=True):
+        assert p.requires_grad and torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-7)
+
+
+# -- In training -----------------------------------------------------------------------------------
+
+def test_without_network_a_run_says_so_once_and_trains_on_without_lpips(train, offline):
+    plain, run = (train(str(weight), "--perceptual", weight, "--tokenizer-steps", 3)
+                  for weight in (0, 1))
+    (line,) = [line for line in run.out.splitlines() if "perceptual loss" in line]
+    assert vqgan.VGG[0] in line and "no route" in line and "--vgg-file" in line and run.err == ""
+    assert run.log == plain.log and len(run.log) > 3
+
+
+def test_lpips_files_that_were_named_are_needed(refused, offline, picture_folder, files):
+    options = ["--dataset", picture_folder, *TINY, "--perceptual", 1]
+    line = refused(SCRIPT, *options, "--vgg-file", "nowhere.pth")
+    assert "nowhere.pth: no such" in line and not offline.asked
+    assert vqgan.LPIPS[0] in refused(SCRIPT, *options, *files[:2])
+    assert "VGG-16" in refused(SCRIPT, *options, *files[:3], files[1])
+    assert "16 pixels" in refused(SCRIPT, *options, "--image-size", 8, "--multipliers", 1)
+
+
+def test_lpips_is_added_to_the_loss_with_its_weight(train, files, monkeypatch):
+    found, forward = [], vqgan.Perceptual.forward
+
+    def spy(self, rebuilt, image):
+        found.append(forward(self, rebuilt, image))
+        return found[-1]
+    monkeypatch.setattr(vqgan.Perceptual, "forward", spy)
+    plain, run = ([e for e in train(str(weight), "--perceptual", weight, "--tokenizer-steps", 3,
+                                    *files).log if "loss" in e] for weight in (0, 2))
+    assert len(found) == len(run) == 3 and all(np.isfinite(e["loss"]) for e in run)
+    assert run[0]["loss"] - plain[0]["loss"] == pytest.approx(2 * found[0].mean().item(), rel=1e-4)
+    assert run[2]["psnr"] != plain[2]["psnr"], "a loss that is logged only"
+
+
+def test_the_critic_sleeps_for_a_fifth_of_the_steps_and_then_changes_the_run(train, monkeypatch):
+    """Steps 0 to 4 of 24; what they say and save is that of a run without a critic."""
+    saved, made, save, build = {}, [], m5.save_atomically, vqgan.Discriminator
+
+    def keep(state, path):
+        saved[state["step"]] = copy.deepcopy(state)
+        save(state, path)
+
+    def make(image_size):
+        made.append(build(image_size))
+        return copy.deepcopy(made[0])
+    monkeypatch.setattr(m5, "save_atomically", keep)
+    monkeypatch.setattr(vqgan, "Discriminator", make)
+    without, plain = train("plain", "--save-every", 1), dict(saved)
+    run = train("run", "--save-every", 1, "--adversarial", 0.5)
+    for step in range(1, 25):
+        asleep, critic = step <= 5, saved[step]["critic"]
+        assert same(saved[step]["model"], plain[step]["model"]) == asleep, step
+        for name, weight in made[0].state_dict().items():
+            assert torch.equal(weight, critic[name]) == asleep, (step, name)
+        logs = [[e for e in log if e["step"] == step] for log in (run.log, without.log)]
+        assert (logs[0] == logs[1]) == asleep, step
+
+
+@pytest.mark.parametrize("step", [4, 11])
+def test_an_adversarial_run_that_was_stopped_goes_on_bit_for_bit(train, monkeypatch, step):
+    report = m5.report
+
+    def stop(run, stage, now, *rest):
+        report(run, stage, now, *rest)
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+    straight = train("straight", "--adversarial", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(m5, "report", stop)
+        assert train("run", "--adversarial", 0.5, status=143).state["step"] == step
+    run = train("run", "--adversarial", 0.5)
+    assert f"going on at step {step}\n" in run.out and run.log == straight.log
+    assert same(run.state, straight.state)
+
+
+def test_who_loads_or_is_given_the_tokenizer_gets_no_critic(train, tmp_path):
+    run = train("run", "--adversarial", 0.5, "--tokenizer-steps", 6, "--stage", "all",
+                "--steps", 1, "--export", tmp_path / "both.pt")
+    both = plumbing.load_checkpoint(tmp_path / "both.pt")
+    assert "critic" in run.state and not {"critic", "optimizers"} & set(both["tokenizer"])
+    for path in (tmp_path / "run" / "tokenizer.pt", tmp_path / "both.pt"):
+        model, about = m5.load_tokenizer(path)
+        assert "critic" not in about and about["step"] == 6
+        assert model.tokens_to_image(model.image_to_tokens(pictures(1, 16, 16))).isfinite().all()
+
+
+def test_all_terms_together_train_in_bfloat16(train, files):
+    run = train("run", "--adversarial", 0.5, "--perceptual", 1, "--picture-loss", "l1", *files,
+                "--precision", "bfloat16", "--tokenizer-steps", 4)
+    assert all(np.isfinite(e["loss"]) for e in run.log if "loss" in e)
