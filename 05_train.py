@@ -16,7 +16,8 @@ Sources: VAR (Tian et al. 2024), section 4 and the released training code for th
 Muon (Jordan et al. 2024) for small models. Every random decision of step s is drawn from (seed,
 stage, s, process): nothing about randomness has to be saved to go on bit for bit.
 
-Differs from the original VAR code: stage 1 exists; tokens are computed once, not in every step.
+Differs from the original VAR code: stage 1 exists, its losses are those of VQGAN (data/vqgan.py) and
+its health is measured scale by scale (data/health.py); tokens are computed once, not in every step.
 """
 import os
 import re
