@@ -16,8 +16,8 @@ Sources: VAR (Tian et al. 2024), section 4 and the released training code for th
 Muon (Jordan et al. 2024) for small models. Every random decision of step s is drawn from (seed,
 stage, s, process): nothing about randomness has to be saved to go on bit for bit.
 
-Differs from the original VAR code: stage 1 exists, its losses are those of VQGAN (data/vqgan.py) and
-its health is measured scale by scale (data/health.py); tokens are computed once, not in every step.
+Differs from the original VAR code: stage 1 exists, its losses are those of VQGAN (data/vqgan.py),
+its health is measured scale by scale (data/health.py); tokens are computed once, not every step.
 """
 import os
 import re
@@ -306,7 +306,7 @@ class TokenizerStage:
             critic = self.parts["critic"] = vqgan.Discriminator(config.image_size).to(run.device)
             self.critic = run.wrap(critic)
             self.optimizers.append(torch.optim.AdamW(
-                critic.parameters(), lr=settings.tokenizer_lr / 3, betas=(0.5, 0.9)))
+                critic.parameters(), lr=min(settings.tokenizer_lr, 3e-4), betas=(0.5, 0.9)))
         chosen = ("dataset", "seed", "precision", "flip", "tokenizer_steps", "tokenizer_batch_size",
                   "tokenizer_lr", "vq_weight", "picture_loss", "perceptual", "adversarial",
                   "optimizer", "muon_lr", "final_lr", "clip")
@@ -319,16 +319,19 @@ class TokenizerStage:
         given = self.settings.vgg_file, self.settings.lpips_file
         if config.image_size < 16:
             raise BadInput("--perceptual needs pictures of 16 pixels or more")
-        try:
-            for rank in (0, self.run.rank):                # one process downloads, the others read
-                if rank == self.run.rank:
+        model, reason = None, "another process could not load it"
+        for turn in (True, False):                         # one process downloads, the others read
+            if turn == (self.run.rank == 0):
+                try:
                     model = vqgan.load_perceptual(*given).to(self.run.device)
-                self.run.barrier()
+                except BadInput as error:
+                    reason = error
+            self.run.barrier()
+        if not self.run.total(torch.tensor(float(model is None), device=self.run.device)):
             return model
-        except BadInput as error:
-            if any(given):
-                raise
-            self.run.say(f"no perceptual loss: {error}; give --vgg-file and --lpips-file to have it")
+        if any(given):                                     # all processes with it, or all without
+            raise BadInput(str(reason))
+        self.run.say(f"no perceptual loss: {reason}; give --vgg-file and --lpips-file to have it")
 
     def batches(self, start):
         seed = self.settings.seed

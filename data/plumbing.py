@@ -270,6 +270,8 @@ class Run:
     def wrap(self, model):
         """The model to train through: compiled if asked, averaged over processes if many."""
         if self.settings.compile:
+            import torch._functorch.config as functorch
+            functorch.donated_buffer = False               # an adaptive weight goes back twice more
             model = torch.compile(model)
         if self.world > 1:
             # Buffers are not copied from rank 0: the quantizer keeps them equal by itself.

@@ -128,7 +128,7 @@ def adaptive_weight(other, adversarial, weight):
     return (long.norm() / (short.norm() + 1e-4)).clamp(max=1e4).detach()
 
 
-def start_late(progress, start=0.2, warm_up=0.05):
+def start_late(progress, start=0.2, warm_up=0.2):
     """Share of the adversarial weight at this share of the training: 0 until pictures are worth
-    criticising, then rising."""
+    criticising, then rising slowly, as the critic too has to learn first."""
     return min(max(0.0, (progress - start) / warm_up), 1.0)
