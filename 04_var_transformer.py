@@ -248,7 +248,7 @@ def influence(model):
     """Change one input at a time (the first is the class): how far does each output move?
     -> (L, L), row = output, column = input. Measured, not derived from the mask."""
     labels = torch.zeros(model.L + 1, dtype=torch.long)
-    inputs = torch.randn(1, model.L - 1, 16).repeat(model.L + 1, 1, 1)
+    inputs = torch.randn(1, model.L - 1, model.config.latent_dim).repeat(model.L + 1, 1, 1)
     labels[0] = 1
     for i in range(1, model.L):
         inputs[i, i - 1] += 1
@@ -276,7 +276,7 @@ def show_influence():
 def main():
     torch.manual_seed(0)
     var = VAR(VARConfig(depth=2, width=128, heads=2)).eval()
-    labels, teacher_inputs = torch.tensor([3, 10]), torch.randn(2, var.L - 1, 16)
+    labels, teacher_inputs = torch.tensor([3, 10]), torch.randn(2, var.L - 1, var.config.latent_dim)
     tokens = torch.randint(512, (2, var.L))
     logits = var(labels, teacher_inputs)
     loss = float(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()))

@@ -301,7 +301,7 @@ class TokenizerStage:
         self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
-        self.perceptual = self.load_perceptual(config) if settings.perceptual else None
+        self.perceptual = vqgan.perceptual_of(run, config) if settings.perceptual else None
         if settings.adversarial:
             critic = self.parts["critic"] = vqgan.Discriminator(config.image_size).to(run.device)
             self.critic = run.wrap(critic)
@@ -313,25 +313,6 @@ class TokenizerStage:
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           settings={**{k: getattr(settings, k) for k in chosen}, **asdict(config)})
         self.about["settings"]["perceptual"] *= self.perceptual is not None
-
-    def load_perceptual(self, config):
-        """LPIPS, if its weights can be had; training goes on without it where they cannot."""
-        given = self.settings.vgg_file, self.settings.lpips_file
-        if config.image_size < 16:
-            raise BadInput("--perceptual needs pictures of 16 pixels or more")
-        model, reason = None, "another process could not load it"
-        for turn in (True, False):                         # one process downloads, the others read
-            if turn == (self.run.rank == 0):
-                try:
-                    model = vqgan.load_perceptual(*given).to(self.run.device)
-                except BadInput as error:
-                    reason = error
-            self.run.barrier()
-        if not self.run.total(torch.tensor(float(model is None), device=self.run.device)):
-            return model
-        if any(given):                                     # all processes with it, or all without
-            raise BadInput(str(reason))
-        self.run.say(f"no perceptual loss: {reason}; give --vgg-file and --lpips-file to have it")
 
     def batches(self, start):
         seed = self.settings.seed

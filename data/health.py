@@ -2,9 +2,9 @@
 
     side         1      2      3      4      6      8
     codes     14 %   33 %   38 %   66 %   62 %  100 %    of the codebook, that occur at this scale
-    perplex.    54    190    301    602    512    980    how many codes would be, were they used evenly
+    perplex.    54    190    301    602    512    980    how many codes it would be, if used evenly
     left      71 %   55 %   43 %   33 %   22 %    9 %    of the energy of f, after this scale
-    psnr      14.2   15.6   17.0   18.4   19.6   27.0    of the picture decoded after this scale, in dB
+    psnr      14.2   15.6   17.0   18.4   19.6   27.0    of the picture decoded after it, in dB
 
 A 1x1 map sees one vector per picture: few codes there are normal. Few codes at a *large* scale are
 codebook collapse, which training alone never mends.

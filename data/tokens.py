@@ -1,4 +1,4 @@
-"""The token cache: the tokenizer is frozen in stage 2, so every picture is encoded once and for all.
+"""The token cache: the tokenizer is frozen in stage 2, so every picture is encoded only once.
 
     tokens_train.npy     (views, N, L) integers, memory-mapped: never loaded whole
     tokens_train.json    whose tokens these are: data set, pictures, tokenizer

@@ -97,6 +97,27 @@ def load_perceptual(vgg_file="", lpips_file=""):
     return Perceptual().load(*states)
 
 
+def perceptual_of(run, config):
+    """LPIPS for every process of a run, if its weights can be had, or for none of them: where they
+    cannot be downloaded, one line says so and training goes on without. -> Perceptual or None"""
+    given = run.settings.vgg_file, run.settings.lpips_file
+    if config.image_size < 16:
+        raise BadInput("--perceptual needs pictures of 16 pixels or more")
+    model, reason = None, "another process could not load it"
+    for turn in (True, False):                             # one process downloads, the others read
+        if turn == (run.rank == 0):
+            try:
+                model = load_perceptual(*given).to(run.device)
+            except BadInput as error:
+                reason = error
+        run.barrier()
+    if not run.total(torch.tensor(float(model is None), device=run.device)):
+        return model
+    if any(given):
+        raise BadInput(str(reason))
+    run.say(f"no perceptual loss: {reason}; give --vgg-file and --lpips-file to have it")
+
+
 class Discriminator(nn.Module):
     """A PatchGAN: three convolutions of stride 2 at most, so that every score sees a patch only.
     image (B, 3, H, W) -> scores (B, 1, h, w), high for real."""

@@ -1,6 +1,6 @@
 """Which way of learning codes wins? One tokenizer per row, everything else equal.
 
-    python tests/study_tokenizer.py                                     built-in shapes, V = 512
+    python tests/study_tokenizer.py --tokenizer-steps 2000              built-in shapes, V = 512
     python tests/study_tokenizer.py --dataset cifar10 --vocab-size 1024
     python tests/study_tokenizer.py --dataset FOLDER --image-size 256 --rows "EMA + revival"
     python tests/study_tokenizer.py --dataset cifar10 --rows "EMA + revival" adversarial
@@ -60,7 +60,10 @@ ROWS = {
     "L2-normalised": ([], [by_direction]),
     "LFQ": (["--quantizer", "lfq"], []),
     "independent scales": (["--no-residual"], []),
-    "adversarial": (["--adversarial", "0.5"], []),
+    "coarse f_hats count fully": (["--coarse", "1"], []),  # as in the original code
+    "AdamW alone": (["--optimizer", "adamw"], []),
+    "C = 16": (["--latent-dim", "16"], []),
+    "adversarial": (["--adversarial", "1"], []),
 }
 ABLATION = [name for name in ROWS if name != "adversarial"]
 

@@ -180,12 +180,16 @@ def var_model(**options):
                                          latent_dim=4, depth=2, width=16, heads=2), **options}))
 
 
-@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def chosen(optimizer):
+    return m5.Settings(optimizer=optimizer, precision="float32", muon_lr=0.03)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_decays_and_what_goes_to_muon(muon_lr, shared):
+def test_what_decays_and_what_goes_to_muon(optimizer, shared):
     model = var_model(shared_adaln=shared)
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizers = m5.make_optimizers(model, 1e-3, 0.05, muon_lr)
+    optimizers = m5.make_optimizers(model, 1e-3, 0.05, chosen(optimizer))
     groups = [g for o in optimizers for g in o.param_groups]
     assert sorted(names[id(p)] for g in groups for p in g["params"]) == sorted(names.values())
     decayed = {names[id(p)] for g in groups for p in g["params"] if g["weight_decay"] > 0}
@@ -193,16 +197,29 @@ def test_what_decays_and_what_goes_to_muon(muon_lr, shared):
         small = name.endswith("bias") or any(part in name for part in (
             "embed", "position", "start", "log_scale", "offset")) and "word_embed.w" not in name
         assert (name in decayed) == (not small), name
-    if muon_lr:
+    if optimizer == "muon":
+        assert optimizers[1].param_groups[0]["lr"] == 0.03
         inside = {names[id(p)] for p in optimizers[1].param_groups[0]["params"]}
         assert len(inside) == 2 * 4 and all(n.startswith("blocks.") for n in inside)
         assert not any("modulation" in n or "log_scale" in n for n in inside)
-    assert len(optimizers) == (2 if muon_lr else 1)
+    assert len(optimizers) == (2 if optimizer == "muon" else 1)
+
+
+def test_convolutions_of_the_tokenizers_blocks_go_to_muon_and_its_ends_do_not():
+    model = m2.MultiScaleVQVAE(m2.TokenizerConfig(multipliers=(1, 2), image_size=64,
+                                                  attention=True))
+    names = {id(p): name for name, p in model.named_parameters()}
+    _, second = m5.make_optimizers(model, 1e-3, 0.05, chosen("muon"))
+    inside = {names[id(p)] for p in second.param_groups[0]["params"]}
+    assert inside == {name for name, p in model.named_parameters() if p.ndim == 4 and re.match(
+        r"(encoder|decoder)\.(levels|middle)\.", name)}
+    assert any("qkv" in name for name in inside) and any("shortcut" in name for name in inside)
+    assert not any(word in name for name in inside for word in ("conv_in", "conv_out", "phi"))
 
 
 def test_the_codebook_does_not_decay():
     model = m2.MultiScaleVQVAE(m2.TokenizerConfig(learn="gradient"))
-    (optimizer,) = m5.make_optimizers(model, 1e-3, 0.05)
+    (optimizer,) = m5.make_optimizers(model, 1e-3, 0.05, chosen("adamw"))
     plain = [id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
     assert id(model.quantizer.codebook) in plain
 
@@ -238,7 +255,7 @@ def test_orthogonal_makes_all_singular_values_about_one(shape):
 
 def test_muon_equals_a_slow_loop():
     torch.manual_seed(0)
-    shapes_ = [(6, 4), (4, 6), (6, 4), (5, 5)]
+    shapes_ = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 2, 3, 3), (2, 2, 1, 1)]
     params = [torch.nn.Parameter(torch.randn(s)) for s in shapes_]
     wanted = [p.detach().double() for p in params]
     momentum = [torch.zeros(s, dtype=torch.float64) for s in shapes_]
@@ -248,8 +265,8 @@ def test_muon_equals_a_slow_loop():
             p.grad = torch.randn_like(p)
             g = p.grad.double()
             momentum[i] = 0.9 * momentum[i] + 0.1 * g
-            step = slow_orthogonal(0.1 * g + 0.9 * momentum[i])
-            size = 0.1 * max(1, p.shape[0] / p.shape[1]) ** 0.5
+            step = slow_orthogonal((0.1 * g + 0.9 * momentum[i]).flatten(1)).view_as(p)
+            size = 0.1 * max(1, p.shape[0] / p[0].numel()) ** 0.5
             wanted[i] = wanted[i] * (1 - 0.1 * 0.2) - size * step
         optimizer.step()
     for p, slow in zip(params, wanted):
