@@ -106,10 +106,10 @@ def _cure(config):
 
 
 @torch.no_grad()
-def save_picture(path, tokenizer, image, columns=10):
+def save_picture(path, tokenizer, image):
     """One picture of it all: real row, rows after scale 1..K, and where the last one errs.
-    image (B, 3, H, W) in [-1, 1]."""
-    image = image[:columns]
+    image (B, 3, H, W) in [-1, 1]; of large ones only the first few are shown."""
+    image = image[:max(4, min(10, 640 // image.shape[-1]))]
     steps = tokenizer.pyramid(tokenizer.image_to_tokens(image))
     rows = [image] + [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in steps]
     names = ["real"] + [f"after {side}x{side}, {psnr(image, row).mean():.1f} dB"
