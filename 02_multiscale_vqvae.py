@@ -67,6 +67,8 @@ class TokenizerConfig:
                            f"{self.quantizer} and {self.learn}")
         if not self.scales or min(self.phis, self.blocks, self.vocab_size, *self.multipliers) < 1:
             raise BadInput("scales, phis, blocks, vocab_size and multipliers must be 1 or more")
+        if not 0 <= self.coarse <= 1:
+            raise BadInput(f"coarse must be between 0 and 1, not {self.coarse}")
         if any(self.channels * m % self.groups for m in self.multipliers):
             raise BadInput(f"every width, {self.channels} times {self.multipliers}, must be a "
                            f"multiple of groups, {self.groups}")

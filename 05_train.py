@@ -91,19 +91,20 @@ class Settings:
 
 # From the side of a picture to the side of its last token map, and the maps before it.
 LAYOUTS = {
-    32: dict(image_size=32, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),
-    64: dict(image_size=64, scales=(1, 2, 3, 4, 6, 8), multipliers=(1, 2)),
-    128: dict(image_size=128, scales=(1, 2, 3, 4, 6, 8, 11, 16), multipliers=(1, 2)),
-    256: dict(image_size=256, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), multipliers=(1, 2, 2)),
-    512: dict(image_size=512, scales=released.SCALES[2240], multipliers=(1, 2, 2)),
+    32: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),
+    64: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1, 2)),
+    128: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8, 11, 16), multipliers=(1, 2)),
+    256: dict(unshuffle=4, scales=released.SCALES[680], multipliers=(1, 2, 2)),
+    512: dict(unshuffle=4, scales=released.SCALES[2240], multipliers=(1, 2, 2)),
 }
 PRESETS = {
-    "shapes": dict(LAYOUTS[32], depth=4, width=128, heads=4, drop_path=0.0),
-    "cifar10": dict(LAYOUTS[32], vocab_size=1024, flip=True, views=2, tokenizer_steps=20_000,
-                    tokenizer_batch_size=64, unshuffle=2, multipliers=(1, 2), depth=8, width=384,
-                    heads=6, steps=30_000, batch_size=128),
-    "folder": dict(LAYOUTS[64], vocab_size=1024, views=4, tokenizer_steps=20_000, steps=30_000,
-                   tokenizer_batch_size=32, batch_size=64, depth=8, width=384, heads=6),
+    "shapes": dict(LAYOUTS[32], image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
+    "cifar10": dict(scales=(1, 2, 3, 4, 6, 8), unshuffle=2, multipliers=(1, 2), image_size=32,
+                    vocab_size=1024, flip=True, views=2, tokenizer_steps=20_000, depth=8, width=384,
+                    heads=6, tokenizer_batch_size=64, steps=30_000, batch_size=128),
+    "folder": dict(LAYOUTS[64], image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
+                   steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
+                   heads=6),
     "imagenet": dict(released.TOKENIZER, learn="ema", views=8, tokenizer_steps=250_000,
                      tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
                      optimizer="adamw", depth=16, save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
@@ -136,8 +137,10 @@ def read_settings(argv=None):
                 ZERO_IS_FINE, NOT_OPTIONS)
     typed = vars(parser.parse_args(argv))
     name = typed.get("dataset", "shapes")
-    layout = LAYOUTS.get(typed.get("image_size"), {}) if name != "imagenet" else {}
-    values = {**PRESETS.get(name, PRESETS["folder"]), **layout, **typed}
+    preset = PRESETS.get(name, PRESETS["folder"])
+    side = typed.get("image_size", preset["image_size"])
+    layout = LAYOUTS.get(side, {}) if side != preset["image_size"] else {}
+    values = {**preset, **layout, **typed}
     if name == "imagenet":
         values = {**values, **imagenet_recipe(values["depth"]), **typed}
 
@@ -152,6 +155,8 @@ def read_settings(argv=None):
         if getattr(settings, size) % processes:
             raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
                            f"divided among {processes} processes")
+    if {"vgg_file", "lpips_file"} & typed.keys() and "perceptual" not in values:
+        raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
     if settings.export and not Path(settings.export).absolute().parent.is_dir():
         raise BadInput(f"--export {settings.export}: there is no such folder")
     var_fields = pick(transformer.VARConfig)
@@ -198,7 +203,7 @@ def train(run, stage, total):
       summary(memories)   -> (text, dict) since the last log line
       evaluate()          -> (text, dict) on held-out pictures, a few times and at the end"""
     path, settings, model = run.folder / f"{stage.name}.pt", run.settings, stage.model
-    start = resume(run, stage, path)
+    start = resume(run, stage, path, total)
     if start >= total:
         return run.say(f"{stage.name}: trained for {start} steps")
     wrapped, memories, bad = run.wrap(model), [], 0
@@ -263,17 +268,19 @@ def save(run, stage, path, step):
     run.barrier()
 
 
-def resume(run, stage, path):
+def resume(run, stage, path, total):
     """Load the checkpoint, if there is one and it belongs to the same settings. -> first step"""
     state = {} if run.settings.fresh or not path.exists() else load_checkpoint(path, run.device)
     if state:
         old, new = state.get("settings"), stage.about["settings"]
         if not isinstance(old, dict) or set(old) != set(new):
             raise BadInput(f"{path} is no {stage.name} of this version; --fresh starts over")
+        if state["step"] >= total and "perceptual" in new:
+            new["perceptual"] = old["perceptual"]          # done: its weights may be gone by now
         changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
         if changed:
             raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
-                           "--fresh starts over, --out takes another folder")
+                           "give the old ones, or --fresh starts over, --out takes another folder")
         try:
             for name, part in stage.parts.items():
                 part.load_state_dict(state[name])
@@ -306,7 +313,8 @@ class TokenizerStage:
             critic = self.parts["critic"] = vqgan.Discriminator(config.image_size).to(run.device)
             self.critic = run.wrap(critic)
             self.optimizers.append(torch.optim.AdamW(
-                critic.parameters(), lr=min(settings.tokenizer_lr, 3e-4), betas=(0.5, 0.9)))
+                critic.parameters(), lr=min(settings.tokenizer_lr, 3e-4), betas=(0.5, 0.9),
+                fused=True))
         chosen = ("dataset", "seed", "precision", "flip", "tokenizer_steps", "tokenizer_batch_size",
                   "tokenizer_lr", "vq_weight", "picture_loss", "perceptual", "adversarial",
                   "optimizer", "muon_lr", "final_lr", "clip")

@@ -62,7 +62,7 @@ def cache_tokens(run, tokenizer, images, split, views):
 
 def encode(run, tokenizer, images, cache, split):
     """Fill the rows of this process that are not yet filled, with a line every 5 seconds."""
-    # Neighbouring rows for each process: no two of them write to the same page of the file.
+    # Neighbouring rows for each process: two of them share a page only where their parts meet.
     mine = np.array_split(np.arange(len(images)), run.world)[run.rank]
     many, missing = batches.per_pass(tokenizer.config.image_size), np.array(-1).astype(cache.dtype)
     jobs = [(view, mine[i:i + many]) for view in range(len(cache))

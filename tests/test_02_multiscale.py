@@ -434,6 +434,7 @@ def test_a_short_training_lowers_the_loss_and_uses_most_codes():
     (dict(scales=(1, 2, 2, 8)), "grow"),
     (dict(scales=(0, 2, 8)), "grow"),
     (dict(quantizer="lfq", latent_dim=8, vocab_size=512), "256"),
+    (dict(coarse=1.5), "coarse"),
 ])
 def test_bad_settings_raise_value_error_with_a_hint(changes, word):
     with pytest.raises(ValueError, match=word):

@@ -49,6 +49,17 @@ def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
     assert shown.out == str(Path("out/cats")) and config.image_size == 64
 
 
+@pytest.mark.parametrize("side", [32, 64, 128, 256, 512])
+@pytest.mark.parametrize("name", ["shapes", "cifar10", "/some/folder"])
+def test_a_picture_size_brings_the_layout_that_fits_it(name, side):
+    _, config, _ = m5.read_settings(["--dataset", name, "--image-size", str(side)])
+    assert config.image_size == side and config.scales[-1] in (8, 16, 32)
+    assert config.unshuffle == (2 if (name, side) == ("cifar10", 32) else 4), "presets stay"
+    _, config, _ = m5.read_settings(["--dataset", name, "--image-size", "48", "--scales", "1,4,12",
+                                     "--multipliers", "1", "--unshuffle", "4"])
+    assert config.scales == (1, 4, 12)
+
+
 @pytest.mark.parametrize("depth, batch, epochs, lr, decay, final", [
     (16, 768, 200, 1e-4 * 768 / 256, 0.05, 0.1), (20, 768, 250, 1e-4 * 768 / 256, 0.05, 0.1),
     (24, 768, 350, 8e-5 * 768 / 256, 0.05, 0.01), (30, 1024, 350, 8e-5 * 1024 / 256, 0.08, 0.01)])
@@ -68,7 +79,8 @@ def test_the_imagenet_recipe_is_that_of_the_paper(depth, batch, epochs, lr, deca
     "--lr x", "--batch-size 0", "--gpus 0", "--stage three", "--optimizer sgd", "--quantizer x",
     "--dataset nosuch", "--dataset imagenet", "--scales 1,2,x", "--scales 4,2,8", "--scales 1,2",
     "--image-size 33", "--batch-size 5 --gpus 2", "--tokenizer-batch-size 5 --gpus 2",
-    "--quantizer lfq --latent-dim 5", "--seed -1", "--num-classes 3", "--device tpu", "--steps",
+    "--quantizer lfq --latent-dim 5", "--coarse 1.5", "--vgg-file x.pth", "--seed -1",
+    "--num-classes 3", "--device tpu", "--steps",
     "--seed 1" + 400 * "0", "--seed 36893488147419103232"])
 def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, options):
     line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())

@@ -280,6 +280,18 @@ def test_without_network_a_run_says_so_once_and_trains_on_without_lpips(train, o
     assert run.log == plain.log and same(run.state, plain.state)
 
 
+def test_a_finished_tokenizer_no_longer_needs_lpips_and_an_unfinished_one_says_what_changed(
+        cli, refused, offline, picture_folder, files, tmp_path):
+    options = ["--dataset", picture_folder, *TINY, "--stage", "tokenizer", "--perceptual", 1,
+               "--tokenizer-steps", 2, "--out", tmp_path / "run"]
+    assert cli(SCRIPT, *options, *files).status == 0
+    again = cli(SCRIPT, *options)
+    assert again.status == 0 and "trained for 2 steps" in again.out, again.err
+    state = torch.load(tmp_path / "run" / "tokenizer.pt", weights_only=True)
+    torch.save({**state, "step": 1}, tmp_path / "run" / "tokenizer.pt")
+    assert "perceptual 1.0 -> 0.0" in refused(SCRIPT, *options)
+
+
 def test_lpips_files_that_were_named_are_needed(refused, offline, picture_folder, files):
     options = ["--dataset", picture_folder, *TINY, "--perceptual", 1]
     line = refused(SCRIPT, *options, "--vgg-file", "nowhere.pth")
