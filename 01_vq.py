@@ -255,19 +255,23 @@ def usage(idx, vocab_size):
 
 # -- Demo ------------------------------------------------------------------------------------------
 
-def learn_codes(x, vocab_size, depth=1, steps=150):
+def learn_codes(x, vocab_size, depth=1, steps=150, starts=4):
     """Train a quantizer on vectors x (N, C) alone: each update is one step of Lloyd's algorithm
-    with a memory. With depth > 1 the codes learn to serve every residual level."""
-    quantizer = VectorQuantizer(vocab_size, x.shape[1], decay=0.8)
-    quantizer.start_on_data([x * 0.5 ** level for level in range(depth)])
-    for _ in range(steps):
-        x_hat, groups, indices = torch.zeros_like(x), [], []
-        for _ in range(depth):
-            groups.append(x - x_hat)
-            indices.append(quantizer.nearest(groups[-1]))
-            x_hat = x_hat + quantizer.lookup(indices[-1])
-        quantizer.update(groups, indices)
-    return quantizer.eval()
+    with a memory. With depth > 1 the codes learn to serve every residual level. Each start ends in
+    the valley it began in: the best of several is kept."""
+    found = []
+    for _ in range(starts):
+        quantizer = VectorQuantizer(vocab_size, x.shape[1], decay=0.8)
+        quantizer.start_on_data([x * 0.5 ** level for level in range(depth)])
+        for _ in range(steps):
+            x_hat, groups, indices = torch.zeros_like(x), [], []
+            for _ in range(depth):
+                groups.append(x - x_hat)
+                indices.append(quantizer.nearest(groups[-1]))
+                x_hat = x_hat + quantizer.lookup(indices[-1])
+            quantizer.update(groups, indices)
+        found.append((float((x - x_hat).square().mean()), quantizer.eval()))
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 def main():
@@ -292,7 +296,7 @@ def main():
         print(f"  {vocab_size:>3} codes,  {vocab_size.bit_length() - 1:>2} bits per pixel"
               f"{1000 * float((rows[-1] - photo).square().mean()):>21.3f}")
     quantizer, errors = learn_codes(colours[::7], 8, depth=4), []
-    for depth in (1, 2, 3, 4):
+    for depth in (2, 3, 4):
         x_hat, _ = residual_quantize(colours, quantizer, depth)
         errors.append(float((x_hat - colours).square().mean()))
         print(f"  {depth} levels of the same 8 codes, {3 * depth:>2} bits"

@@ -74,8 +74,8 @@ class TokenizerConfig:
                            f"multiple of groups, {self.groups}")
         side = self.image_size / (self.unshuffle * 2 ** (len(self.multipliers) - 1))
         if self.scales[-1] != side:
-            raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, "
-                             f"not {self.scales[-1]}")
+            raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, not "
+                           f"{self.scales[-1]}: give --scales, --multipliers and --unshuffle")
         if list(self.scales) != sorted(set(self.scales)) or self.scales[0] < 1:
             raise BadInput(f"scales must grow from 1 or more, not {self.scales}")
         if self.quantizer == "lfq" and self.latent_dim > 24:
@@ -213,7 +213,7 @@ def resize(x, side, mode):
 def phi_of_scale(K, phis):
     """Which phi serves which scale: the one whose tick lies nearest to k/(K-1). Neighbouring scales
     share, as their residuals look alike. -> list of K ints. (10, 4) -> 0 0 1 1 1 2 2 3 3 3"""
-    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis   # as the original code has it
     ticks = np.linspace(margin, 1 - margin, phis)          # float64: k = 2 of 10 is a near tie
     return [int(np.argmin(np.abs(ticks - k / max(K - 1, 1)))) for k in range(K)]
 
@@ -388,7 +388,7 @@ def main():
         rebuilt = tokenizer.pyramid(tokens)
         decoded = [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in rebuilt]
     left = [float((f - f_hat).square().mean() / f.square().mean()) for f_hat in rebuilt]
-    print("scale   tokens   left of f   picture error")
+    print("scale   tokens   f missing   picture error")
     for side, error, image in zip(tokenizer.scales, left, decoded):
         wrong = float((image - shown).square().mean())
         print(f"{side}x{side}{side * side:>10}{error:>11.1%}{wrong:>14.4f}")

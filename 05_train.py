@@ -109,18 +109,6 @@ PRESETS = {
                      tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
                      optimizer="adamw", depth=16, save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
 }
-
-
-def imagenet_recipe(depth):
-    """The original's schedule for a depth: epochs, batch, learning rate, weight decay."""
-    batch = 1024 if depth >= 30 else 768
-    epochs = 200 if depth < 20 else 250 if depth < 24 else 350
-    return dict(batch_size=batch, steps=epochs * 1_281_167 // batch,
-                lr=(8e-5 if depth >= 24 else 1e-4) * batch / 256,
-                weight_decay=0.08 if depth >= 30 else 0.05,
-                final_lr=0.01 if depth >= 24 else 0.1)
-
-
 CHOICES = dict(stage=("all", "tokenizer", "transformer"), device=("auto", "cpu", "cuda", "mps"),
                precision=("auto", "float32", "bfloat16"), optimizer=("muon", "adamw"),
                quantizer=("vq", "lfq"), learn=("ema", "gradient"), picture_loss=("l1", "l2"))
@@ -142,7 +130,7 @@ def read_settings(argv=None):
     layout = LAYOUTS.get(side, {}) if side != preset["image_size"] else {}
     values = {**preset, **layout, **typed}
     if name == "imagenet":
-        values = {**values, **imagenet_recipe(values["depth"]), **typed}
+        values = {**values, **released.imagenet_recipe(values["depth"]), **typed}
 
     def pick(cls):
         return {f.name: values[f.name] for f in fields(cls) if f.name in values}
@@ -157,6 +145,8 @@ def read_settings(argv=None):
                            f"divided among {processes} processes")
     if {"vgg_file", "lpips_file"} & typed.keys() and "perceptual" not in values:
         raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
+    if settings.views > 2 and name in ("shapes", "cifar10"):
+        raise BadInput(f"--views {settings.views}: pictures in memory have two, one mirrored")
     if settings.export and not Path(settings.export).absolute().parent.is_dir():
         raise BadInput(f"--export {settings.export}: there is no such folder")
     var_fields = pick(transformer.VARConfig)
@@ -233,10 +223,10 @@ def train(run, stage, total):
             pace = (time.time() - begin) / (step - start)
             report(run, stage, step, total, memories, float(norm), pace)
             memories = []
-        if run.rank == 0 and (step % max(total // 4, 1) == 0 or step == total):
+        if run.rank == 0 and step in {total * quarter // 4 for quarter in (1, 2, 3, 4)}:
             model.eval()
             text, numbers = stage.evaluate()
-            run.say(f"  held out: {text}")
+            run.say(f"  held out at step {step}: {text}")
             run.log(dict(stage=stage.name, step=step, held_out=numbers))
         stop = run.stopping(step)
         if step % settings.save_every == 0 or step == total or stop:
@@ -376,8 +366,11 @@ class TokenizerStage:
         health.save_picture(self.run.folder / "reconstructions.png", self.model,
                             to_float(self.held_out[::stride][:10].to(self.run.device)))
         numbers["warnings"] = health.warnings(self.model, numbers, len(self.held_out))
+        most = min(1, len(self.held_out) * sum(s * s for s in self.model.scales)
+                   / self.model.config.vocab_size)         # each token can be one code at most
         text = "\n".join([f"psnr {numbers['psnr']:.2f} dB | used {numbers['used_overall']:.0%} of "
-                          f"the codes | {len(self.held_out)} pictures",
+                          f"the codes{'' if most == 1 else f' ({most:.0%} possible)'} | "
+                          f"{len(self.held_out)} pictures",
                           health.table(self.model.scales, numbers), *numbers["warnings"]])
         return text, numbers
 

@@ -1,10 +1,10 @@
 """Is the tokenizer well? What each scale does, measured over whole sets of pictures.
 
-    side         1      2      3      4      6      8
-    codes     14 %   33 %   38 %   66 %   62 %  100 %    of the codebook, that occur at this scale
-    perplex.    54    190    301    602    512    980    how many codes it would be, if used evenly
-    left      71 %   55 %   43 %   33 %   22 %    9 %    of the energy of f, after this scale
-    psnr      14.2   15.6   17.0   18.4   19.6   27.0    of the picture decoded after it, in dB
+    side          1x1    2x2    3x3    4x4    6x6    8x8
+    codes used    12%    40%    45%    64%    61%    99%   of the codebook occur at this scale
+    perplexity     29    130    157    231    159    418   how many codes it would be, used evenly
+    energy left 72.0%  61.2%  51.7%  35.6%  28.0%   2.6%   of the feature map f, after this scale
+    psnr, dB     15.7   16.9   17.9   20.7   22.6   30.4   of the picture decoded after this scale
 
 A 1x1 map sees one vector per picture: few codes there are normal. Few codes at a *large* scale are
 codebook collapse, which training alone never mends.
@@ -81,8 +81,8 @@ def table(scales, health):
 def warnings(tokenizer, health, pictures_seen):
     """What is wrong, in words, and which setting to try. -> list of lines, empty when all is well.
 
-    A scale has collapsed when it has more than 16 tokens, saw each code's share of vectors four
-    times over, and still uses less than a fifth of the codes."""
+    A scale has collapsed when it has more than 16 tokens, saw at least 4 V vectors, and still uses
+    less than a fifth of the V codes."""
     config, lines = tokenizer.config, []
     V = config.vocab_size
     for k, side in enumerate(config.scales):

@@ -63,6 +63,17 @@ def tokenizer_sizes(state, scales=None):
                 vocab_size=vocab_size, latent_dim=latent_dim, channels=channels, blocks=blocks,
                 multipliers=multipliers)
 
+
+def imagenet_recipe(depth):
+    """The original's schedule for a depth: epochs, batch, learning rate, weight decay."""
+    batch = 1024 if depth >= 30 else 768
+    epochs = 200 if depth < 20 else 250 if depth < 24 else 350
+    return dict(batch_size=batch, steps=epochs * 1_281_167 // batch,
+                lr=(8e-5 if depth >= 24 else 1e-4) * batch / 256,
+                weight_decay=0.08 if depth >= 30 else 0.05,
+                final_lr=0.01 if depth >= 24 else 0.1)
+
+
 VAR_NAMES = [
     (r"^pos_start$", "start"), (r"^pos_1LC$", "position"), (r"^word_embed\.", "word_embed."),
     (r"^class_emb\.", "class_embed."), (r"^lvl_embed\.", "scale_embed."),

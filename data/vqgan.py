@@ -9,7 +9,7 @@ least. Two terms ask for more, as in the paper's
                finds in both pictures, each position's features scaled to length 1 first
   adversarial  a PatchGAN (Isola et al. 2017) learns, by the hinge loss, to tell real patches from
                rebuilt ones; the decoder learns to please it. Its weight is set in every step so
-               that its gradient is as long as that of the other terms (Esser et al. 2021, eq. 7)
+               that its gradient is as long as that of the picture's (Esser et al. 2021, eq. 7)
 
 Shapes: pictures (B, 3, H, W) in [-1, 1]; the critic's scores (B, 1, h, w), one per patch.
 """

@@ -30,7 +30,7 @@ def test_there_are_six_chapters():
 
 @pytest.mark.parametrize("name, words, picture", [
     ("01_vq.py", ["equal width", "learned", "levels of the same 8", "signs of 8 channels"], True),
-    ("02_multiscale_vqvae.py", ["scale", "left of f", "1x1", "8x8"], True),
+    ("02_multiscale_vqvae.py", ["scale", "f missing", "1x1", "8x8"], True),
     ("03_block_causal_mask.py", ["move by 0.0", "without a mask", "raster"], True),
     ("04_var_transformer.py", ["loss before training", "ln V = 6.238", "cache", "depth 30"], True)])
 def test_every_demo_shows_what_it_claims(name, words, picture, tmp_path, monkeypatch, capsys):
