@@ -21,7 +21,6 @@ on data, follow it by moving averages, and a code that nobody uses moves to wher
     python 01_vq.py        a table of errors and out/01_vq.png
 """
 import math
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -257,8 +256,7 @@ def usage(idx, vocab_size):
 
 def learn_codes(x, vocab_size, depth=1, steps=150, starts=4):
     """Train a quantizer on vectors x (N, C) alone: each update is one step of Lloyd's algorithm
-    with a memory. With depth > 1 the codes learn to serve every residual level. Each start ends in
-    the valley it began in: the best of several is kept."""
+    with a memory. With depth > 1 the codes serve every residual level. The best start is kept."""
     found = []
     for _ in range(starts):
         quantizer = VectorQuantizer(vocab_size, x.shape[1], decay=0.8)
@@ -308,7 +306,7 @@ def main():
           f"usage {usage(sign.nearest(torch.randn(9999, 8)), 256)[0]:.0%} on white noise")
     pictures.save_grid("out/01_vq.png", torch.cat(rows).permute(0, 3, 1, 2), columns=12,
                        row_labels=["original"] + [f"{v} colours" for v in (2, 4, 8, 16, 64)])
-    print("wrote", Path("out/01_vq.png"))
+    print("wrote out/01_vq.png")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ scales (1, 2, 3, 4, 6, 8) the sides of the token maps; V codes; C latent channel
 Sources: VAR (Tian et al. 2024), Algorithms 1 and 2, section 3.2, equation 5 for the loss;
 VQGAN (Esser et al. 2021) for encoder and decoder.
 
-Codes are running means of what they stand for (EMA) and are moved when nobody uses them: codes that
-wait for gradients sit still in every step that does not choose them, so few get all the work. And
-scales round what is left, not the whole: else every token would say again what coarser ones said
-(README, "Which codes": 1.5 dB and 1.4 dB on real pictures).
+Codes are running means (EMA), moved when nobody uses them: codes that wait for gradients sit still
+whenever they are not chosen, so few get all the work. And scales round what is left: else every
+token would say again what coarser ones said (README, "Which codes": 1.5 dB and 1.4 dB).
 
 Differs from the original VAR code: it can be trained; an ordinary (independent) pyramid and
 lookup-free quantization are settings; a plain VQ-VAE is scales=(8,); resizing is two small matrix

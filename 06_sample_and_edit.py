@@ -150,21 +150,25 @@ def hide(image, keep):
 
 
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, generator=None,
-         paste=False):
+         paste=False, looks=2):
     """Repaint the part of a picture where keep is False, as class labels (B,).
 
     image (B, 3, H, W) in [-1, 1], keep (H, W) bool -> (B, 3, H, W) in [0, 1]. Hidden pixels are
     replaced before anything reads the picture: they cannot change the result. paste=True puts the
-    kept pixels themselves back over the tokenizer's rendering of them."""
+    kept pixels themselves back over the tokenizer's rendering of them.
+
+    looks: through GroupNorm a filling changes the kept part's features too. Every further look sees
+    what was painted last time there instead, and paints again with the same random numbers."""
     side = tokenizer.config.image_size
     if not tuple(image.shape[-2:]) == tuple(keep.shape) == (side, side):
         raise BadInput(f"picture and mask must be {side}x{side}, not {tuple(image.shape[-2:])} and "
                        f"{tuple(keep.shape)}")
-    with torch.no_grad():
-        target = tokenizer.encode(hide(image, keep))
-    whole = keep.float()[None, None].to(image.device)
+    keep = keep.to(image.device)
+    generator = generator or torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
+    start, shown = generator.get_state(), hide(image, keep)
     # Cells of which half or more is kept count as known; the rest of such a cell is continued.
-    known = (F.adaptive_avg_pool2d(whole, tokenizer.scales[-1]) >= 0.5).to(target.dtype)
+    whole = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
+    known = (whole >= 0.5).to(image.dtype)
 
     def choose(k, tokens_k, f_hat):
         """Half of a cell known is enough to fix its token: what it gets wrong of the kept part, the
@@ -173,10 +177,15 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, ge
         share = tokenizer.look_at(known, k)                              # (1, n, 1)
         r = tokenizer.look_at(missing * known, k) / share.clamp(min=1e-6)
         return torch.where(share[..., 0] >= 0.5, tokenizer.quantizer.nearest(r), tokens_k)
-    steps = sample_scales(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p,
-                          generator=generator, choose=choose)
-    result = to_picture(tokenizer, steps[-1])
-    return torch.where(keep.to(image.device), (image + 1) / 2, result) if paste else result
+    for _ in range(looks):
+        with torch.no_grad():
+            target = tokenizer.encode(shown)
+        generator.set_state(start)
+        steps = sample_scales(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p,
+                              generator=generator, choose=choose)
+        result = to_picture(tokenizer, steps[-1])
+        shown = torch.where(keep, image, 2 * result - 1)
+    return torch.where(keep, (image + 1) / 2, result) if paste else result
 
 
 # -- The released weights --------------------------------------------------------------------------
