@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import same
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,15 +26,6 @@ SCRIPT = "05_train.py"
 
 def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    """Equal to the last bit, through dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 # -- Settings --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, same
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,15 +57,6 @@ def slow_lpips(vgg, lpips, x, y):
 
 def pictures(n, *size, seed=0):
     return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def same(a, b):
-    """Equal to the last bit, through dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 @pytest.fixture
