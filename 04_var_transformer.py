@@ -80,16 +80,20 @@ class SelfAttention(nn.Module):
             self.plain_scale = 0.25 / math.sqrt(head_dim)            # the released choice
         self.proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x, cache=None):                                # (B, n, D)
+    def project(self, x):
+        """x (B, n, D) -> queries, keys, values (B, heads, n, d) and the scale of their products"""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)                     # (B, n, 3 D)
         qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)                                      # each (B, heads, n, d)
-        scale = 1.0 if self.qk_norm else self.plain_scale
-        if self.qk_norm:
-            temperature = self.log_scale.clamp(max=math.log(100)).exp()
-            q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
-            q, k = q.to(v.dtype), k.to(v.dtype)                      # autocast leaves float32 here
+        if not self.qk_norm:
+            return q, k, v, self.plain_scale
+        temperature = self.log_scale.clamp(max=math.log(100)).exp()
+        q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+        return q.to(v.dtype), k.to(v.dtype), v, 1.0                  # autocast leaves float32 here
+
+    def forward(self, x, cache=None):                                # (B, n, D)
+        q, k, v, scale = self.project(x)
         if cache is None:
             y = mask.block_causal_attention(q, k, v, self.scales, scale)
         else:                                                        # everything cached is coarser

@@ -1,4 +1,4 @@
-"""Chapter 6: sample, in-paint, out-paint, change a class, evaluate, use the released weights.
+"""Chapter 6: sample, in-paint, out-paint, change a class, and ask how likely a picture is.
 
 One loop does it all. Scale after scale: predict, choose tokens, add them to f_hat, show the result
 to the next scale. Editing differs in one line: where the picture is to be kept, the token is not
@@ -16,24 +16,24 @@ and Salimans 2022); top-p sampling (Holtzman et al. 2020); FID (Heusel et al. 20
 
 Differs from the original VAR code: what is hidden is hidden before encoding (there the encoder sees
 the whole picture, and hidden pixels leak into the tokens that are kept); the 1x1 token is not
-always kept; kept tokens are rounded again as f_hat grows, not replayed from another picture.
+always kept; kept tokens are rounded again as f_hat grows, not replayed from another picture; the
+likelihood, which training minimised all along, can be asked for.
+
+The pictures and tables made of this are in data/gallery.py, data/density.py and data/judge.py.
 
     python 06_sample_and_edit.py                        newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
     python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
-import time
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from data import BadInput, folder, health, imagenet, judge, pictures, released
-from data.batches import fingerprint, load_data, per_pass, rows_of, sample_of, to_float
-from data.plumbing import OneLineParser, clock, number, one_line, pick_device
+from data import BadInput, density, gallery, imagenet, judge, pictures, released
+from data.batches import held_out, to_float
+from data.plumbing import OneLineParser, number, one_line, pick_device, progress
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -72,10 +72,10 @@ def soften(logits, ratio, codebook, generator=None):
 
 
 @torch.no_grad()
-def sample_scales(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, smooth=False,
-                  generator=None, choose=None):
-    """The loop. choose(k, tokens_k, f_hat) may replace drawn tokens. labels (B,) -> the K f_hats
-    (B, C, h, w), coarse to fine.
+def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temperature=1.0,
+                  smooth=False, generator=None, choose=None):
+    """The loop. choose(k, tokens_k, f_hat) may replace drawn tokens. labels (B,) -> K tokens maps
+    (B, n), or with `smooth` mixtures of codes (B, n, C), which do as well.
 
     Guidance: logits = (1 + t) conditional - t unconditional, t = cfg * k / (K - 1). It ramps up
     with the scale because the coarse scales decide *what* is drawn: strong guidance there makes all
@@ -87,17 +87,16 @@ def sample_scales(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, smooth
     if cfg > 0:                                            # second half: "no class", a learnt row
         labels = torch.cat([labels, torch.full_like(labels, var.config.num_classes)])
     conditioning, cache = var.conditioning(labels), var.new_cache()
-    side, C = tokenizer.scales[-1], tokenizer.config.latent_dim
-    f_hat, inputs, steps = conditioning[0].new_zeros(B, C, side, side), None, []
+    f_hat, inputs, tokens = 0, None, []
     for k in range(K):
         ratio = k / max(K - 1, 1)
-        if cfg > 0 and inputs is not None:
-            inputs = inputs.repeat(2, 1, 1)
+        if inputs is not None:
+            inputs = inputs.to(conditioning[0].dtype).repeat(2 if cfg > 0 else 1, 1, 1)
         logits = var.step(k, inputs, conditioning, cache).float()
         if cfg > 0:
             t = cfg * ratio
             logits = (1 + t) * logits[:B] - t * logits[B:]
-        logits = keep_likely(logits, top_k, top_p)
+        logits = keep_likely(logits / temperature, top_k, top_p)
         if smooth:
             tokens_k = soften(logits, ratio, tokenizer.quantizer.codebook, generator)
         else:
@@ -105,8 +104,8 @@ def sample_scales(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, smooth
         if choose is not None:
             tokens_k = choose(k, tokens_k, f_hat)
         f_hat, inputs = tokenizer.next_input(k, f_hat, tokens_k)
-        steps.append(f_hat)
-    return steps
+        tokens.append(tokens_k)
+    return tokens
 
 
 def to_picture(tokenizer, f_hat):
@@ -115,8 +114,8 @@ def to_picture(tokenizer, f_hat):
         return (tokenizer.decode(f_hat).clamp(-1, 1) + 1) / 2
 
 
-def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, smooth=False, generator=None,
-             tokens=None, keep=None):
+def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0, smooth=False,
+             generator=None, tokens=None, keep=None):
     """Sample pictures of the classes in labels (B,). -> (B, 3, H, W) in [0, 1]
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given token is
@@ -127,9 +126,23 @@ def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, smooth=Fals
 
     def replay(k, tokens_k, f_hat):
         return torch.where(keep[k].to(tokens_k.device), tokens[k], tokens_k)
-    steps = sample_scales(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth,
-                          generator=generator, choose=replay if tokens is not None else None)
-    return to_picture(tokenizer, steps[-1])
+    drawn = sample_tokens(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth,
+                          temperature=temperature, generator=generator,
+                          choose=replay if tokens is not None else None)
+    return to_picture(tokenizer, tokenizer.features(drawn))
+
+
+@torch.no_grad()
+def log_likelihood(tokenizer, var, tokens, labels):
+    """ln p(tokens | class), exactly: the sum over scales, and over the positions of each, of
+    ln p(token | coarser scales, class). One pass through the transformer has them all.
+
+    tokens: list of K (B, n); labels (B,), num_classes: no class -> (B, K) nats, per scale"""
+    inputs = tokenizer.teacher_inputs(tokens).to(var.start.dtype)
+    logits = var(labels, inputs).float()                                 # (B, L, V)
+    wanted = torch.cat(tokens, 1)[..., None]                             # (B, L, 1)
+    each = logits.log_softmax(-1).gather(-1, wanted)[..., 0]             # (B, L)
+    return torch.stack([part.sum(1) for part in each.split([t.shape[1] for t in tokens], 1)], 1)
 
 
 # -- Editing ---------------------------------------------------------------------------------------
@@ -149,16 +162,16 @@ def hide(image, keep):
     return filled
 
 
-def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, generator=None,
-         paste=False, looks=2):
+def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0,
+         generator=None, paste=False, soft=0, replay=False):
     """Repaint the part of a picture where keep is False, as class labels (B,).
 
     image (B, 3, H, W) in [-1, 1], keep (H, W) bool -> (B, 3, H, W) in [0, 1]. Hidden pixels are
-    replaced before anything reads the picture: they cannot change the result. paste=True puts the
-    kept pixels themselves back over the tokenizer's rendering of them.
+    replaced before anything reads the picture: they cannot change the result.
 
-    looks: through GroupNorm a filling changes the kept part's features too. Every further look sees
-    what was painted last time there instead, and paints again with the same random numbers."""
+    paste: put the kept pixels themselves back over the tokenizer's rendering of them, over `soft`
+    pixels from the edge ever more. replay: keep the tokens of the first look whatever is drawn
+    around them, as the paper's demo does (but for its leak), for comparison."""
     side = tokenizer.config.image_size
     if not tuple(image.shape[-2:]) == tuple(keep.shape) == (side, side):
         raise BadInput(f"picture and mask must be {side}x{side}, not {tuple(image.shape[-2:])} and "
@@ -176,69 +189,67 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, ge
         missing = target - f_hat if tokenizer.config.residual else target
         share = tokenizer.look_at(known, k)                              # (1, n, 1)
         r = tokenizer.look_at(missing * known, k) / share.clamp(min=1e-6)
-        return torch.where(share[..., 0] >= 0.5, tokenizer.quantizer.nearest(r), tokens_k)
-    for _ in range(looks):
+        kept = first[k] if replay else tokenizer.quantizer.nearest(r)
+        return torch.where(share[..., 0] >= 0.5, kept, tokens_k)
+
+    # The encoder's norms look at the whole picture: beside a blurred filling even the kept part
+    # gets other features. So paint twice, the second time beside the first painting, with the same
+    # random numbers. Then let the tokenizer alone see, as one picture, what is kept and painted.
+    for look in range(1 if replay else 4 if keep.any() else 2):
         with torch.no_grad():
             target = tokenizer.encode(shown)
-        generator.set_state(start)
-        steps = sample_scales(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p,
-                              generator=generator, choose=choose)
-        result = to_picture(tokenizer, steps[-1])
+        tokens = first = tokenizer.quantize(target)
+        if look < 2:
+            generator.set_state(start)
+            tokens = sample_tokens(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p,
+                                   temperature=temperature, generator=generator, choose=choose)
+        result = to_picture(tokenizer, tokenizer.features(tokens))
         shown = torch.where(keep, image, 2 * result - 1)
-    return torch.where(keep, (image + 1) / 2, result) if paste else result
+    if paste or soft:
+        weight = fade(keep, soft)
+        result = weight * ((shown + 1) / 2) + (1 - weight) * result
+    return result
 
 
-# -- The released weights --------------------------------------------------------------------------
+def fade(keep, soft):
+    """How much a kept pixel counts: 1 from `soft` pixels off the edge on, less nearer to it, 0
+    where hidden. keep (H, W) bool -> (H, W)"""
+    hidden = (~keep).float()[None, None]
+    return sum(1 - F.max_pool2d(hidden, 2 * r + 1, 1, r) for r in range(soft + 1))[0, 0] / (soft + 1)
+
+
+def outpaint(tokenizer, var, image, grow, labels, *, generator=None, **how):
+    """Let the canvas grow by (left, top, right, bottom) pixels around the picture. Window after
+    window of the model's size is edited, always one of which most is known, a quarter further.
+
+    image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1], the
+    picture itself unchanged; `how`: cfg, top_k, ... of edit()."""
+    (left, top, right, bottom), S = grow, tokenizer.config.image_size
+    canvas = F.pad(image, (left, right, top, bottom))
+    known = F.pad(torch.ones(S, S, dtype=torch.bool, device=image.device),
+                  (left, right, top, bottom))
+    starts = [sorted({*range(0, length - S, max(1, S // 4)), length - S}) for length in known.shape]
+    windows = [(slice(y, y + S), slice(x, x + S)) for y in starts[0] for x in starts[1]]
+    while not known.all():
+        at = max((at for at in windows if not known[at].all()), key=lambda at: int(known[at].sum()))
+        painted = edit(tokenizer, var, canvas[:, :, *at], known[at], labels, generator=generator,
+                       **how)
+        canvas[:, :, *at] = torch.where(known[at], canvas[:, :, *at], 2 * painted - 1)
+        known[at] = True
+    return (canvas + 1) / 2
+
+
+# -- Command line: which model, which pictures -----------------------------------------------------
 
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
     """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
     the shapes; `scales` is needed only for schedules other than the paper's two, `heads` only for
     models without query/key normalisation. Raises BadInput for anything in another layout."""
-    tokenizer_state = released.unwrap(tokenizer_state, ("trainer", "vae_local"), "tokenizer")
-    var_state = released.unwrap(var_state, ("trainer", "var_wo_ddp"), "transformer")
-    for state, key, what in ((tokenizer_state, "quantize.embedding.weight", "tokenizer"),
-                             (var_state, "pos_1LC", "transformer")):
-        if key not in state:
-            raise BadInput(f"not a released VAR {what}: it has no entry {key!r}")
-    length = var_state["pos_1LC"].shape[1] if var_state["pos_1LC"].ndim == 3 else 0
-    scales = tuple(scales or released.SCALES.get(length, ()))
-    if sum(s * s for s in scales) != length:
-        raise BadInput(f"the transformer has {length} positions, the scales {scales} make "
-                       f"{sum(s * s for s in scales)}: give the scales it was trained with")
-    try:
-        with torch.device("meta"):                         # no time spent on random weights
-            sizes = released.tokenizer_sizes(tokenizer_state, scales)
-            tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
-            sizes = released.var_sizes(var_state, scales, heads)
-            var = transformer.VAR(transformer.VARConfig(**sizes))
-        for model, state, rename in ((tokenizer, tokenizer_state, released.tokenizer_name),
-                                     (var, var_state, released.var_name)):
-            fill(model, {rename(name): value for name, value in state.items()})
-    except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise BadInput(f"not in the released layout: {str(error).splitlines()[0][:150]}") from None
-    return tokenizer, var
+    return released.build(
+        tokenizer_state, var_state, scales=scales, heads=heads,
+        make_tokenizer=lambda sizes: vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes)),
+        make_var=lambda sizes: transformer.VAR(transformer.VARConfig(**sizes)))
 
-
-def fill(model, state):
-    """Give a model made on the meta device its weights; every name must be known and none missing,
-    but for what training alone uses."""
-    state.pop(None, None)
-    own = model.state_dict()
-    unused = {"quantizer.hits", "quantizer.sums", "quantizer.initialised"} & set(own)
-    wrong = (set(own) - unused) ^ set(state)
-    if wrong:
-        raise KeyError(f"entries missing or unknown: {sorted(map(str, wrong))[:3]}")
-    state.update({name: torch.zeros_like(own[name], device="cpu") for name in unused})
-    model.load_state_dict(state, assign=True)
-    for name, buffer in model.named_buffers():             # not stored, so still without memory
-        if buffer.is_meta:
-            owner, _, short = name.rpartition(".")
-            fresh = transformer.mask.scale_of_token(model.config.scales)
-            setattr(model.get_submodule(owner), short, fresh)
-    model.eval().requires_grad_(False)
-
-
-# -- Command line: which model, which pictures -----------------------------------------------------
 
 class Studio:
     """A model, its class names, and how the command line wants it used."""
@@ -246,100 +257,142 @@ class Studio:
     def __init__(self, args):
         self.args, self.device = args, pick_device(args.device)
         torch.manual_seed(args.seed)
-        self.dataset, sampling = None, dict(cfg=1.5, top_k=900, top_p=0.96)
-        if args.released or args.var_file:
-            models = load_released(
-                released.fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
-                released.fetch(f"var_{args.released}.pth", args.var_file))
-            self.tokenizer, self.var = (model.to(self.device) for model in models)
-            count = self.var.config.num_classes
-            self.names = (imagenet.class_names() if count == 1000 else
-                          [f"class {i}" for i in range(count)])
-            where = "released"
-        else:
-            path = find_run(args.run)
-            where = path.stem if path.is_file() else path.name
-            one = path.is_file()                           # a shipped file holds both
-            self.tokenizer, _ = training.load_tokenizer(path if one else path / "tokenizer.pt",
-                                                        self.device)
-            self.var, about = training.load_transformer(path if one else path / "transformer.pt",
-                                                        self.device)
-            if not one and about["settings"]["tokenizer"] != training.fingerprint(self.tokenizer):
-                raise BadInput(f"{path}: its transformer was trained on the tokens of another "
-                               "tokenizer; train it again: 05_train.py --stage transformer --fresh")
-            self.names, self.dataset = about["class_names"], about["dataset"]
-            sampling = about["sampling"]
-            print(f"model: {path}")
         for path in filter(None, (args.image, args.mask)):
-            open_picture(path)                             # fail before anything is drawn
+            pictures.read(path)                            # fail before anything is loaded or drawn
+        self.sampling = dict(cfg=1.5, top_k=900, top_p=0.96)
+        where = self.load_released() if args.released or args.var_file else self.load_run()
+        self.var = self.var and self.var.to(self.device, self.precision())
+        self.side, self.sampling["temperature"] = self.tokenizer.config.image_size, 1.0
+        self.sampling.update({k: getattr(args, k) for k in self.sampling
+                              if getattr(args, k) is not None})
+        self.classes = ([find_class(self.names, text) for text in args.classes] if args.classes
+                        else list(range(len(self.names)))[:10])
         if args.image and not args.classes and args.task != "reconstruct":
             print(f"--classes was not given: working as class {self.names[0]!r}")
         self.out = Path(args.out or Path("out") / where)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.sampling = {k: v if getattr(args, k) is None else getattr(args, k)
-                         for k, v in sampling.items()}
-        self.side = self.tokenizer.config.image_size
-        self.classes = ([find_class(self.names, text) for text in args.classes] if args.classes
-                        else list(range(len(self.names)))[:10])
 
-    def generator(self, seed=None):
-        return torch.Generator(self.device).manual_seed(self.args.seed if seed is None else seed)
+    def load_released(self):
+        args = self.args
+        self.tokenizer, self.var = load_released(
+            released.fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
+            released.fetch(f"var_{args.released}.pth", args.var_file))
+        self.tokenizer.to(self.device)
+        count = self.var.config.num_classes
+        self.names = (imagenet.class_names() if count == 1000 else
+                      [f"class {i}" for i in range(count)])
+        self.dataset = "imagenet" if count == 1000 and args.data_dir else None
+        sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.tokenizer, self.var)]
+        weights = 4 * sizes[0] + self.precision().itemsize * sizes[1]
+        print(f"released model: tokenizer {sizes[0]:.0f} M, transformer {sizes[1]:.0f} M "
+              f"parameters, {weights / 1e3:.1f} GB; {self.at_once()} pictures at once")
+        return "released"
 
-    def sample(self, labels):
-        """Any number of pictures, in batches that fit. labels: ints -> (N, 3, H, W) on cpu"""
-        generator, done, begin = self.generator(), [], time.time()
-        for part in torch.tensor(labels, device=self.device).split(max(1, 8000 // self.var.L)):
-            done.append(generate(self.tokenizer, self.var, part, smooth=self.args.smooth,
-                                 generator=generator, **self.sampling).cpu())
-            count, seconds = sum(map(len, done)), time.time() - begin
-            if seconds > 3 and count < len(labels):
-                eta = clock(seconds / count * (len(labels) - count))
-                print(f"  {count}/{len(labels)} pictures | eta {eta}", flush=True)
-        return torch.cat(done)
+    def load_run(self):
+        """Both models of a run, or of a shipped file; to reconstruct, the tokenizer is enough."""
+        path = find_run(self.args.run)
+        one = path.is_file()
+        print(f"model: {path}")
+        self.tokenizer, about = training.load_tokenizer(path if one else path / "tokenizer.pt",
+                                                        self.device)
+        self.var, file = None, path if one else path / "transformer.pt"
+        if self.args.task != "reconstruct" or file.exists():
+            if not file.exists():
+                raise BadInput(f"{path} holds a tokenizer only: train its transformer with "
+                               "05_train.py, or use --task reconstruct")
+            self.var, about = training.load_transformer(file)
+            self.sampling = dict(about["sampling"])
+            if not one and about["settings"]["tokenizer"] != training.fingerprint(self.tokenizer):
+                raise BadInput(f"{path}: its transformer was trained on the tokens of another "
+                               "tokenizer; train it again: 05_train.py --stage transformer --fresh")
+        self.names, self.dataset = about["class_names"], about["dataset"]
+        return f"shipped-{path.stem}" if one else path.name
+
+    def precision(self):
+        """The transformer's numbers; half of the memory, and faster, on a GPU."""
+        chosen = self.args.precision
+        if chosen == "auto":
+            large = bool(self.args.released or self.args.var_file)
+            chosen = "float16" if large and self.device.type == "cuda" else "float32"
+        return getattr(torch, chosen)
+
+    def at_once(self):
+        """How many pictures fit: keys and values for both halves of guidance, a few of the
+        decoder's widest maps. Depends on the machine alone, so that a seed repeats its pictures."""
+        c, room = self.var.config, 1e9
+        if self.device.type == "cuda":
+            room = 0.3 * torch.cuda.get_device_properties(self.device).total_memory
+        each = 4 * c.depth * self.var.L * c.width * self.precision().itemsize
+        each += 24 * self.tokenizer.config.channels * self.tokenizer.config.image_size ** 2
+        return int(min(max(1, room // each), 100))
+
+    def generator(self, seed=0):
+        return torch.Generator(self.device).manual_seed(self.args.seed + seed)
+
+    def draw_tokens(self, labels):
+        """One batch of token maps, never mixtures. labels: ints -> K (B, n)"""
+        return sample_tokens(self.tokenizer, self.var, torch.tensor(labels, device=self.device),
+                             generator=self.generator(), **self.sampling)
+
+    def batches(self, labels, **changes):
+        """Any number of pictures, in batches that fit. labels: ints -> (B, 3, H, W) in [0, 1] ..."""
+        generator, settings = self.generator(), {**self.sampling, **changes}
+        parts = torch.tensor(labels, device=self.device).split(self.at_once())
+        drawn = (generate(self.tokenizer, self.var, part, smooth=self.args.smooth,
+                          generator=generator, **settings).cpu() for part in parts)
+        return progress(drawn, len(labels))
+
+    def sample(self, labels, **changes):
+        return torch.cat(list(self.batches(labels, **changes)))
+
+    def pyramid(self, tokens):
+        """What has been painted after each scale: tokens -> K pictures (B, 3, H, W) in [0, 1]"""
+        return [to_picture(self.tokenizer, f_hat).cpu() for f_hat in self.tokenizer.pyramid(tokens)]
+
+    def log_likelihood(self, tokens, labels):
+        return log_likelihood(self.tokenizer, self.var, tokens, labels)
+
+    def repaint(self, paint, image, where, labels, seed):
+        """edit() or outpaint(), in batches that fit. -> (B, 3, H, W) in [0, 1] on the CPU"""
+        generator, how = self.generator(seed), dict(self.sampling, replay=self.args.keep == "replay")
+        if paint is edit:
+            how.update(paste=self.args.paste, soft=self.args.soft)
+        at_once, labels = self.at_once(), torch.tensor(labels, device=self.device)
+        return torch.cat([paint(self.tokenizer, self.var, part, where, labels_, generator=generator,
+                                **how).cpu()
+                          for part, labels_ in zip(image.split(at_once), labels.split(at_once))])
 
     def pictures(self, count):
-        """Pictures to work on: --image, else held-out ones, else ones the model draws itself.
-        -> image (n, 3, H, W) in [-1, 1], labels list"""
+        """Pictures to work on: --image, else held-out ones of the classes asked for, else ones the
+        model draws itself. -> image (n, 3, H, W) in [-1, 1], labels list"""
         if self.args.image:
-            photo = open_picture(self.args.image).convert("RGB")
-            short = min(photo.size)
-            left, top = (photo.width - short) // 2, (photo.height - short) // 2
-            photo = photo.resize((self.side, self.side), Image.LANCZOS,
-                                 (left, top, left + short, top + short))
-            return to_float(torch.from_numpy(np.array(photo))[None]), [self.classes[0]]
+            photo = pictures.square(pictures.read(self.args.image).convert("RGB"), self.side)
+            return to_float(torch.from_numpy(photo)[None]).to(self.device), [self.classes[0]]
         try:
-            images, labels, _ = load_data(self.dataset or "", "test", self.side, self.args.data_dir)
-            if not np.isin(labels, self.classes).any():
-                raise BadInput("none of these classes among them")
+            image, labels = held_out(self.dataset or "", self.side, self.args.data_dir, count,
+                                     self.classes)
         except BadInput as error:
+            if self.var is None:
+                raise
             print(f"no held-out pictures ({error}): working on pictures drawn by the model itself")
             labels = self.classes[:count]
-            return self.sample(labels) * 2 - 1, labels
-        at = [np.flatnonzero(labels == c)[0] for c in self.classes if (labels == c).any()][:count]
-        chosen = torch.from_numpy(np.stack([images[int(i)] for i in at]))
-        return to_float(chosen), [int(labels[i]) for i in at]
+            image = self.sample(labels) * 2 - 1
+        return image.to(self.device), labels
 
     def mask(self, default):
-        """(H, W) bool, True where --mask is white or --box reaches: the part to repaint."""
+        """(H, W) bool, True where not --mask is white or --box reaches: the part to keep."""
+        keep = torch.ones(self.side, self.side, dtype=torch.bool, device=self.device)
         if self.args.mask:
-            grey = open_picture(self.args.mask).convert("L").resize((self.side,) * 2, Image.BOX)
-            return torch.from_numpy(np.array(grey)) > 127
+            grey = pictures.square(pictures.read(self.args.mask).convert("L"), self.side)
+            return keep & torch.from_numpy(grey <= 127).to(self.device)
         x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or default)
-        inside = torch.zeros(self.side, self.side, dtype=torch.bool)
-        inside[y0:y1, x0:x1] = True
-        return inside
+        keep[y0:y1, x0:x1] = False
+        return keep
 
     def save(self, name, images, columns, **labels):
         path = self.out / f"{name}.png"
         pictures.save_grid(path, images, columns, **labels)
         print(f"wrote {path}")
-
-
-def open_picture(path):
-    try:
-        return folder.decode(path)[0]
-    except Exception as error:                             # whatever a broken file makes Pillow say
-        raise BadInput(f"{path}: not a readable picture ({error})") from None
 
 
 def find_run(given):
@@ -369,131 +422,60 @@ def find_class(names, text):
 
 # -- Tasks -----------------------------------------------------------------------------------------
 
-def sample(studio):
-    """A grid with a row per class, and how the first pictures came about, scale by scale."""
-    n, classes = studio.args.n or 8, studio.classes
-    grid = studio.sample([c for c in classes for _ in range(n)])
-    studio.save("samples", grid, n, row_labels=[studio.names[c] for c in classes])
-    tokenizer, labels = studio.tokenizer, torch.tensor(classes[:10], device=studio.device)
-    steps = sample_scales(tokenizer, studio.var, labels, generator=studio.generator(),
-                          **studio.sampling)
-    stages = [to_picture(tokenizer, f_hat).cpu() for f_hat in steps]
-    studio.save("coarse_to_fine", torch.cat(stages), len(labels),
-                column_labels=[studio.names[c] for c in classes[:10]],
-                row_labels=[f"{s}x{s}" for s in tokenizer.scales])
-    zoom = max(1, 96 // studio.side)
-    frames = [torch.cat(list(stage), 2)[None] for stage in stages]       # side by side
-    frames = [np.kron(pictures.to_uint8(f)[0], np.ones((zoom, zoom, 1), np.uint8)) for f in frames]
-    pictures.save_gif(studio.out / "coarse_to_fine.gif", frames + [frames[-1]] * 3, 400)
-    print(f"wrote {studio.out / 'coarse_to_fine.gif'}")
-
-
-def reconstruct(studio):
-    image, _ = studio.pictures(10)
-    image = image.to(studio.device)
-    with torch.no_grad():
-        steps = studio.tokenizer.pyramid(studio.tokenizer.image_to_tokens(image))
-    last = to_picture(studio.tokenizer, steps[-1])
-    print(f"reconstruction: {float(health.psnr(last * 2 - 1, image).mean()):.1f} dB")
-    rows = torch.cat([(image + 1) / 2] + [to_picture(studio.tokenizer, f) for f in steps]).cpu()
-    studio.save("reconstruct", rows, len(image),
-                row_labels=["original"] + [f"{s}x{s}" for s in studio.tokenizer.scales])
-
-
-def repaint(studio, name, repaint_here, recolour=None):
-    """Shared by in-painting, out-painting and class editing: original, what is kept (grey: hidden),
-    results (three seeds, or with `recolour` one row per class)."""
-    image, labels = studio.pictures(8)
-    image, keep = image.to(studio.device), ~repaint_here.to(studio.device)
-    shown = torch.where(keep, (image + 1) / 2, 0.5)
-    rows, texts = [(image + 1) / 2, shown], ["original", "kept"]
-    variants = ([(f"seed {s}", labels, s) for s in range(3)] if recolour is None else
-                [(studio.names[c], [c] * len(image), 0) for c in recolour])
-    kept_db = []
-    for text, classes, seed in variants:
-        result = edit(studio.tokenizer, studio.var, image, keep,
-                      torch.tensor(classes, device=studio.device),
-                      generator=studio.generator(studio.args.seed + seed),
-                      paste=studio.args.paste, **studio.sampling)
-        if keep.any():
-            error = (result - (image + 1) / 2)[:, :, keep].square().mean().clamp(min=1e-10)
-            kept_db.append(float(-10 * torch.log10(error)))
-        rows.append(result)
-        texts.append(text)
-    if kept_db:
-        print(f"{name}: kept region {np.mean(kept_db):.1f} dB")
-    studio.save(name, torch.cat(rows).cpu(), len(image), row_labels=texts)
-
-
 def inpaint(studio):
-    repaint(studio, "inpaint", studio.mask((0.5, 0.0, 1.0, 1.0)))
+    gallery.repainted(studio, "inpaint", edit, studio.mask((0.5, 0.0, 1.0, 1.0)))
 
 
-def outpaint(studio):
-    """Keep a window, draw what surrounds it: in-painting with the mask turned inside out."""
-    inside = studio.mask((0.0, 0.0, 1.0, 0.6))
-    repaint(studio, "outpaint", inside if studio.args.mask else ~inside)
+def outpaint_task(studio):
+    grow = [round(part * studio.side) for part in studio.args.grow]
+    gallery.repainted(studio, "outpaint", outpaint, grow)
 
 
 def edit_class(studio):
-    others = studio.classes[:6]
-    repaint(studio, "edit", studio.mask((0.125, 0.125, 0.875, 0.875)), recolour=others)
+    gallery.repainted(studio, "edit", edit, studio.mask((0.125, 0.125, 0.875, 0.875)),
+                      classes=studio.classes[:10])
 
 
-def evaluate(studio):
-    """Samples before a small judge network that was trained on real pictures. Its Frechet distance
-    and precision/recall are on its own features: not comparable with Inception FID."""
-    if not studio.dataset:
-        raise BadInput("evaluate needs a model trained here: the released ones name no data set")
-    where = studio.dataset, studio.args.data_dir
-    real, labels, names = load_data(where[0], "train", studio.side, where[1])
-    test, test_labels, _ = load_data(where[0], "test", studio.side, where[1])
-    if min(len(real), len(test), studio.args.n or 1000) < 4:
-        raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
-                       f"on, {len(test)} held out and {studio.args.n or 1000} to sample")
-    steps = 100 if studio.dataset == "shapes" else 2000
-    path = Path("out") / f"judge_{Path(studio.dataset).name}_{fingerprint(real)}.pt"
-    network = judge.load_or_train(path, real, labels, len(names), steps=steps, seed=0)
-    print(f"judge: {judge.accuracy(network, test, test_labels):.2%} right on held-out pictures")
-    count = studio.args.n or 1000
-    wanted = np.arange(count) % len(names)
-    held_out = sample_of(test, count)
-    image = to_float(held_out)
-    with torch.no_grad():
-        rebuilt = torch.cat([studio.tokenizer.tokens_to_image(studio.tokenizer.image_to_tokens(
-            part.to(studio.device))).cpu() for part in image.split(per_pass(studio.side))])
-    at = rows_of(len(test), count)
-    judge.compare(network, sample_of(real, count).numpy(), {
-        "held-out pictures (floor)": ((image + 1) / 2, test_labels[at]),
-        "reconstructions": ((rebuilt + 1) / 2, test_labels[at]),
-        "samples": (studio.sample(wanted.tolist()), wanted)})
-
-
-TASKS = dict(sample=sample, reconstruct=reconstruct, inpaint=inpaint, outpaint=outpaint,
-             edit=edit_class)
+PICTURES = dict(sample=gallery.sample, guidance=gallery.guidance, think=gallery.think,
+                reconstruct=gallery.reconstruct, inpaint=inpaint, outpaint=outpaint_task,
+                edit=edit_class)
+FIGURES = dict(density=density.density, evaluate=judge.evaluate)         # take longer: on request
 
 
 def read_arguments(argv=None):
     p = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("--run", help="folder of a run, or a shipped file; default: newest in out/")
     p.add_argument("--released", choices=("d16", "d20", "d24", "d30", "d36"),
-                   help="the paper's models")
+                   help="the paper's models (d36: 512 px)")
     p.add_argument("--tokenizer-file", help="released tokenizer, instead of downloading it")
     p.add_argument("--var-file", help="released transformer, instead of downloading it")
-    p.add_argument("--task", default="all", choices=("all", *TASKS, "evaluate"))
+    p.add_argument("--task", default="all", choices=("all", *PICTURES, *FIGURES),
+                   help=f"all: all but {' and '.join(FIGURES)} [all]")
     p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
-    p.add_argument("--n", type=number(int, 1), help="pictures per class (evaluate: in all)")
+    p.add_argument("--n", type=number(int, 1),
+                   help="pictures per class (density, evaluate: in all) [8; export 50]")
     p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale; 0: none")
     p.add_argument("--top-k", type=number(int, 0), help="draw among the k likeliest tokens; 0: all")
     p.add_argument("--top-p", type=number(float, 0), help="draw among the likeliest, p in all")
-    p.add_argument("--smooth", action="store_true", help="mix codes (--task sample only)")
+    p.add_argument("--temperature", type=number(float, 0.01), help="divides the logits [1]")
+    p.add_argument("--smooth", action="store_true", help="mix codes instead of drawing one")
     p.add_argument("--image", help="picture to reconstruct or edit; default: held-out ones")
     p.add_argument("--box", nargs=4, type=number(float, 0), metavar=("X0", "Y0", "X1", "Y1"),
-                   help="part to repaint (outpaint: to keep), in fractions of the side")
+                   help="part to repaint, in fractions of the side")
     p.add_argument("--mask", help="picture file instead of a box; white: repaint")
+    p.add_argument("--grow", nargs=4, type=number(float, 0), default=(0.25,) * 4,
+                   metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+                   help="outpaint: room to add, in fractions of the side [0.25 each]")
+    p.add_argument("--keep", default="requantise", choices=("requantise", "replay"),
+                   help="kept tokens: rounded again at each scale, or as in the paper's demo")
     p.add_argument("--paste", action="store_true", help="put the kept pixels themselves back")
+    p.add_argument("--soft", type=number(int, 0), default=0, help="the same, over N pixels [0]")
+    p.add_argument("--export-npz", metavar="FILE",
+                   help="write samples of every class for the ImageNet evaluator, nothing else")
     p.add_argument("--data-dir", default="", help="where the held-out pictures lie")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    p.add_argument("--precision", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
+                   help="of the transformer; auto: float16 for released models on a GPU")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--out", help="folder for the pictures; default out/NAME")
     args = p.parse_args(argv)
@@ -504,16 +486,20 @@ def read_arguments(argv=None):
         raise BadInput("give --run, or --released, or both --tokenizer-file and --var-file")
     if args.top_p is not None and args.top_p > 1:
         raise BadInput(f"--top-p {args.top_p}: a share of probability, at most 1")
+    if args.smooth and args.task not in ("all", "sample", "guidance"):
+        raise BadInput(f"--smooth mixes codes: it samples and edits nothing, --task {args.task}")
+    if max(args.grow) > 8:
+        raise BadInput(f"--grow {args.grow}: in sides of the picture, at most 8")
     return args
 
 
 def main():
     args = read_arguments()
     studio = Studio(args)
-    if args.task == "evaluate":
-        evaluate(studio)
-    for name, task in TASKS.items():
-        if args.task in ("all", name):
+    if args.export_npz:
+        return gallery.export(studio)
+    for name, task in {**PICTURES, **FIGURES}.items():
+        if args.task == name or args.task == "all" and name in PICTURES:
             task(studio)
 
 

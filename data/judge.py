@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import BadInput
+from data.batches import fingerprint, load_data, per_pass, rows_of, sample_of, to_float
+
 
 class Judge(nn.Module):
     """Halve the picture until 4 pixels or so are left a side, average, classify."""
@@ -146,6 +149,12 @@ def extract(judge, images, batch_size=500):
     return torch.cat(features), torch.cat(logits)
 
 
+def extract_all(judge, batches):
+    """extract() of pictures that come in batches and are not kept."""
+    features, logits = zip(*[extract(judge, batch) for batch in batches])
+    return torch.cat(features), torch.cat(logits)
+
+
 def accuracy(judge, images, labels):
     """Share of the pictures, in [0, 1], that the judge names as the labels (N,) say."""
     named = extract(judge, images)[1].argmax(1)
@@ -187,20 +196,78 @@ def precision_recall(features_real, features_fake, k=3):
     return share_inside(fake, real), share_inside(real, fake)
 
 
+def distances(features_query, features_set):
+    """(N, F), (M, F) -> distances (N, M)"""
+    return torch.cat([torch.cdist(part.double(), features_set.double()).float()
+                      for part in features_query.split(100)])
+
+
 def nearest_neighbours(features_query, features_set):
     """For each of (N, F) the row of (M, F) closest to it: int64 (N,)."""
-    return torch.cat([torch.cdist(part.double(), features_set.double()).argmin(1)
-                      for part in features_query.split(1000)])
+    return distances(features_query, features_set).argmin(1)
 
 
-def compare(judge, reference, rows):
-    """Print a table: how pictures look to the judge beside `reference`, real training pictures
-    uint8 (N, H, W, 3). rows: name -> (pictures, labels (n,) that they should have)."""
-    known, _ = extract(judge, reference)
-    print(f"{'':<28}{'accuracy':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}   (judge features)")
-    for name, (pictures, labels) in rows.items():
-        features, logits = extract(judge, pictures)
-        right = (logits.argmax(1) == torch.as_tensor(labels)).double().mean()
+def evaluate(studio):
+    """Samples before a judge trained on real pictures: a table, and neighbours.png."""
+    if not studio.dataset:
+        raise BadInput("evaluate needs real pictures: for the released models give --data-dir, an "
+                       "ImageNet folder")
+    real, labels, names = load_data(studio.dataset, "train", studio.side, studio.args.data_dir)
+    test, test_labels, _ = load_data(studio.dataset, "test", studio.side, studio.args.data_dir)
+    count = studio.args.n or 1000
+    if min(len(real), len(test), count) < 4:
+        raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
+                       f"on, {len(test)} held out and {count} to sample")
+    path = Path("out") / f"judge_{Path(studio.dataset).name}_{fingerprint(real)}.pt"
+    judge = load_or_train(path, real, labels, len(names), seed=0,
+                          steps=100 if studio.dataset == "shapes" else 2000)
+    print(f"judge: {accuracy(judge, test, test_labels):.2%} right on {len(test):,} held-out "
+          "pictures; the figures below are on its features and are no Inception FID")
+    held_out, at = sample_of(test, count), rows_of(len(test), count)
+    wanted, first = np.arange(count) % len(names), []
+
+    def rebuilt():
+        with torch.no_grad():
+            for part in held_out.split(per_pass(studio.side)):
+                tokens = studio.tokenizer.image_to_tokens(to_float(part).to(studio.device))
+                yield studio.pyramid(tokens)[-1]
+
+    def drawn():
+        for part in studio.batches(wanted.tolist()):
+            first.append(part[:16])                        # to look at: the others are not kept
+            yield part
+    known = extract(judge, sample_of(real, count).numpy())[0]
+    rows = {"held-out pictures (floor)": (extract(judge, held_out.numpy()), test_labels[at]),
+            "reconstructions": (extract_all(judge, rebuilt()), test_labels[at]),
+            f"samples, cfg {studio.sampling['cfg']:g}": (extract_all(judge, drawn()), wanted)}
+    print(f"{count} pictures a row, beside {len(known)} to train on (the Frechet distance shrinks "
+          "with their number: compare equal ones)")
+    print(f"{'':<28}{'in class':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}")
+    for name, ((features, logits), meant) in rows.items():
+        right = (logits.argmax(1) == torch.as_tensor(meant)).double().mean()
         precision, recall = precision_recall(known, features)
         print(f"{name:<28}{right:>9.1%}{frechet_distance(known, features):>9.3f}"
               f"{precision:>11.2f}{recall:>8.2f}")
+    (floor, _), _, (fake, _) = [found for found, _ in rows.values()]
+    neighbours(studio, judge, sample_of(real, 50_000), torch.cat(first)[:16], floor, fake)
+
+
+def neighbours(studio, judge, real, shown, floor, fake):
+    """Has the model copied? Each sample's nearest training picture, by the judge's features and by
+    its pixels; and how near samples come, beside how near held-out pictures come by chance.
+
+    real: uint8 (N, H, W, 3); shown: samples in [0, 1]; floor, fake: features of held-out pictures
+    and of all samples, the first of them those shown."""
+    known = extract(judge, real.numpy())[0]
+    near = [distances(part, known).min(1).values for part in (floor, fake)]
+    closest = near[0].quantile(0.01)
+    print(f"nearest of {len(known):,} training pictures: samples are {near[1].median():.2f} away "
+          f"(median), held-out pictures {near[0].median():.2f}; {(near[1] < closest).double().mean():.1%}"
+          " of the samples are nearer than the nearest 1 % of held-out pictures")
+    by_features = nearest_neighbours(fake[:len(shown)], known)
+    flat = shown.flatten(1)
+    by_pixels = torch.cat([torch.cdist(flat, to_float(part).add(1).div(2).flatten(1))
+                           for part in real.split(2000)], 1).argmin(1)
+    found = [to_float(real[rows]).add(1).div(2) for rows in (by_features, by_pixels)]
+    studio.save("neighbours", torch.cat([shown, *found]), len(shown),
+                row_labels=["sample", "nearest, features", "nearest, pixels"])

@@ -6,11 +6,35 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from data import BadInput, folder
+
 INK, PALE = (40, 44, 52), (222, 225, 230)
 LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20), (90, 96, 106)]
 # Brightness rises from the first to the last, so the map reads the same in black and white.
 HEAT = np.array([[16, 20, 62], [32, 60, 122], [30, 110, 140], [42, 158, 130], [150, 202, 84],
                  [252, 232, 84]], dtype=np.float64)
+
+
+def read(path):
+    """A picture file as a Pillow image. Raises BadInput if it is none."""
+    try:
+        return folder.decode(path)[0]
+    except Exception as error:                             # whatever a broken file makes Pillow say
+        raise BadInput(f"{path}: not a readable picture ({error})") from None
+
+
+def square(photo, side):
+    """The largest square in the middle of a Pillow image, resized. -> uint8 (side, side[, 3])"""
+    short = min(photo.size)
+    left, top = (photo.width - short) // 2, (photo.height - short) // 2
+    return np.array(photo.resize((side, side), Image.LANCZOS,
+                                 (left, top, left + short, top + short)))
+
+
+def enlarge(images, side):
+    """Nearest neighbours: (N, C, h, w) -> (N, C, side, side), every pixel a rectangle."""
+    rows, columns = (torch.arange(side) * n // side for n in images.shape[2:])
+    return images[:, :, rows[:, None], columns]
 
 
 def to_uint8(images):

@@ -91,6 +91,19 @@ def clock(seconds):
         else f"{seconds / 3600:.1f} h"
 
 
+def progress(parts, total, what="pictures", size=len):
+    """Hand on `parts`, a generator or a list; `size` says how many things one holds. Whenever more
+    than 3 s have passed since the start or the last line, say how far it is."""
+    done, begin = 0, time.monotonic()
+    said = begin
+    for part in parts:
+        yield part
+        done, now = done + size(part), time.monotonic()
+        if now - said > 3 and done < total:
+            said, eta = now, clock((now - begin) / done * (total - done))
+            print(f"  {done:,} of {total:,} {what} | eta {eta}", flush=True)
+
+
 def pick_device(name, rank=0):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else

@@ -1,11 +1,14 @@
 """The released checkpoints: where they lie, what is in them, how their entries are called here."""
+import http.client
+import os
 import re
+import urllib.request
 from pathlib import Path
 
 import torch
 
 from data import BadInput
-from data.plumbing import load_checkpoint
+from data.plumbing import load_checkpoint, progress
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.
@@ -119,15 +122,89 @@ def unwrap(state, keys, what):
     return state
 
 
+def build(tokenizer_state, var_state, make_tokenizer, make_var, scales=None, heads=None):
+    """State dicts -> (tokenizer, transformer) in eval mode. make_tokenizer and make_var turn the
+    sizes, a dict, into a model; `scales` and `heads` are what the shapes may not tell. Raises
+    BadInput for anything in another layout."""
+    tokenizer_state = unwrap(tokenizer_state, ("trainer", "vae_local"), "tokenizer")
+    var_state = unwrap(var_state, ("trainer", "var_wo_ddp"), "transformer")
+    for state, key, what in ((tokenizer_state, "quantize.embedding.weight", "tokenizer"),
+                             (var_state, "pos_1LC", "transformer")):
+        if key not in state:
+            raise BadInput(f"not a released VAR {what}: it has no entry {key!r}")
+    length = var_state["pos_1LC"].shape[1] if var_state["pos_1LC"].ndim == 3 else 0
+    scales = tuple(scales or SCALES.get(length, ()))
+    if sum(s * s for s in scales) != length:
+        raise BadInput(f"the transformer has {length} positions, the scales {scales} make "
+                       f"{sum(s * s for s in scales)}: give the scales it was trained with")
+    try:
+        with torch.device("meta"):                         # no time spent on random weights
+            tokenizer = make_tokenizer(tokenizer_sizes(tokenizer_state, scales))
+            var = make_var(var_sizes(var_state, scales, heads))
+        for model, state, rename in ((tokenizer, tokenizer_state, tokenizer_name),
+                                     (var, var_state, var_name)):
+            fill(model, {rename(name): value for name, value in state.items()})
+    except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise BadInput(f"not in the released layout: {str(error).splitlines()[0][:150]}") from None
+    return tokenizer, var
+
+
+def fill(model, state):
+    """Give a model made on the meta device its weights; every name must be known and none missing,
+    but for what training alone uses."""
+    state.pop(None, None)
+    own = model.state_dict()
+    unused = {"quantizer.hits", "quantizer.sums", "quantizer.initialised"} & set(own)
+    wrong = (set(own) - unused) ^ set(state)
+    if wrong:
+        raise KeyError(f"entries missing or unknown: {sorted(map(str, wrong))[:3]}")
+    state.update({name: torch.zeros_like(own[name], device="cpu") for name in unused})
+    model.load_state_dict(state, assign=True)
+    if hasattr(model, "scale_of_token"):                   # not stored, so still without memory
+        sides = torch.tensor([side * side for side in model.config.scales])
+        model.scale_of_token = torch.arange(len(sides)).repeat_interleave(sides)
+    model.eval().requires_grad_(False)
+
+
 def fetch(name, given=None):
     """A state dict: of the file `given`, or of `name`, downloaded once into data/downloads/."""
     path = Path(given) if given else Path(__file__).parent / "downloads" / name
     if not path.exists() and not given:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {URL}{name} to {path}")
         try:
-            torch.hub.download_url_to_file(URL + name, str(path))
-        except Exception as error:
-            raise BadInput(f"could not download {URL}{name} ({error}); give the files with "
-                           "--tokenizer-file and --var-file") from None
+            download(URL + name, path)
+        except (OSError, http.client.HTTPException) as error:        # URLError is an OSError
+            raise BadInput(f"could not download {URL}{name} ({error}); the same command goes on "
+                           "from there, or give --tokenizer-file and --var-file") from None
     return load_checkpoint(path)
+
+
+def download(url, path):
+    """url -> path, with progress. What an earlier try left in path.part is not fetched again;
+    `path` itself appears only when it is whole. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(
+            url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:                              # 416: there is nothing after that
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return os.replace(part, path)                  # because it is whole
+        part.unlink()
+        return download(url, path)
+    with answer, open(part, "ab") as out:
+        if answer.status != 206:                           # no part, or the server sends all of it
+            out.truncate(have := 0)
+        if "Content-Length" not in answer.headers:
+            raise OSError("the server does not say how long it is")
+        total = have + int(answer.headers["Content-Length"])
+        print(f"downloading {url} to {path}, {total / 1e6:.0f} MB"
+              + f", {have / 1e6:.0f} MB of it are here" * (have > 0), flush=True)
+        chunks = iter(lambda: answer.read(1 << 20), b"")
+        for chunk in progress(chunks, total - have, "bytes"):
+            out.write(chunk)
+    if part.stat().st_size != total:
+        raise OSError(f"broke off after {part.stat().st_size} of {total} bytes")
+    os.replace(part, path)

@@ -1,0 +1,151 @@
+"""The other half of a generative model: not only pictures, but how probable a picture is.
+
+A picture's tokens have an exact probability under the transformer (chapter 6, log_likelihood), and
+that makes of it
+    a measure      -log2 p: bits per token, per scale, per pixel
+    a classifier   Bayes' rule: p(class | tokens) ~ p(tokens | class) p(class), all classes alike
+    a compressor   an arithmetic coder would need -log2 p bits for the tokens of each scale: after
+                   each scale a picture can be decoded, so bytes buy quality (rate and distortion)
+
+The tokenizer is many to one: these are probabilities of token maps, not of pixels, and no figure
+here can be compared with the bits per dimension of models that see every pixel.
+"""
+import io
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import BadInput, health, pictures
+from data.batches import load_data, per_pass, rows_of, sample_of, to_float
+from data.plumbing import progress
+
+
+def density(studio):
+    """Bits, Bayes' rule, bytes: tables on the terminal and rate_distortion.png."""
+    if not studio.dataset:
+        raise BadInput("density needs held-out pictures: for the released models give --data-dir, "
+                       "an ImageNet folder")
+    C = len(studio.names)
+    images, labels, _ = load_data(studio.dataset, "test", studio.side, studio.args.data_dir)
+    count = min(len(images), studio.args.n or max(1, 5000 // C))
+    chosen, labels = to_float(sample_of(images, count)), labels[rows_of(len(images), count)]
+    nats, tokens, after = [], [], []
+    size = max(1, min(per_pass(studio.side), 100))
+    for image, right in progress(list(zip(chosen.split(size), torch.tensor(labels).split(size))),
+                                 count, size=lambda part: len(part[1])):
+        with torch.no_grad():
+            image = image.to(studio.device)
+            maps = studio.tokenizer.image_to_tokens(image)
+            after.append(torch.stack([health.psnr(step * 2 - 1, image.cpu())
+                                      for step in studio.pyramid(maps)], 1))
+        every = [studio.log_likelihood(maps, torch.full_like(maps[0][:, 0], c)).cpu()
+                 for c in range(C + 1)]                    # the last: no class
+        nats.append(torch.stack(every, 1))                 # (B, C + 1, K)
+    nats, after, labels = torch.cat(nats), torch.cat(after), torch.tensor(labels)
+    bits_table(studio, nats, labels)
+    bayes(studio, nats[:, :C], labels)
+    rate_distortion(studio, chosen, nats[torch.arange(count), labels], after)
+
+
+def bits_table(studio, nats, labels):
+    """nats (N, C + 1, K): ln p of each scale's tokens, per class and without"""
+    scales, V = studio.tokenizer.scales, studio.tokenizer.config.vocab_size
+    n = torch.tensor([s * s for s in scales])
+    given, none = (-x.double().mean(0) / math.log(2)
+                   for x in (nats[torch.arange(len(nats)), labels], nats[:, -1]))       # (K,) bits
+
+    def line(name, per_scale, total):
+        print(f"    {name:<22}" + "".join(f"{x:>9}" for x in [*per_scale, total]))
+    print(f"{len(nats)} held-out pictures; without a model every token costs {math.log2(V):g} bits")
+    line("side", [f"{s}x{s}" for s in scales], "all")
+    line("tokens", n.tolist(), int(n.sum()))
+    for name, bits in (("bits, class known", given), ("bits, no class", none)):
+        line(name, [f"{x:.1f}" for x in bits], f"{bits.sum():.1f}")
+    line("bits per token", [f"{x:.2f}" for x in given / n], f"{given.sum() / n.sum():.2f}")
+    pixels = studio.side ** 2
+    line("bits per pixel", [f"{x:.3f}" for x in given / pixels], f"{given.sum() / pixels:.3f}")
+
+
+def bayes(studio, nats, labels):
+    """The class of highest p(class | tokens), with all of them or only those of coarse scales."""
+    C = nats.shape[1]
+    right = [float((nats[:, :, :k + 1].sum(2).argmax(1) == labels).double().mean())
+             for k in range(nats.shape[2])]
+    print(f"Bayes' rule names the class right for {right[-1]:.1%} of {len(labels)} pictures "
+          f"(by chance {1 / C:.1%})")
+    print("    from scales up to " + ", ".join(
+        f"{s}x{s}: {part:.1%}" for s, part in zip(studio.tokenizer.scales, right)))
+
+
+# -- Bytes against quality -------------------------------------------------------------------------
+
+def file_bytes(picture, **how):
+    """(bytes of the file, bytes without what every such file says alike, decoded picture) of a
+    uint8 (H, W, 3) picture, through Pillow."""
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, **how)
+    data = out.getvalue()
+    if how["format"] == "JPEG":                            # scan data only: no tables, no headers
+        start = data.rindex(b"\xff\xda")
+        bare = len(data) - start - 2 - int.from_bytes(data[start + 2:start + 4], "big") - 2
+    else:
+        bare = len(data) - 20                              # WebP: the RIFF container
+    return len(data), bare, np.array(Image.open(out).convert("RGB"))
+
+
+def codec_curve(images, name, qualities):
+    """images uint8 (N, H, W, 3) -> [(bytes of the file, bare bytes, PSNR in dB)], means over the
+    pictures, one entry per quality."""
+    extra = dict(method=6) if name == "WEBP" else {}
+    original, curve = to_float(torch.from_numpy(images)), []
+    for quality in qualities:
+        made = [file_bytes(x, format=name, quality=quality, **extra) for x in images]
+        decoded = to_float(torch.from_numpy(np.stack([m[2] for m in made])))
+        curve.append((np.mean([m[0] for m in made]), np.mean([m[1] for m in made]),
+                      float(health.psnr(decoded, original).mean())))
+    return curve
+
+
+def at_size(curve, size):
+    """PSNR of a curve [(bytes, dB)] at a size, on the line between its points; nan where it does
+    not reach."""
+    sizes, values = zip(*sorted(curve))
+    return float(np.interp(size, sizes, values, left=np.nan, right=np.nan))
+
+
+def rate_distortion(studio, chosen, nats, after):
+    """Table and chart. chosen (N, 3, H, W) in [-1, 1]; nats, after (N, K): ln p of each scale's
+    tokens given the class, and PSNR after it."""
+    scales, V = studio.tokenizer.scales, studio.tokenizer.config.vocab_size
+    n = torch.tensor([s * s for s in scales])
+    fixed = (n.cumsum(0) * math.ceil(math.log2(V)) / 8).tolist()
+    # The receiver must be told the class too.
+    ideal = ((-nats.double().mean(0) / math.log(2)).cumsum(0) + math.log2(len(studio.names))) / 8
+    ideal, db = ideal.tolist(), after.double().mean(0).tolist()
+    images = pictures.to_uint8((chosen[:200] + 1) / 2)
+    steps = (1, 3, 6, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
+    codecs = {name: codec_curve(images, name.upper(), steps) for name in ("JPEG", "WebP")}
+    lines = {"JPEG": [(a, c) for a, _, c in codecs["JPEG"]],
+             "JPEG, no headers": [(b, c) for _, b, c in codecs["JPEG"]],
+             "WebP, no container": [(b, c) for _, b, c in codecs["WebP"]]}
+    print("bytes per picture, and PSNR in dB; JPEG and WebP (Pillow) at the size of the ideal code")
+    print(f"    {'scales up to':<14}{'fixed length':>13}{'ideal code':>12}{'PSNR':>8}"
+          + "".join(f"{name:>20}" for name in lines))
+    for k, side in enumerate(scales):
+        others = [at_size(line, ideal[k]) for line in lines.values()]
+        print(f"    {f'{side}x{side}':<14}{fixed[k]:>13.1f}{ideal[k]:>12.1f}{db[k]:>8.1f}"
+              + "".join(f"{'-' if math.isnan(x) else f'{x:.1f}':>20}" for x in others))
+    for name, line in lines.items():
+        print(f"    smallest {name}: {min(line)[0]:.0f} bytes, {min(line)[1]:.1f} dB")
+        enough = [size for size, value in line if value >= db[-1]]
+        print(f"      as good as all scales from {min(enough):.0f} bytes" if enough else
+              "      never as good as all scales")
+    limit = 6 * fixed[-1]
+    series = {"tokens, ideal code": list(zip(ideal, db)), "fixed length": list(zip(fixed, db))}
+    series |= {name: [point for point in line if point[0] < limit] for name, line in lines.items()}
+    path = studio.out / "rate_distortion.png"
+    pictures.save_curve(path, series, title="quality against size", x_label="bytes per picture",
+                        y_label="PSNR, dB", size=(900, 480))
+    print(f"wrote {path}")
