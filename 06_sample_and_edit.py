@@ -26,6 +26,7 @@ The pictures and tables made of this are in data/gallery.py, data/density.py and
     python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
 from importlib import import_module
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -163,21 +164,23 @@ def hide(image, keep):
 
 
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0,
-         generator=None, paste=False, soft=0, replay=False):
+         generator=None, paste=False, soft=0, replay=False, looks=(2, 2)):
     """Repaint the part of a picture where keep is False, as class labels (B,).
 
     image (B, 3, H, W) in [-1, 1], keep (H, W) bool -> (B, 3, H, W) in [0, 1]. Hidden pixels are
     replaced before anything reads the picture: they cannot change the result.
 
     paste: put the kept pixels themselves back over the tokenizer's rendering of them, over `soft`
-    pixels from the edge ever more. replay: keep the tokens of the first look whatever is drawn
-    around them, as the paper's demo does (but for its leak), for comparison."""
+    pixels from the edge ever more. looks: how often to paint, and then to look without painting.
+    replay, with looks=(1, 0): keep the picture's tokens whatever is drawn around them, as the
+    paper's demo does (but for its leak), for comparison."""
     side = tokenizer.config.image_size
     if not tuple(image.shape[-2:]) == tuple(keep.shape) == (side, side):
         raise BadInput(f"picture and mask must be {side}x{side}, not {tuple(image.shape[-2:])} and "
                        f"{tuple(keep.shape)}")
     keep = keep.to(image.device)
-    generator = generator or torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
+    if generator is None:
+        generator = torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
     start, shown = generator.get_state(), hide(image, keep)
     # Cells of which half or more is kept count as known; the rest of such a cell is continued.
     whole = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
@@ -189,17 +192,17 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         missing = target - f_hat if tokenizer.config.residual else target
         share = tokenizer.look_at(known, k)                              # (1, n, 1)
         r = tokenizer.look_at(missing * known, k) / share.clamp(min=1e-6)
-        kept = first[k] if replay else tokenizer.quantizer.nearest(r)
+        kept = seen[k] if replay else tokenizer.quantizer.nearest(r)
         return torch.where(share[..., 0] >= 0.5, kept, tokens_k)
 
     # The encoder's norms look at the whole picture: beside a blurred filling even the kept part
     # gets other features. So paint twice, the second time beside the first painting, with the same
     # random numbers. Then let the tokenizer alone see, as one picture, what is kept and painted.
-    for look in range(1 if replay else 4 if keep.any() else 2):
+    for look in range(sum(looks) if keep.any() else 1):
         with torch.no_grad():
             target = tokenizer.encode(shown)
-        tokens = first = tokenizer.quantize(target)
-        if look < 2:
+        tokens = seen = tokenizer.quantize(target)
+        if look < looks[0]:
             generator.set_state(start)
             tokens = sample_tokens(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p,
                                    temperature=temperature, generator=generator, choose=choose)
@@ -215,26 +218,29 @@ def fade(keep, soft):
     """How much a kept pixel counts: 1 from `soft` pixels off the edge on, less nearer to it, 0
     where hidden. keep (H, W) bool -> (H, W)"""
     hidden = (~keep).float()[None, None]
-    return sum(1 - F.max_pool2d(hidden, 2 * r + 1, 1, r) for r in range(soft + 1))[0, 0] / (soft + 1)
+    deep = [1 - F.max_pool2d(hidden, 2 * r + 1, 1, r) for r in range(soft + 1)]
+    return sum(deep)[0, 0] / (soft + 1)
 
 
-def outpaint(tokenizer, var, image, grow, labels, *, generator=None, **how):
+def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, **how):
     """Let the canvas grow by (left, top, right, bottom) pixels around the picture. Window after
-    window of the model's size is edited, always one of which most is known, a quarter further.
+    window of the model's size is edited, always the one of which most is known, an eighth further.
 
-    image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1], the
-    picture itself unchanged; `how`: cfg, top_k, ... of edit()."""
+    image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1]. What is
+    known stays as it is but for a blend over `soft` pixels from its edge (S/8; 0: none); `how`:
+    cfg, top_k, ... of edit()."""
     (left, top, right, bottom), S = grow, tokenizer.config.image_size
+    soft = S // 8 if soft is None else soft
     canvas = F.pad(image, (left, right, top, bottom))
     known = F.pad(torch.ones(S, S, dtype=torch.bool, device=image.device),
                   (left, right, top, bottom))
-    starts = [sorted({*range(0, length - S, max(1, S // 4)), length - S}) for length in known.shape]
+    starts = [sorted({*range(0, length - S, max(1, S // 8)), length - S}) for length in known.shape]
     windows = [(slice(y, y + S), slice(x, x + S)) for y in starts[0] for x in starts[1]]
     while not known.all():
         at = max((at for at in windows if not known[at].all()), key=lambda at: int(known[at].sum()))
-        painted = edit(tokenizer, var, canvas[:, :, *at], known[at], labels, generator=generator,
-                       **how)
-        canvas[:, :, *at] = torch.where(known[at], canvas[:, :, *at], 2 * painted - 1)
+        before, weight = canvas[:, :, *at], fade(known[at], soft)
+        painted = edit(tokenizer, var, before, known[at], labels, generator=generator, **how)
+        canvas[:, :, *at] = weight * before + (1 - weight) * (2 * painted - 1)
         known[at] = True
     return (canvas + 1) / 2
 
@@ -298,8 +304,8 @@ class Studio:
         self.var, file = None, path if one else path / "transformer.pt"
         if self.args.task != "reconstruct" or file.exists():
             if not file.exists():
-                raise BadInput(f"{path} holds a tokenizer only: train its transformer with "
-                               "05_train.py, or use --task reconstruct")
+                raise BadInput(f"{file}: no such file; train the transformer with 05_train.py, or "
+                               "use --task reconstruct")
             self.var, about = training.load_transformer(file)
             self.sampling = dict(about["sampling"])
             if not one and about["settings"]["tokenizer"] != training.fingerprint(self.tokenizer):
@@ -335,7 +341,7 @@ class Studio:
                              generator=self.generator(), **self.sampling)
 
     def batches(self, labels, **changes):
-        """Any number of pictures, in batches that fit. labels: ints -> (B, 3, H, W) in [0, 1] ..."""
+        """Any number of pictures, in batches that fit. labels: ints -> (B, 3, H, W), ... on CPU"""
         generator, settings = self.generator(), {**self.sampling, **changes}
         parts = torch.tensor(labels, device=self.device).split(self.at_once())
         drawn = (generate(self.tokenizer, self.var, part, smooth=self.args.smooth,
@@ -354,13 +360,16 @@ class Studio:
 
     def repaint(self, paint, image, where, labels, seed):
         """edit() or outpaint(), in batches that fit. -> (B, 3, H, W) in [0, 1] on the CPU"""
-        generator, how = self.generator(seed), dict(self.sampling, replay=self.args.keep == "replay")
+        how = dict(self.sampling, generator=self.generator(seed))
+        if self.args.keep == "replay":
+            how.update(replay=True, looks=(1, 0))
         if paint is edit:
-            how.update(paste=self.args.paste, soft=self.args.soft)
+            how["paste"] = self.args.paste
+        if self.args.soft is not None:
+            how["soft"] = self.args.soft
         at_once, labels = self.at_once(), torch.tensor(labels, device=self.device)
-        return torch.cat([paint(self.tokenizer, self.var, part, where, labels_, generator=generator,
-                                **how).cpu()
-                          for part, labels_ in zip(image.split(at_once), labels.split(at_once))])
+        return torch.cat([paint(self.tokenizer, self.var, *part, **how).cpu() for part in
+                          zip(image.split(at_once), repeat(where), labels.split(at_once))])
 
     def pictures(self, count):
         """Pictures to work on: --image, else held-out ones of the classes asked for, else ones the
@@ -432,7 +441,7 @@ def outpaint_task(studio):
 
 
 def edit_class(studio):
-    gallery.repainted(studio, "edit", edit, studio.mask((0.125, 0.125, 0.875, 0.875)),
+    gallery.repainted(studio, "edit", edit, studio.mask((0.1, 0.1, 0.9, 0.9)),
                       classes=studio.classes[:10])
 
 
@@ -469,13 +478,14 @@ def read_arguments(argv=None):
     p.add_argument("--keep", default="requantise", choices=("requantise", "replay"),
                    help="kept tokens: rounded again at each scale, or as in the paper's demo")
     p.add_argument("--paste", action="store_true", help="put the kept pixels themselves back")
-    p.add_argument("--soft", type=number(int, 0), default=0, help="the same, over N pixels [0]")
+    p.add_argument("--soft", type=number(int, 0),
+                   help="the same, faded in over N pixels [0; outpaint: an eighth of the side]")
     p.add_argument("--export-npz", metavar="FILE",
                    help="write samples of every class for the ImageNet evaluator, nothing else")
     p.add_argument("--data-dir", default="", help="where the held-out pictures lie")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    p.add_argument("--precision", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
-                   help="of the transformer; auto: float16 for released models on a GPU")
+    p.add_argument("--precision", default="auto", help="of the transformer [float32; released "
+                   "models on a GPU: float16]", choices=("auto", "float32", "float16", "bfloat16"))
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--out", help="folder for the pictures; default out/NAME")
     args = p.parse_args(argv)

@@ -31,7 +31,7 @@ def density(studio):
     images, labels, _ = load_data(studio.dataset, "test", studio.side, studio.args.data_dir)
     count = min(len(images), studio.args.n or max(1, 5000 // C))
     chosen, labels = to_float(sample_of(images, count)), labels[rows_of(len(images), count)]
-    nats, tokens, after = [], [], []
+    nats, after = [], []
     size = max(1, min(per_pass(studio.side), 100))
     for image, right in progress(list(zip(chosen.split(size), torch.tensor(labels).split(size))),
                                  count, size=lambda part: len(part[1])):
@@ -95,23 +95,29 @@ def file_bytes(picture, **how):
     return len(data), bare, np.array(Image.open(out).convert("RGB"))
 
 
-def codec_curve(images, name, qualities):
-    """images uint8 (N, H, W, 3) -> [(bytes of the file, bare bytes, PSNR in dB)], means over the
-    pictures, one entry per quality."""
-    extra = dict(method=6) if name == "WEBP" else {}
-    original, curve = to_float(torch.from_numpy(images)), []
-    for quality in qualities:
-        made = [file_bytes(x, format=name, quality=quality, **extra) for x in images]
-        decoded = to_float(torch.from_numpy(np.stack([m[2] for m in made])))
-        curve.append((np.mean([m[0] for m in made]), np.mean([m[1] for m in made]),
-                      float(health.psnr(decoded, original).mean())))
-    return curve
+def codec_curve(images, **how):
+    """images uint8 (N, H, W, 3) -> (PSNR in dB, bytes of the file, bare bytes), means over the
+    pictures."""
+    made = [file_bytes(x, **how) for x in images]
+    original, decoded = (to_float(torch.from_numpy(x)) for x in
+                         (images, np.stack([m[2] for m in made])))
+    db = float(health.psnr(decoded, original).mean())
+    return db, np.mean([m[0] for m in made]), np.mean([m[1] for m in made])
+
+
+def best(points):
+    """Of points (bytes, dB) those that no smaller one equals, by size."""
+    kept = []
+    for size, db in sorted(points):
+        if not kept or db > kept[-1][1]:
+            kept.append((size, db))
+    return kept
 
 
 def at_size(curve, size):
-    """PSNR of a curve [(bytes, dB)] at a size, on the line between its points; nan where it does
-    not reach."""
-    sizes, values = zip(*sorted(curve))
+    """PSNR at a size, on the line between the points [(bytes, dB)] of a curve that rises; nan where
+    it does not reach."""
+    sizes, values = zip(*curve)
     return float(np.interp(size, sizes, values, left=np.nan, right=np.nan))
 
 
@@ -126,22 +132,23 @@ def rate_distortion(studio, chosen, nats, after):
     ideal, db = ideal.tolist(), after.double().mean(0).tolist()
     images = pictures.to_uint8((chosen[:200] + 1) / 2)
     steps = (1, 3, 6, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
-    codecs = {name: codec_curve(images, name.upper(), steps) for name in ("JPEG", "WebP")}
-    lines = {"JPEG": [(a, c) for a, _, c in codecs["JPEG"]],
-             "JPEG, no headers": [(b, c) for _, b, c in codecs["JPEG"]],
-             "WebP, no container": [(b, c) for _, b, c in codecs["WebP"]]}
+    jpeg = [codec_curve(images, format="JPEG", quality=q, subsampling=colour)
+            for q in steps for colour in (0, 2)]           # 4:4:4 and 4:2:0, whichever is better
+    webp = [codec_curve(images, format="WEBP", quality=q, method=6) for q in steps]
+    lines = {"JPEG": best((file, db) for db, file, _ in jpeg),
+             "JPEG, no headers": best((bare, db) for db, _, bare in jpeg),
+             "WebP, no container": best((bare, db) for db, _, bare in webp)}
     print("bytes per picture, and PSNR in dB; JPEG and WebP (Pillow) at the size of the ideal code")
-    print(f"    {'scales up to':<14}{'fixed length':>13}{'ideal code':>12}{'PSNR':>8}"
+    print(f"    {'scales up to':<14}{'fixed length':>14}{'ideal code':>12}{'PSNR':>8}"
           + "".join(f"{name:>20}" for name in lines))
     for k, side in enumerate(scales):
         others = [at_size(line, ideal[k]) for line in lines.values()]
-        print(f"    {f'{side}x{side}':<14}{fixed[k]:>13.1f}{ideal[k]:>12.1f}{db[k]:>8.1f}"
+        print(f"    {f'{side}x{side}':<14}{fixed[k]:>14.1f}{ideal[k]:>12.1f}{db[k]:>8.1f}"
               + "".join(f"{'-' if math.isnan(x) else f'{x:.1f}':>20}" for x in others))
     for name, line in lines.items():
-        print(f"    smallest {name}: {min(line)[0]:.0f} bytes, {min(line)[1]:.1f} dB")
         enough = [size for size, value in line if value >= db[-1]]
-        print(f"      as good as all scales from {min(enough):.0f} bytes" if enough else
-              "      never as good as all scales")
+        print(f"    {name}: {line[0][0]:.0f} bytes at least, {line[0][1]:.1f} dB; as good as all "
+              + (f"scales from {min(enough):.0f} bytes on" if enough else "scales at no size"))
     limit = 6 * fixed[-1]
     series = {"tokens, ideal code": list(zip(ideal, db)), "fixed length": list(zip(fixed, db))}
     series |= {name: [point for point in line if point[0] < limit] for name, line in lines.items()}

@@ -38,7 +38,7 @@ def coarse_to_fine(studio):
         colours = pictures.token_colours(tokens_k, side, V)
         both = pictures.enlarge(colours, cell), pictures.enlarge(picture, cell)
         frames.append(torch.stack(both, 1).flatten(0, 1))            # map, picture, map, picture
-    columns = [text for c in classes for text in (f"{studio.names[c]}:", "so far")]
+    columns = [text for c in classes for text in (studio.names[c], "so far")]
     studio.save("coarse_to_fine", torch.cat(frames), 2 * len(classes), column_labels=columns,
                 row_labels=[f"{side}x{side}" for side in studio.tokenizer.scales], scale=1)
     film = [pictures.to_uint8(torch.cat(list(frame), 2)[None])[0] for frame in frames]
@@ -61,16 +61,17 @@ def reconstruct(studio):
     original = (image.cpu() + 1) / 2
     db = [float(health.psnr(step * 2 - 1, original * 2 - 1).mean()) for step in steps]
     print(f"reconstruction: {db[-1]:.1f} dB")
-    studio.save("reconstruct", torch.cat([original] + steps), len(image), row_labels=["original"] + [
-        f"{s}x{s}, {value:.1f} dB" for s, value in zip(studio.tokenizer.scales, db)])
+    texts = [f"{s}x{s}, {value:.1f} dB" for s, value in zip(studio.tokenizer.scales, db)]
+    studio.save("reconstruct", torch.cat([original] + steps), len(image),
+                row_labels=["original"] + texts)
 
 
 def repainted(studio, name, paint, where, classes=None):
     """In-painting, out-painting or class editing: the original, what is kept (grey: hidden), and
-    results: three seeds, or with `classes` a row per class.
+    results: three seeds (one where the canvas grows: slow), or with `classes` a row per class.
 
     where: the mask of edit(), True = keep, or how far the canvas grows, as outpaint() wants it."""
-    image, labels = studio.pictures(10)
+    image, labels = studio.pictures(10 if torch.is_tensor(where) else 5)
     original = shown = (image.cpu() + 1) / 2
     if torch.is_tensor(where):
         keep = where.cpu()
@@ -79,7 +80,8 @@ def repainted(studio, name, paint, where, classes=None):
         left, top, right, bottom = where
         shown = torch.nn.functional.pad(original, (left, right, top, bottom), value=0.5)
     rows, texts = [shown], ["kept"]
-    variants = ([(f"seed {studio.args.seed + s}", labels, s) for s in range(3)] if classes is None
+    seeds = range(3 if torch.is_tensor(where) else 1)
+    variants = ([(f"seed {studio.args.seed + s}", labels, s) for s in seeds] if classes is None
                 else [(f"as {studio.names[c]}", [c] * len(image), 0) for c in classes])
     for text, wanted, seed in variants:
         rows.append(studio.repaint(paint, image, where, wanted, seed))
@@ -203,10 +205,11 @@ def export(studio):
     header = dict(descr="|u1", fortran_order=False,
                   shape=(len(labels), studio.side, studio.side, 3))
     try:
-        with zipfile.ZipFile(part, "w") as file, file.open("arr_0.npy", "w", force_zip64=True) as to:
-            np.lib.format.write_array_header_1_0(to, header)
-            for batch in studio.batches(labels):
-                to.write(pictures.to_uint8(batch).tobytes())
+        with zipfile.ZipFile(part, "w") as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                for batch in studio.batches(labels):
+                    array.write(pictures.to_uint8(batch).tobytes())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -261,9 +261,10 @@ def neighbours(studio, judge, real, shown, floor, fake):
     known = extract(judge, real.numpy())[0]
     near = [distances(part, known).min(1).values for part in (floor, fake)]
     closest = near[0].quantile(0.01)
+    closer = (near[1] < closest).double().mean()
     print(f"nearest of {len(known):,} training pictures: samples are {near[1].median():.2f} away "
-          f"(median), held-out pictures {near[0].median():.2f}; {(near[1] < closest).double().mean():.1%}"
-          " of the samples are nearer than the nearest 1 % of held-out pictures")
+          f"(median), held-out pictures {near[0].median():.2f}; {closer:.1%} of the samples are "
+          "nearer than the nearest 1 % of held-out pictures")
     by_features = nearest_neighbours(fake[:len(shown)], known)
     flat = shown.flatten(1)
     by_pixels = torch.cat([torch.cdist(flat, to_float(part).add(1).div(2).flatten(1))

@@ -140,6 +140,8 @@ def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400
     for i, (name, points) in reversed(list(enumerate(series.items()))):
         colour = LINES[i % len(LINES)]
         pen.line([place(*point) for point in points], colour, 2)
+        for x_, y_ in [place(*point) for point in points] if len(points) < 10 else []:
+            pen.ellipse((x_ - 3, y_ - 3, x_ + 3, y_ + 3), colour)
         x -= _text_size(font, name)[0] + 14  # the legend grows leftwards along the top
         pen.text((x + 8, 8), name, colour, font)
     _save(sheet, path)

@@ -326,28 +326,42 @@ def test_the_kept_part_is_truer_than_with_replayed_tokens(trained, columns, monk
 
     def error(_):
         return float((seen[-1] - target)[:, :, cells[0, 0]].square().mean())
-    ours = [error(m6.edit(tokenizer, var, image, keep, labels, generator=seeded(seed), looks=1))
-            for seed in range(8)]
+    ours = [error(m6.edit(tokenizer, var, image, keep, labels, generator=seeded(seed),
+                          looks=(1, 0))) for seed in range(8)]
     replayed = [error(m6.generate(tokenizer, var, labels, tokens=tokens, keep=kept,
                                   generator=seeded(seed))) for seed in range(8)]
     assert np.mean(ours) < np.mean(replayed)
 
 
-def test_a_second_look_keeps_the_kept_part_truer():
-    """By 3 dB on 64 shapes; the first look encodes the kept half beside a blurred filling."""
+@pytest.fixture(scope="module")
+def shipped():
+    """The shipped models, and 20 held-out pictures in [-1, 1] with their labels."""
     path = m6.Path(m6.__file__).parent / "data" / "pretrained" / "shapes.pt"
     tokenizer, _ = m6.training.load_tokenizer(path)
     var, _ = m6.training.load_transformer(path)
     images, labels = shapes.draw(range(20), split="test")
-    image = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
-    keep = torch.arange(32).expand(32, 32) < 16
-    db = []
-    for looks in (1, 2):
-        painted = m6.edit(tokenizer, var, image, keep, torch.from_numpy(labels),
-                          generator=seeded(0), looks=looks)
-        error = (painted - (image + 1) / 2).square()[:, :, keep].mean((1, 2))
-        db.append(float((-10 * error.log10()).mean()))
-    assert db[1] > db[0] + 2, db
+    return tokenizer, var, batches.to_float(torch.from_numpy(images)), torch.from_numpy(labels)
+
+
+def kept_db(painted, image, keep):
+    error = (painted - (image + 1) / 2).square()[:, :, keep].mean((1, 2))
+    return float((-10 * error.log10()).mean())
+
+
+@pytest.mark.parametrize("box", [(16, 0, 32, 32), (4, 4, 28, 28), (9, 7, 22, 21)])
+def test_the_kept_region_is_at_least_3_db_truer_than_when_tokens_are_replayed(shipped, box):
+    """The bar that editing has to clear (README: 3.6 dB and more on 64 pictures); each of the two
+    further kinds of looks takes its share."""
+    tokenizer, var, image, labels = shipped
+    keep = torch.ones(32, 32, dtype=torch.bool)
+    keep[box[1]:box[3], box[0]:box[2]] = False
+
+    def db(**how):
+        return kept_db(m6.edit(tokenizer, var, image, keep, labels, generator=seeded(), **how),
+                       image, keep)
+    replayed, once, twice, ours = (db(replay=True, looks=(1, 0)), db(looks=(1, 0)),
+                                   db(looks=(2, 0)), db())
+    assert ours > replayed + 3 and twice > once + 1 and ours > twice + 1
 
 
 def test_the_label_changes_the_repainted_part_and_pasting_keeps_the_rest(models):
@@ -484,19 +498,19 @@ def sampled(cli, tiny, tmp_path):
 
 def test_all_tasks_write_valid_pictures(sampled):
     result, out = sampled("--n", 2)
-    cell, names = 96, {"samples": 3, "coarse_to_fine": 3, "reconstruct": 4, "inpaint": 5,
-                       "outpaint": 5, "edit": 5}
-    assert {p.name for p in out.iterdir()} == {f"{n}.png" for n in names} | {"coarse_to_fine.gif"}
-    for name, rows in names.items():
+    cell, sheets = 96, {"samples": (3, 2), "coarse_to_fine": (3, 6), "guidance": (6, 8),
+                        "entropy": (4, 3), "attention": (2, 4), "reconstruct": (4, 3),
+                        "inpaint": (5, 3), "outpaint": (2, 3), "edit": (5, 3)}
+    assert {p.name for p in out.iterdir()} == {f"{n}.png" for n in sheets} | {"coarse_to_fine.gif"}
+    for name, (rows, columns) in sheets.items():
         with Image.open(out / f"{name}.png") as image:
             image.load()
-            columns = 2 if name == "samples" else 3
             assert image.mode == "RGB" and rows * cell <= image.height < rows * (cell + 8) + 20
             assert columns * cell <= image.width < columns * (cell + 8) + 120
             assert len(set(image.resize((40, 40)).tobytes())) > 20, "an empty picture"
     with Image.open(out / "coarse_to_fine.gif") as gif:
-        assert gif.n_frames >= 3 and gif.size == (3 * cell, cell)
-    assert result.out.count(" dB") == 4 and "nan" not in result.out
+        assert gif.n_frames >= 3 and gif.size == (6 * cell, cell)
+    assert result.out.count(" dB") == 5 and "nan" not in result.out
 
 
 def test_the_seed_decides_the_pictures(sampled):
