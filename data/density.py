@@ -18,63 +18,88 @@ import torch
 from PIL import Image
 
 from data import BadInput, health, pictures
-from data.batches import load_data, per_pass, rows_of, sample_of, to_float
+from data.batches import load_data, per_pass, rows_of, to_float
 from data.plumbing import progress
 
 
 def density(studio):
-    """Bits, Bayes' rule, bytes: tables on the terminal and rate_distortion.png."""
+    """Bits, Bayes' rule, bytes: tables on the terminal and rate_distortion.png. Of --image, or of
+    held-out pictures; among --classes, or all."""
+    among = studio.classes if studio.args.classes else list(range(len(studio.names)))
+    image, labels = pictures_to_weigh(studio, among)
+    nats, after = likelihoods(studio, image, [*among, len(studio.names)])
+    total = nats[:, :-1].sum(2)                            # (N, classes)
+    meant = (total.argmax(1) if studio.args.image else     # whose class nobody has told
+             torch.tensor([among.index(label) for label in labels]))
+    given = nats[torch.arange(len(nats)), meant]
+    bits_table(studio, given, nats[:, -1])
+    if studio.args.image:
+        p, best = total[0].softmax(0).sort(descending=True)
+        print("p(class | tokens), all classes alike before: " + ", ".join(
+            f"{studio.names[among[i]]} {x:.1%}" for i, x in zip(best[:5].tolist(), p.tolist())))
+    elif len(among) > 1:
+        bayes(studio, nats[:, :-1], meant)
+    rate_distortion(studio, image, given, after)
+
+
+def pictures_to_weigh(studio, among):
+    """--image, or --n held-out pictures of these classes. -> (N, 3, H, W) in [-1, 1], labels"""
+    if studio.args.image:
+        return studio.pictures(1)
     if not studio.dataset:
-        raise BadInput("density needs held-out pictures: for the released models give --data-dir, "
-                       "an ImageNet folder")
-    C = len(studio.names)
+        raise BadInput("density needs pictures: give --image, or for the released models "
+                       "--data-dir, an ImageNet folder")
     images, labels, _ = load_data(studio.dataset, "test", studio.side, studio.args.data_dir)
-    count = min(len(images), studio.args.n or max(1, 5000 // C))
-    chosen, labels = to_float(sample_of(images, count)), labels[rows_of(len(images), count)]
-    nats, after = [], []
-    size = max(1, min(per_pass(studio.side), 100))
-    for image, right in progress(list(zip(chosen.split(size), torch.tensor(labels).split(size))),
-                                 count, size=lambda part: len(part[1])):
-        with torch.no_grad():
-            image = image.to(studio.device)
-            maps = studio.tokenizer.image_to_tokens(image)
-            after.append(torch.stack([health.psnr(step * 2 - 1, image.cpu())
-                                      for step in studio.pyramid(maps)], 1))
-        every = [studio.log_likelihood(maps, torch.full_like(maps[0][:, 0], c)).cpu()
-                 for c in range(C + 1)]                    # the last: no class
-        nats.append(torch.stack(every, 1))                 # (B, C + 1, K)
-    nats, after, labels = torch.cat(nats), torch.cat(after), torch.tensor(labels)
-    bits_table(studio, nats, labels)
-    bayes(studio, nats[:, :C], labels)
-    rate_distortion(studio, chosen, nats[torch.arange(count), labels], after)
+    rows = np.flatnonzero(np.isin(labels, among))
+    if len(rows) == 0:
+        raise BadInput("none of the held-out pictures is of these classes")
+    rows = rows[rows_of(len(rows), studio.args.n or max(1, 5000 // len(among)))]
+    chosen = torch.from_numpy(np.stack([images[int(i)] for i in rows]))
+    return to_float(chosen), labels[rows].tolist()
 
 
-def bits_table(studio, nats, labels):
-    """nats (N, C + 1, K): ln p of each scale's tokens, per class and without"""
+@torch.no_grad()
+def likelihoods(studio, image, classes):
+    """ln p(tokens of each scale | class), (N, classes, K), and the PSNR after each scale, (N, K)"""
+    after, size = [], max(1, min(per_pass(studio.side), 100))
+
+    def passes():
+        for part in image.split(size):
+            maps = studio.tokenizer.image_to_tokens(part.to(studio.device))
+            steps = studio.pyramid(maps)
+            after.append(torch.stack([health.psnr(x * 2 - 1, part.cpu()) for x in steps], 1))
+            for c in classes:
+                yield studio.log_likelihood(maps, torch.full_like(maps[0][:, 0], c)).cpu()
+    parts = list(progress(passes(), len(image) * len(classes), "pictures times classes"))
+    n = len(classes)
+    nats = torch.cat([torch.stack(parts[i:i + n], 1) for i in range(0, len(parts), n)])
+    return nats, torch.cat(after)
+
+
+def bits_table(studio, given, none):
+    """given, none (N, K): ln p of each scale's tokens, the class known or not"""
     scales, V = studio.tokenizer.scales, studio.tokenizer.config.vocab_size
-    n = torch.tensor([s * s for s in scales])
-    given, none = (-x.double().mean(0) / math.log(2)
-                   for x in (nats[torch.arange(len(nats)), labels], nats[:, -1]))       # (K,) bits
+    n, pixels, count = torch.tensor([s * s for s in scales]), studio.side ** 2, len(given)
+    given, none = (-x.double().mean(0) / math.log(2) for x in (given, none))     # (K,) bits
 
     def line(name, per_scale, total):
         print(f"    {name:<22}" + "".join(f"{x:>9}" for x in [*per_scale, total]))
-    print(f"{len(nats)} held-out pictures; without a model every token costs {math.log2(V):g} bits")
+    print(f"{count} picture(s); without a model every token costs {math.log2(V):g} bits")
     line("side", [f"{s}x{s}" for s in scales], "all")
     line("tokens", n.tolist(), int(n.sum()))
     for name, bits in (("bits, class known", given), ("bits, no class", none)):
         line(name, [f"{x:.1f}" for x in bits], f"{bits.sum():.1f}")
     line("bits per token", [f"{x:.2f}" for x in given / n], f"{given.sum() / n.sum():.2f}")
-    pixels = studio.side ** 2
     line("bits per pixel", [f"{x:.3f}" for x in given / pixels], f"{given.sum() / pixels:.3f}")
 
 
 def bayes(studio, nats, labels):
-    """The class of highest p(class | tokens), with all of them or only those of coarse scales."""
-    C = nats.shape[1]
+    """The class of highest p(class | tokens), with all of them or only those of coarse scales.
+    nats (N, classes, K); labels (N,), indices into them"""
     right = [float((nats[:, :, :k + 1].sum(2).argmax(1) == labels).double().mean())
              for k in range(nats.shape[2])]
     print(f"Bayes' rule names the class right for {right[-1]:.1%} of {len(labels)} pictures "
-          f"(by chance {1 / C:.1%})")
+          f"(by chance {1 / nats.shape[1]:.1%})")
     print("    from scales up to " + ", ".join(
         f"{s}x{s}: {part:.1%}" for s, part in zip(studio.tokenizer.scales, right)))
 
