@@ -164,7 +164,7 @@ def hide(image, keep):
 
 
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0,
-         generator=None, paste=False, soft=0, replay=False, looks=(2, 2)):
+         generator=None, paste=False, soft=0, replay=False, looks=(6, 2)):
     """Repaint the part of a picture where keep is False, as class labels (B,).
 
     image (B, 3, H, W) in [-1, 1], keep (H, W) bool -> (B, 3, H, W) in [0, 1]. Hidden pixels are
@@ -190,14 +190,14 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         """Half of a cell known is enough to fix its token: what it gets wrong of the kept part, the
         finer scales put right, since they round what is still missing."""
         missing = target - f_hat if tokenizer.config.residual else target
-        share = tokenizer.look_at(known, k)                              # (1, n, 1)
-        r = tokenizer.look_at(missing * known, k) / share.clamp(min=1e-6)
+        filled = torch.ones_like(known) if look else known               # is there anything to see?
+        r = tokenizer.look_at(missing * filled, k) / tokenizer.look_at(filled, k).clamp(min=1e-6)
         kept = seen[k] if replay else tokenizer.quantizer.nearest(r)
-        return torch.where(share[..., 0] >= 0.5, kept, tokens_k)
+        return torch.where(tokenizer.look_at(known, k)[..., 0] >= 0.5, kept, tokens_k)
 
-    # The encoder's norms look at the whole picture: beside a blurred filling even the kept part
-    # gets other features. So paint twice, the second time beside the first painting, with the same
-    # random numbers. Then let the tokenizer alone see, as one picture, what is kept and painted.
+    # At first the hidden part is a blur, and coarse maps, a few tokens for the whole picture, know
+    # half of it. So paint again beside what was painted, with the same random numbers, until both
+    # parts agree. Last, the tokenizer alone looks at kept and painted as at any picture.
     for look in range(sum(looks) if keep.any() else 1):
         with torch.no_grad():
             target = tokenizer.encode(shown)
@@ -239,7 +239,8 @@ def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, 
     while not known.all():
         at = max((at for at in windows if not known[at].all()), key=lambda at: int(known[at].sum()))
         before, weight = canvas[:, :, *at], fade(known[at], soft)
-        painted = edit(tokenizer, var, before, known[at], labels, generator=generator, **how)
+        painted = edit(tokenizer, var, before, known[at], labels, generator=generator,
+                       **{"looks": (2, 2), **how})
         canvas[:, :, *at] = weight * before + (1 - weight) * (2 * painted - 1)
         known[at] = True
     return (canvas + 1) / 2
@@ -273,7 +274,7 @@ class Studio:
                               if getattr(args, k) is not None})
         self.classes = ([find_class(self.names, text) for text in args.classes] if args.classes
                         else list(range(len(self.names)))[:10])
-        if args.image and not args.classes and args.task != "reconstruct":
+        if args.image and not args.classes and args.task not in ("reconstruct", "density"):
             print(f"--classes was not given: working as class {self.names[0]!r}")
         self.out = Path(args.out or Path("out") / where)
         self.out.mkdir(parents=True, exist_ok=True)

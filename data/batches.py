@@ -67,7 +67,13 @@ def to_float(images):
 
 def sample_of(images, count):
     """Up to `count` pictures, always the same ones. -> uint8 tensor (n, H, W, 3)"""
-    return torch.from_numpy(np.stack([images[int(i)] for i in rows_of(len(images), count)]))
+    return stack([images[int(i)] for i in rows_of(len(images), count)])
+
+
+def in_parts(images, rows):
+    """The pictures of these rows, a few at a time. -> uint8 tensors (n, H, W, 3)"""
+    for part in torch.from_numpy(rows).split(per_pass(len(images[0]))):
+        yield stack([images[int(i)] for i in part])
 
 
 def fingerprint(images):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data import BadInput, health, pictures
+from data.plumbing import progress
 
 
 def sample(studio):
@@ -71,7 +72,8 @@ def repainted(studio, name, paint, where, classes=None):
     results: three seeds (one where the canvas grows: slow), or with `classes` a row per class.
 
     where: the mask of edit(), True = keep, or how far the canvas grows, as outpaint() wants it."""
-    image, labels = studio.pictures(10 if torch.is_tensor(where) else 5)
+    few = classes is not None or not torch.is_tensor(where)
+    image, labels = studio.pictures(5 if few else 10)
     original = shown = (image.cpu() + 1) / 2
     if torch.is_tensor(where):
         keep = where.cpu()
@@ -83,9 +85,11 @@ def repainted(studio, name, paint, where, classes=None):
     seeds = range(3 if torch.is_tensor(where) else 1)
     variants = ([(f"seed {studio.args.seed + s}", labels, s) for s in seeds] if classes is None
                 else [(f"as {studio.names[c]}", [c] * len(image), 0) for c in classes])
-    for text, wanted, seed in variants:
+    for text, wanted, seed in progress(variants, len(variants) * len(image),
+                                       size=lambda _: len(image)):
         rows.append(studio.repaint(paint, image, where, wanted, seed))
         texts.append(text)
+    print(f"{name}: pictures of " + ", ".join(studio.names[c] for c in labels))
     if torch.is_tensor(where):
         rows, texts = [original] + rows, ["original"] + texts
         if keep.any():
@@ -137,14 +141,14 @@ def entropy(studio, image, tokens, labels):
 
 
 @torch.no_grad()
-def attention_weights(var, labels, teacher_inputs):
-    """Who looks at whom: -> one (B, heads, L, L) per block, each row summing to 1. Slow and large:
-    for pictures, not for training."""
+def attention_weights(var, labels, teacher_inputs, queries=slice(None)):
+    """Who looks at whom: -> one (B, heads, n, L) per block, n of the L queries, rows sum to 1."""
     found, may = [], var.scale_of_token[:, None] >= var.scale_of_token[None]
 
     def listen(attention, inputs):
         q, k, _, scale = attention.project(inputs[0])
-        logits = (q.float() @ k.float().mT * scale).masked_fill(~may, -torch.inf)
+        logits = q[:, :, queries].float() @ k.float().mT * scale
+        logits = logits.masked_fill(~may[queries], -torch.inf)
         found.append(logits.softmax(-1))
     handles = [block.attention.register_forward_pre_hook(listen) for block in var.blocks]
     try:
@@ -162,7 +166,8 @@ def attention(studio, image, tokens, labels):
     last, L = scales[-1], sum(s * s for s in scales)
     query = L - last * last + last // 2 * last + last // 2               # the cell in the middle
     shown = studio.tokenizer.teacher_inputs(tokens).to(studio.var.start.dtype)
-    weights = [w[0, :, query].mean(0).cpu() for w in attention_weights(studio.var, labels, shown)]
+    weights = [w[0, :, 0].mean(0).cpu() for w in
+               attention_weights(studio.var, labels, shown, slice(query, query + 1))]
     blocks = sorted({round(i) for i in np.linspace(0, len(weights) - 1, min(6, len(weights)))})
     cell = max(96, studio.side)
     picture = pictures.enlarge((image.cpu() + 1) / 2, cell)[0]

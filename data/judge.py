@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import BadInput
-from data.batches import fingerprint, load_data, per_pass, rows_of, sample_of, to_float
+from data.batches import fingerprint, in_parts, load_data, rows_of, sample_of, to_float
 
 
 class Judge(nn.Module):
@@ -151,7 +151,8 @@ def extract(judge, images, batch_size=500):
 
 def extract_all(judge, batches):
     """extract() of pictures that come in batches and are not kept."""
-    features, logits = zip(*[extract(judge, batch) for batch in batches])
+    features, logits = zip(*[extract(judge, batch if batch.is_floating_point() else batch.numpy())
+                             for batch in batches])
     return torch.cat(features), torch.cat(logits)
 
 
@@ -219,16 +220,15 @@ def evaluate(studio):
         raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
                        f"on, {len(test)} held out and {count} to sample")
     path = Path("out") / f"judge_{Path(studio.dataset).name}_{fingerprint(real)}.pt"
-    judge = load_or_train(path, real, labels, len(names), seed=0,
+    judge = load_or_train(path, real, labels, len(names), seed=0, device=studio.device,
                           steps=100 if studio.dataset == "shapes" else 2000)
     print(f"judge: {accuracy(judge, test, test_labels):.2%} right on {len(test):,} held-out "
           "pictures; the figures below are on its features and are no Inception FID")
-    held_out, at = sample_of(test, count), rows_of(len(test), count)
-    wanted, first = np.arange(count) % len(names), []
+    at, wanted, first = rows_of(len(test), count), np.arange(count) % len(names), []
 
     def rebuilt():
         with torch.no_grad():
-            for part in held_out.split(per_pass(studio.side)):
+            for part in in_parts(test, at):
                 tokens = studio.tokenizer.image_to_tokens(to_float(part).to(studio.device))
                 yield studio.pyramid(tokens)[-1]
 
@@ -236,8 +236,8 @@ def evaluate(studio):
         for part in studio.batches(wanted.tolist()):
             first.append(part[:16])                        # to look at: the others are not kept
             yield part
-    known = extract(judge, sample_of(real, count).numpy())[0]
-    rows = {"held-out pictures (floor)": (extract(judge, held_out.numpy()), test_labels[at]),
+    known = extract_all(judge, in_parts(real, rows_of(len(real), count)))[0]
+    rows = {"held-out pictures (floor)": (extract_all(judge, in_parts(test, at)), test_labels[at]),
             "reconstructions": (extract_all(judge, rebuilt()), test_labels[at]),
             f"samples, cfg {studio.sampling['cfg']:g}": (extract_all(judge, drawn()), wanted)}
     print(f"{count} pictures a row, beside {len(known)} to train on (the Frechet distance shrinks "
@@ -249,7 +249,8 @@ def evaluate(studio):
         print(f"{name:<28}{right:>9.1%}{frechet_distance(known, features):>9.3f}"
               f"{precision:>11.2f}{recall:>8.2f}")
     (floor, _), _, (fake, _) = [found for found, _ in rows.values()]
-    neighbours(studio, judge, sample_of(real, 50_000), torch.cat(first)[:16], floor, fake)
+    enough = min(50_000, 2 ** 30 // (3 * studio.side ** 2))              # at most a gigabyte
+    neighbours(studio, judge, sample_of(real, enough), torch.cat(first)[:16], floor, fake)
 
 
 def neighbours(studio, judge, real, shown, floor, fake):

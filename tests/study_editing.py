@@ -23,10 +23,10 @@ MASKS = {"right half": (0.5, 0, 1, 1), "middle": (0.125, 0.125, 0.875, 0.875),
          "lower 40 %": (0, 0.6, 1, 1), "off the grid": (0.28, 0.22, 0.69, 0.66)}
 WAYS = {"replay (the paper's way, without its leak)": dict(replay=True, looks=(1, 0)),
         "rounded again, one look": dict(looks=(1, 0)),
-        "two looks": dict(looks=(2, 0)),
-        "two looks, tokens replayed": dict(replay=True, looks=(2, 0)),
+        "rounded again, six looks": dict(looks=(6, 0)),
+        "six looks, tokens replayed": dict(replay=True, looks=(6, 0)),
         "replay, then two looks of the tokenizer": dict(replay=True, looks=(1, 2)),
-        "default: two looks, then two of the tokenizer": dict()}
+        "default: six looks, then two of the tokenizer": dict()}
 
 
 def kept_db(result, original, keep):
@@ -95,7 +95,7 @@ def main():
                 result = way(keep)
             db = "" if result is original else f"{kept_db(result, original, keep):.1f}"
             cells += [db, f"{seam(result, keep):.2f}"]
-            skip = ("tokenizer", "two looks, t", "replay, t")
+            skip = ("tokenizer", "six looks, t", "replay, t")
             if mask == "middle" and not name.startswith(skip):
                 shown[name] = result[:8]
                 shown.setdefault("kept", torch.where(keep, original[:8], 0.5))

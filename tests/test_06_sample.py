@@ -359,9 +359,9 @@ def test_the_kept_region_is_at_least_3_db_truer_than_when_tokens_are_replayed(sh
     def db(**how):
         return kept_db(m6.edit(tokenizer, var, image, keep, labels, generator=seeded(), **how),
                        image, keep)
-    replayed, once, twice, ours = (db(replay=True, looks=(1, 0)), db(looks=(1, 0)),
-                                   db(looks=(2, 0)), db())
-    assert ours > replayed + 3 and twice > once + 1 and ours > twice + 1
+    replayed, once, often, ours = (db(replay=True, looks=(1, 0)), db(looks=(1, 0)),
+                                   db(looks=(6, 0)), db())
+    assert ours > replayed + 3 and often > once + 1 and ours > often + 0.3
 
 
 def test_the_label_changes_the_repainted_part_and_pasting_keeps_the_rest(models):
