@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadInput, health, pictures
+from data import BadInput, density, health, judge, pictures
 from data.plumbing import progress
 
 
@@ -67,11 +67,25 @@ def reconstruct(studio):
                 row_labels=["original"] + texts)
 
 
+def inpaint(studio):
+    repainted(studio, "inpaint", studio.edit, studio.mask((0.5, 0.0, 1.0, 1.0)))
+
+
+def outpaint(studio):
+    grow = [round(part * studio.side) for part in studio.args.grow]
+    repainted(studio, "outpaint", studio.outpaint, grow)
+
+
+def edit_class(studio):
+    repainted(studio, "edit", studio.edit, studio.mask((0.1, 0.1, 0.9, 0.9)),
+              classes=studio.classes[:10])
+
+
 def repainted(studio, name, paint, where, classes=None):
     """In-painting, out-painting or class editing: the original, what is kept (grey: hidden), and
     results: three seeds (one where the canvas grows: slow), or with `classes` a row per class.
 
-    where: the mask of edit(), True = keep, or how far the canvas grows, as outpaint() wants it."""
+    paint(image, where, labels, seed); where: the mask, True = keep, or how far the canvas grows."""
     few = classes is not None or not torch.is_tensor(where)
     image, labels = studio.pictures(5 if few else 10)
     original = shown = (image.cpu() + 1) / 2
@@ -87,7 +101,7 @@ def repainted(studio, name, paint, where, classes=None):
                 else [(f"as {studio.names[c]}", [c] * len(image), 0) for c in classes])
     for text, wanted, seed in progress(variants, len(variants) * len(image),
                                        size=lambda _: len(image)):
-        rows.append(studio.repaint(paint, image, where, wanted, seed))
+        rows.append(paint(image, where, wanted, seed))
         texts.append(text)
     print(f"{name}: pictures of " + ", ".join(studio.names[c] for c in labels))
     if torch.is_tensor(where):
@@ -221,3 +235,8 @@ def export(studio):
     print(f"wrote {path}: {len(labels)} pictures, {len(classes)} classes in turn, "
           + ", ".join(f"{name} {value:g}" for name, value in studio.sampling.items())
           + f", seed {studio.args.seed}")
+
+
+PICTURES = dict(sample=sample, guidance=guidance, think=think, reconstruct=reconstruct,
+                inpaint=inpaint, outpaint=outpaint, edit=edit_class)
+FIGURES = dict(density=density.density, evaluate=judge.evaluate)         # take longer: on request

@@ -13,7 +13,7 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, judge, shapes
+from data import BadInput, batches, judge, shapes, studio
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
@@ -336,7 +336,7 @@ def test_the_kept_part_is_truer_than_with_replayed_tokens(trained, columns, monk
 @pytest.fixture(scope="module")
 def shipped():
     """The shipped models, and 20 held-out pictures in [-1, 1] with their labels."""
-    path = m6.Path(m6.__file__).parent / "data" / "pretrained" / "shapes.pt"
+    path = Path(m6.__file__).parent / "data" / "pretrained" / "shapes.pt"
     tokenizer, _ = m6.training.load_tokenizer(path)
     var, _ = m6.training.load_transformer(path)
     images, labels = shapes.draw(range(20), split="test")
@@ -573,7 +573,7 @@ def test_a_tokenizer_that_the_transformer_was_not_trained_on_is_refused(
 
 
 def test_nothing_to_sample_from_is_one_line(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(m5, "__file__", str(tmp_path / "05_train.py"))     # nothing shipped either
+    monkeypatch.setattr(studio, "__file__", str(tmp_path / "studio.py"))   # nothing shipped either
     assert "05_train.py" in refused(SCRIPT, "--device", "cpu")
 
 
