@@ -173,9 +173,10 @@ def rate_distortion(studio, chosen, nats, after):
     for name, line in lines.items():
         enough = [size for size, value in line if value >= db[-1]]
         there = at_size(line, fixed[-1])
-        there = "" if math.isnan(there) else f", {there:.1f} dB at {fixed[-1]:.0f}"
-        print(f"    {name}: {line[0][0]:.0f} bytes at least, {line[0][1]:.1f} dB{there}; as good as "
-              + (f"all scales from {min(enough):.0f} on" if enough else "all scales at no size"))
+        there = "" if math.isnan(there) else f"; {there:.1f} dB at {fixed[-1]:.0f} bytes"
+        print(f"    {name}: from {line[0][0]:.0f} bytes ({line[0][1]:.1f} dB) on{there}; "
+              + (f"as good as all scales from {min(enough):.0f} bytes on" if enough else
+                 "never as good as all scales"))
     limit = 6 * fixed[-1]
     series = {"tokens, ideal code": list(zip(ideal, db)), "fixed length": list(zip(fixed, db))}
     series |= {name: [point for point in line if point[0] < limit] for name, line in lines.items()}
