@@ -171,12 +171,12 @@ def rate_distortion(studio, chosen, nats, after):
         print(f"    {f'{side}x{side}':<14}{fixed[k]:>14.1f}{ideal[k]:>12.1f}{db[k]:>8.1f}"
               + "".join(f"{'-' if math.isnan(x) else f'{x:.1f}':>20}" for x in others))
     for name, line in lines.items():
-        enough = [size for size, value in line if value >= db[-1]]
+        enough = np.interp(db[-1], *list(zip(*line))[::-1], right=np.nan)    # bytes for that PSNR
         there = at_size(line, fixed[-1])
         there = "" if math.isnan(there) else f"; {there:.1f} dB at {fixed[-1]:.0f} bytes"
         print(f"    {name}: from {line[0][0]:.0f} bytes ({line[0][1]:.1f} dB) on{there}; "
-              + (f"as good as all scales from {min(enough):.0f} bytes on" if enough else
-                 "never as good as all scales"))
+              + ("never as good as all scales" if math.isnan(enough) else
+                 f"as good as all scales from {enough:.0f} bytes on"))
     limit = 6 * fixed[-1]
     series = {"tokens, ideal code": list(zip(ideal, db)), "fixed length": list(zip(fixed, db))}
     series |= {name: [point for point in line if point[0] < limit] for name, line in lines.items()}

@@ -285,11 +285,11 @@ def test_codecs_are_read_off_at_the_size_of_the_ideal_code_and_the_best_ones_cou
     out, series = charted(make_studio(), torch.zeros(1, 3, 4, 4), nats, after, curve)
     assert rows_of_table(out)["1x1"] == ["0.5", "3.9", "5.0", "-", "1.9", "1.0"]
     assert rows_of_table(out)["2x2"] == ["2.5", "11.9", "8.0", "0.6", "5.9", "3.0"]
-    for words in ("JPEG: from 10 bytes (0.5 dB) on; as good as all scales from 200 bytes on",
+    for words in ("JPEG: from 10 bytes (0.5 dB) on; as good as all scales from 160 bytes on",
                   "JPEG, no headers: from 1 bytes (0.5 dB) on; 1.2 dB at 2 bytes; as good",
-                  "scales from 20 bytes on",
+                  "scales from 16 bytes on",
                   "WebP, no container: from 2 bytes (0.5 dB) on; 0.6 dB at 2 bytes; as good",
-                  "scales from 40 bytes on"):
+                  "scales from 32 bytes on"):
         assert words in out
     assert series["JPEG, no headers"] == [(1, 0.5), (3, 1.5), (6, 3.0), (10, 5.0)], "below 6 x 2.5"
     out, _ = charted(make_studio(), torch.zeros(1, 3, 4, 4), nats, after + 99, curve)
