@@ -21,6 +21,7 @@ is this class with scales=(1,) * 64.
 
     python 04_var_transformer.py     first loss = ln V, cached == masked, sizes of depth 16 to 30
 """
+import functools
 import math
 from dataclasses import dataclass
 from importlib import import_module
@@ -150,6 +151,19 @@ class Block(nn.Module):
         return h * keep / (1 - self.drop_path)
 
 
+def in_half_if_stored_so(method):
+    """A large model may be sampled with half-precision weights of its linear layers: products are
+    then taken in half precision, while what the blocks add up stays float32."""
+    @functools.wraps(method)
+    def call(self, *args):
+        weight = self.head.weight
+        if weight.dtype not in (torch.float16, torch.bfloat16):      # training chooses for itself
+            return method(self, *args)
+        with torch.autocast(weight.device.type, weight.dtype):
+            return method(self, *args)
+    return call
+
+
 class VAR(nn.Module):
     """The next-scale predictor: stage 2 of VAR."""
 
@@ -200,6 +214,7 @@ class VAR(nn.Module):
         self.head.weight.mul_(0.02)
         self.head_modulation.weight.mul_(0.5)
 
+    @in_half_if_stored_so
     def conditioning(self, labels):
         """All that depends on the class alone, computed once per picture. labels (B,) ->
         (class row (B, 1, D), modulation of each block [(B, 1, 6, D)], of the head (B, 1, 2, D))"""
@@ -216,6 +231,7 @@ class VAR(nn.Module):
         scale, shift = conditioning[2].unbind(2)
         return self.head(self.head_norm(x) * (1 + scale) + shift)
 
+    @in_half_if_stored_so
     def forward(self, labels, teacher_inputs):
         """labels (B,), teacher_inputs (B, L - first, C) -> logits (B, L, V).
         In training a share `label_dropout` of the labels becomes "no class"; never in eval."""
@@ -234,6 +250,7 @@ class VAR(nn.Module):
         """An empty cache for one batch of pictures."""
         return [KVCache(self.L) for _ in self.blocks]
 
+    @in_half_if_stored_so
     def step(self, k, inputs, conditioning, cache):
         """Scale k alone, given the scales before it in `cache` (which grows).
         inputs (B, h_k*w_k, C), None at k = 0 -> logits (B, h_k*w_k, V)"""

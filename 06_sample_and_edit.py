@@ -44,8 +44,9 @@ training = import_module("05_train")
 # -- Drawing tokens --------------------------------------------------------------------------------
 
 def keep_likely(logits, top_k=0, top_p=0.0):
-    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, whatever is
-    equal; 0 < top_p < 1 leaves the fewest that together hold top_p or more. (..., V) -> (..., V)"""
+    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, also when
+    several are equally likely; 0 < top_p < 1 leaves the fewest that together hold top_p or more.
+    (..., V) -> (..., V)"""
     V = logits.shape[-1]
     if 0 < top_k < V:
         best = logits.topk(top_k, dim=-1).indices
@@ -190,7 +191,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         """Half of a cell known is enough to fix its token: what it gets wrong of the kept part, the
         finer scales put right, since they round what is still missing."""
         missing = target - f_hat if tokenizer.config.residual else target
-        filled = torch.ones_like(known) if look else known               # is there anything to see?
+        filled = torch.ones_like(known) if look else known               # a painting counts too
         r = tokenizer.look_at(missing * filled, k) / tokenizer.look_at(filled, k).clamp(min=1e-6)
         kept = seen[k] if replay else tokenizer.quantizer.nearest(r)
         return torch.where(tokenizer.look_at(known, k)[..., 0] >= 0.5, kept, tokens_k)
@@ -218,8 +219,11 @@ def fade(keep, soft):
     """How much a kept pixel counts: 1 from `soft` pixels off the edge on, less nearer to it, 0
     where hidden. keep (H, W) bool -> (H, W)"""
     hidden = (~keep).float()[None, None]
-    deep = [1 - F.max_pool2d(hidden, 2 * r + 1, 1, r) for r in range(soft + 1)]
-    return sum(deep)[0, 0] / (soft + 1)
+    deep = 1 - hidden
+    for _ in range(soft):                                  # one pixel further in
+        hidden = F.max_pool2d(hidden, 3, 1, 1)
+        deep = deep + 1 - hidden
+    return deep[0, 0] / (soft + 1)
 
 
 def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, **how):
@@ -238,10 +242,10 @@ def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, 
     windows = [(slice(y, y + S), slice(x, x + S)) for y in starts[0] for x in starts[1]]
     while not known.all():
         at = max((at for at in windows if not known[at].all()), key=lambda at: int(known[at].sum()))
-        before, weight = canvas[:, :, *at], fade(known[at], soft)
+        before, weight = canvas[(..., *at)], fade(known[at], soft)
         painted = edit(tokenizer, var, before, known[at], labels, generator=generator,
                        **{"looks": (2, 2), **how})
-        canvas[:, :, *at] = weight * before + (1 - weight) * (2 * painted - 1)
+        canvas[(..., *at)] = weight * before + (1 - weight) * (2 * painted - 1)
         known[at] = True
     return (canvas + 1) / 2
 

@@ -92,14 +92,3 @@ def rows_of(n, count):
 def per_pass(side):
     """How many pictures to encode at once: about a megapixel, whatever their size."""
     return max(1, min(250, 2 ** 20 // side ** 2))
-
-
-def held_out(dataset, side, data_dir, count, classes):
-    """Held-out pictures, one per class, of the first `count` of these classes that have any.
-    -> float (n, 3, H, W) in [-1, 1], labels list. Raises BadInput if there are none."""
-    images, labels, _ = load_data(dataset, "test", side, data_dir)
-    at = [np.flatnonzero(labels == c)[0] for c in classes if (labels == c).any()][:count]
-    if not at:
-        raise BadInput("none of these classes among them")
-    chosen = torch.from_numpy(np.stack([images[int(i)] for i in at]))
-    return to_float(chosen), [int(labels[i]) for i in at]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from data import BadInput, health, pictures
-from data.batches import load_data, per_pass, rows_of, to_float
+from data.batches import per_pass, rows_of, stack, to_float
 from data.plumbing import progress
 
 
@@ -33,7 +33,9 @@ def density(studio):
              torch.tensor([among.index(label) for label in labels]))
     given = nats[torch.arange(len(nats)), meant]
     bits_table(studio, given, nats[:, -1])
-    if studio.args.image:
+    if float(-given.sum(1).mean()) > studio.var.L * math.log(studio.var.config.vocab_size):
+        print("more than without a model: it has not seen such pictures")
+    if studio.args.image and len(among) > 1:
         p, best = total[0].softmax(0).sort(descending=True)
         print("p(class | tokens), all classes alike before: " + ", ".join(
             f"{studio.names[among[i]]} {x:.1%}" for i, x in zip(best[:5].tolist(), p.tolist())))
@@ -46,16 +48,12 @@ def pictures_to_weigh(studio, among):
     """--image, or --n held-out pictures of these classes. -> (N, 3, H, W) in [-1, 1], labels"""
     if studio.args.image:
         return studio.pictures(1)
-    if not studio.dataset:
-        raise BadInput("density needs pictures: give --image, or for the released models "
-                       "--data-dir, an ImageNet folder")
-    images, labels, _ = load_data(studio.dataset, "test", studio.side, studio.args.data_dir)
+    images, labels = studio.load("test")
     rows = np.flatnonzero(np.isin(labels, among))
     if len(rows) == 0:
         raise BadInput("none of the held-out pictures is of these classes")
     rows = rows[rows_of(len(rows), studio.args.n or max(1, 5000 // len(among)))]
-    chosen = torch.from_numpy(np.stack([images[int(i)] for i in rows]))
-    return to_float(chosen), labels[rows].tolist()
+    return to_float(stack([images[int(i)] for i in rows])), labels[rows].tolist()
 
 
 @torch.no_grad()
@@ -155,7 +153,8 @@ def rate_distortion(studio, chosen, nats, after):
     # The receiver must be told the class too.
     ideal = ((-nats.double().mean(0) / math.log(2)).cumsum(0) + math.log2(len(studio.names))) / 8
     ideal, db = ideal.tolist(), after.double().mean(0).tolist()
-    images = pictures.to_uint8((chosen[:200] + 1) / 2)
+    some = torch.arange(0, len(chosen), max(1, len(chosen) // 200))      # of all classes
+    images = pictures.to_uint8((chosen[some] + 1) / 2)
     steps = (1, 3, 6, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
     jpeg = [codec_curve(images, format="JPEG", quality=q, subsampling=colour)
             for q in steps for colour in (0, 2)]           # 4:4:4 and 4:2:0, whichever is better
@@ -181,6 +180,6 @@ def rate_distortion(studio, chosen, nats, after):
     series = {"tokens, ideal code": list(zip(ideal, db)), "fixed length": list(zip(fixed, db))}
     series |= {name: [point for point in line if point[0] < limit] for name, line in lines.items()}
     path = studio.out / "rate_distortion.png"
-    pictures.save_curve(path, series, title="quality against size", x_label="bytes per picture",
-                        y_label="PSNR, dB", size=(900, 480))
+    pictures.save_curve(path, series, size=(900, 480), y_label="PSNR, dB",
+                        title="quality of the decoded picture", x_label="bytes per picture")
     print(f"wrote {path}")

@@ -11,20 +11,22 @@ import numpy as np
 import torch
 
 from data import BadInput, density, health, judge, pictures
-from data.plumbing import progress
 
 
 def sample(studio):
-    """A row per class, or of more than 16 pictures per class a sheet per class; then how the first
-    pictures came about."""
-    n, names = studio.args.n or 8, studio.names
-    drawn = studio.sample([c for c in studio.classes for _ in range(n)])
-    if n <= 16:
-        studio.save("samples", drawn, n, row_labels=[names[c] for c in studio.classes])
-    else:
-        for c, sheet in zip(studio.classes, drawn.split(n)):
+    """A row per class, or of more than 16 pictures per class a sheet per class; then how pictures
+    come about."""
+    n, names, waiting = studio.args.n or 8, studio.names, list(studio.classes)
+    sheet = np.zeros((0, studio.side, studio.side, 3), np.uint8)
+    for batch in studio.batches([c for c in waiting for _ in range(n)]):
+        sheet = np.concatenate([sheet, pictures.to_uint8(batch)])
+        while n > 16 and len(sheet) >= n:                  # one class is complete
+            c = waiting.pop(0)
             name = "".join(letter if letter.isalnum() else "_" for letter in names[c])
-            studio.save(f"samples_{name}", sheet, math.ceil(math.sqrt(n)))
+            studio.save(f"samples_{c}_{name}", sheet[:n], math.ceil(math.sqrt(n)))
+            sheet = sheet[n:]
+    if n <= 16:
+        studio.save("samples", sheet, n, row_labels=[names[c] for c in studio.classes])
     coarse_to_fine(studio)
 
 
@@ -99,14 +101,13 @@ def repainted(studio, name, paint, where, classes=None):
     seeds = range(3 if torch.is_tensor(where) else 1)
     variants = ([(f"seed {studio.args.seed + s}", labels, s) for s in seeds] if classes is None
                 else [(f"as {studio.names[c]}", [c] * len(image), 0) for c in classes])
-    for text, wanted, seed in progress(variants, len(variants) * len(image),
-                                       size=lambda _: len(image)):
+    for text, wanted, seed in variants:
         rows.append(paint(image, where, wanted, seed))
         texts.append(text)
     print(f"{name}: pictures of " + ", ".join(studio.names[c] for c in labels))
     if torch.is_tensor(where):
         rows, texts = [original] + rows, ["original"] + texts
-        if keep.any():
+        if keep.any() and not (studio.args.paste or studio.args.soft):
             print(f"{name}: kept region " + kept_region(studio, image, rows[2:], keep))
     studio.save(name, torch.cat(rows), len(image), row_labels=texts)
 

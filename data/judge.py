@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import BadInput
-from data.batches import fingerprint, in_parts, load_data, rows_of, sample_of, to_float
+from data.batches import fingerprint, in_parts, rows_of, sample_of, to_float
 
 
 class Judge(nn.Module):
@@ -190,8 +190,10 @@ def precision_recall(features_real, features_fake, k=3):
 
     def share_inside(points, members):
         # The member itself comes first at distance 0, so its k-th neighbour is the (k+1)-th.
-        radius = torch.cdist(members, members).kthvalue(k + 1, dim=1).values
-        return (torch.cdist(points, members) <= radius).any(1).double().mean().item()
+        radius = torch.cat([torch.cdist(part, members).kthvalue(k + 1, dim=1).values
+                            for part in members.split(1000)])
+        inside = [(torch.cdist(part, members) <= radius).any(1) for part in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
 
     real, fake = features_real.double(), features_fake.double()  # float32 blurs small distances
     return share_inside(fake, real), share_inside(real, fake)
@@ -210,38 +212,36 @@ def nearest_neighbours(features_query, features_set):
 
 def evaluate(studio):
     """Samples before a judge trained on real pictures: a table, and neighbours.png."""
-    if not studio.dataset:
-        raise BadInput("evaluate needs real pictures: for the released models give --data-dir, an "
-                       "ImageNet folder")
-    real, labels, names = load_data(studio.dataset, "train", studio.side, studio.args.data_dir)
-    test, test_labels, _ = load_data(studio.dataset, "test", studio.side, studio.args.data_dir)
-    count = studio.args.n or 1000
-    if min(len(real), len(test), count) < 4:
+    (real, labels), (test, test_labels) = studio.load("train"), studio.load("test")
+    count = min(studio.args.n or 1000, len(real), len(test))             # as many of each kind
+    if count < 4:
         raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
-                       f"on, {len(test)} held out and {count} to sample")
+                       f"on, {len(test)} held out and {studio.args.n or 1000} to sample")
     path = Path("out") / f"judge_{Path(studio.dataset).name}_{fingerprint(real)}.pt"
-    judge = load_or_train(path, real, labels, len(names), seed=0, device=studio.device,
+    judge = load_or_train(path, real, labels, len(studio.names), seed=0, device=studio.device,
                           steps=100 if studio.dataset == "shapes" else 2000)
     print(f"judge: {accuracy(judge, test, test_labels):.2%} right on {len(test):,} held-out "
           "pictures; the figures below are on its features and are no Inception FID")
-    at, wanted, first = rows_of(len(test), count), np.arange(count) % len(names), []
+    at, first = rows_of(len(test), count), []
+    wanted = np.resize(np.unique(labels), count)           # the classes that there are, in turn
 
     def rebuilt():
         with torch.no_grad():
             for part in in_parts(test, at):
                 tokens = studio.tokenizer.image_to_tokens(to_float(part).to(studio.device))
-                yield studio.pyramid(tokens)[-1]
+                yield (studio.tokenizer.tokens_to_image(tokens).cpu() + 1) / 2
 
     def drawn():
         for part in studio.batches(wanted.tolist()):
-            first.append(part[:16])                        # to look at: the others are not kept
+            if sum(map(len, first)) < 16:
+                first.append(part[:16].clone())            # to look at: the others are not kept
             yield part
     known = extract_all(judge, in_parts(real, rows_of(len(real), count)))[0]
     rows = {"held-out pictures (floor)": (extract_all(judge, in_parts(test, at)), test_labels[at]),
             "reconstructions": (extract_all(judge, rebuilt()), test_labels[at]),
             f"samples, cfg {studio.sampling['cfg']:g}": (extract_all(judge, drawn()), wanted)}
-    print(f"{count} pictures a row, beside {len(known)} to train on (the Frechet distance shrinks "
-          "with their number: compare equal ones)")
+    print(f"{count} pictures a row, beside as many to train on (the Frechet distance shrinks with "
+          "their number: compare equal ones)")
     print(f"{'':<28}{'in class':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}")
     for name, ((features, logits), meant) in rows.items():
         right = (logits.argmax(1) == torch.as_tensor(meant)).double().mean()
@@ -260,7 +260,8 @@ def neighbours(studio, judge, real, shown, floor, fake):
     real: uint8 (N, H, W, 3); shown: samples in [0, 1]; floor, fake: features of held-out pictures
     and of all samples, the first of them those shown."""
     known = extract(judge, real.numpy())[0]
-    near = [distances(part, known).min(1).values for part in (floor, fake)]
+    near = [torch.cat([distances(part, known).min(1).values for part in features.split(1000)])
+            for features in (floor, fake)]
     closest = near[0].quantile(0.01)
     closer = (near[1] < closest).double().mean()
     print(f"nearest of {len(known):,} training pictures: samples are {near[1].median():.2f} away "

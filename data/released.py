@@ -143,9 +143,11 @@ def build(tokenizer_state, var_state, make_tokenizer, make_var, scales=None, hea
             var = make_var(var_sizes(var_state, scales, heads))
         for model, state, rename in ((tokenizer, tokenizer_state, tokenizer_name),
                                      (var, var_state, var_name)):
-            fill(model, {rename(name): value for name, value in state.items()})
+            fill(model, {rename(name): value.float() if value.is_floating_point() else value
+                         for name, value in state.items()})
     except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise BadInput(f"not in the released layout: {str(error).splitlines()[0][:150]}") from None
+        reason = " ".join(str(error).split())[:250]
+        raise BadInput(f"not in the released layout: {reason}") from None
     return tokenizer, var
 
 
@@ -195,8 +197,11 @@ def download(url, path):
         part.unlink()
         return download(url, path)
     with answer, open(part, "ab") as out:
+        begins = f"bytes {have}-"
         if answer.status != 206:                           # no part, or the server sends all of it
             out.truncate(have := 0)
+        elif not answer.headers.get("Content-Range", begins).startswith(begins):
+            raise OSError(f"the server sent {answer.headers['Content-Range']}, not from {have} on")
         if "Content-Length" not in answer.headers:
             raise OSError("the server does not say how long it is")
         total = have + int(answer.headers["Content-Length"])

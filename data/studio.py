@@ -1,10 +1,11 @@
 """The command line of chapter 6: which model, which pictures, which options."""
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data import BadInput, gallery, imagenet, pictures, released
-from data.batches import held_out, to_float
+from data.batches import load_data, stack, to_float
 from data.plumbing import OneLineParser, fingerprint, number, pick_device, progress
 
 
@@ -19,14 +20,20 @@ class Studio:
             pictures.read(path)                            # fail before anything is loaded or drawn
         self.sampling = dict(cfg=1.5, top_k=900, top_p=0.96)
         where = self.load_released() if args.released or args.var_file else self.load_run()
-        self.var = self.var and self.var.to(self.device, self.precision())
+        if self.var is not None:
+            self.var.to(self.device)
+            for layer in self.var.modules():
+                if isinstance(layer, torch.nn.Linear):     # nearly all of it
+                    layer.to(self.precision())
         self.side, self.sampling["temperature"] = self.tokenizer.config.image_size, 1.0
         self.sampling.update({k: getattr(args, k) for k in self.sampling
                               if getattr(args, k) is not None})
-        self.classes = ([find_class(self.names, text) for text in args.classes] if args.classes
-                        else list(range(len(self.names)))[:10])
-        if args.image and not args.classes and args.task not in ("reconstruct", "density"):
-            print(f"--classes was not given: working as class {self.names[0]!r}")
+        self.classes = (list(dict.fromkeys(find_class(self.names, text) for text in args.classes))
+                        if args.classes else list(range(len(self.names)))[:10])
+        print("sampling: " + ", ".join(f"{k} {v:g}" for k, v in self.sampling.items()))
+        if args.image and args.task in ("all", "inpaint", "outpaint", "think"):
+            first = self.names[self.classes[0]]
+            print(f"--image: taken as class {first!r}, the first of --classes")
         self.out = Path(args.out or Path("out") / where)
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -54,7 +61,7 @@ class Studio:
         self.tokenizer, about = training.load_tokenizer(path if one else path / "tokenizer.pt",
                                                         self.device)
         self.var, file = None, path if one else path / "transformer.pt"
-        if self.args.task != "reconstruct" or file.exists():
+        if self.args.task != "reconstruct" or self.args.export_npz or file.exists():
             if not file.exists():
                 raise BadInput(f"{file}: no such file; train the transformer with 05_train.py, or "
                                "use --task reconstruct")
@@ -93,9 +100,9 @@ class Studio:
         return self.chapter.sample_tokens(self.tokenizer, self.var, labels,
                                           generator=self.generator(), **self.sampling)
 
-    def batches(self, labels, **changes):
+    def batches(self, labels, seed=0, **changes):
         """Any number of pictures, in batches that fit. labels: ints -> (B, 3, H, W), ... on CPU"""
-        generator, settings = self.generator(), {**self.sampling, **changes}
+        generator, settings = self.generator(seed), {**self.sampling, **changes}
         parts = torch.tensor(labels, device=self.device).split(self.at_once())
         drawn = (self.chapter.generate(self.tokenizer, self.var, part, smooth=self.args.smooth,
                                        generator=generator, **settings).cpu() for part in parts)
@@ -117,18 +124,18 @@ class Studio:
         return self.repaint(self.chapter.edit, image, keep, labels, seed, paste=self.args.paste)
 
     def outpaint(self, image, grow, labels, seed):
-        return self.repaint(self.chapter.outpaint, image, grow, labels, seed)
+        return self.repaint(self.chapter.outpaint, image, grow, labels, seed, at_once=1)
 
-    def repaint(self, paint, image, where, labels, seed, **how):
+    def repaint(self, paint, image, where, labels, seed, at_once=None, **how):
         how.update(self.sampling, generator=self.generator(seed))
         if self.args.keep == "replay":
             how.update(replay=True, looks=(1, 0))
         if self.args.soft is not None:
-            how["soft"] = self.args.soft
-        labels = torch.tensor(labels, device=self.device)
-        parts = zip(image.split(self.at_once()), labels.split(self.at_once()))
-        return torch.cat([paint(self.tokenizer, self.var, part, where, wanted, **how).cpu()
-                          for part, wanted in parts])
+            how["soft"] = min(self.args.soft, self.side)
+        labels, at_once = torch.tensor(labels, device=self.device), at_once or self.at_once()
+        painted = (paint(self.tokenizer, self.var, part, where, wanted, **how).cpu()
+                   for part, wanted in zip(image.split(at_once), labels.split(at_once)))
+        return torch.cat(list(progress(painted, len(image))))
 
     def pictures(self, count):
         """Pictures to work on: --image, else held-out ones of the classes asked for, else ones the
@@ -137,24 +144,45 @@ class Studio:
             photo = pictures.square(pictures.read(self.args.image).convert("RGB"), self.side)
             return to_float(torch.from_numpy(photo)[None]).to(self.device), [self.classes[0]]
         try:
-            image, labels = held_out(self.dataset or "", self.side, self.args.data_dir, count,
-                                     self.classes)
+            images, every = self.load("test")
+            at = [np.flatnonzero(every == c)[0] for c in self.classes if (every == c).any()][:count]
+            if not at:
+                raise BadInput("none of these classes among them")
+            image, labels = to_float(stack([images[int(i)] for i in at])), every[at].tolist()
         except BadInput as error:
             if self.var is None:
                 raise
             print(f"no held-out pictures ({error}): working on pictures drawn by the model itself")
-            labels = self.classes[:count]
-            image = self.sample(labels) * 2 - 1
+            labels = self.classes[:count]                  # random numbers that no task uses again
+            image = torch.cat(list(self.batches(labels, seed=2 ** 31))) * 2 - 1
         return image.to(self.device), labels
+
+    def load(self, split):
+        """Real pictures and their labels, in the order of the model's classes. -> images, (N,)"""
+        if not self.dataset:
+            raise BadInput("no data set at hand: for the released models give --data-dir, an "
+                           "ImageNet folder")
+        images, labels, names = load_data(self.dataset, split, self.side, self.args.data_dir)
+        if names == self.names:
+            return images, labels
+        for name in names:                                 # a part of the classes, say
+            if self.names.count(name) != 1:
+                raise BadInput(f"these pictures have a class {name!r}, of which this model knows "
+                               f"{self.names.count(name)}: {', '.join(self.names[:5])}, ...")
+        return images, np.array([self.names.index(name) for name in names])[labels]
 
     def mask(self, default):
         """(H, W) bool, True where not --mask is white or --box reaches: the part to keep."""
         keep = torch.ones(self.side, self.side, dtype=torch.bool, device=self.device)
         if self.args.mask:
             grey = pictures.square(pictures.read(self.args.mask).convert("L"), self.side)
-            return keep & torch.from_numpy(grey <= 127).to(self.device)
-        x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or default)
-        keep[y0:y1, x0:x1] = False
+            keep &= torch.from_numpy(grey <= 127).to(self.device)
+        else:
+            x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or default)
+            keep[y0:y1, x0:x1] = False
+        if keep.all():
+            raise BadInput("nothing to repaint: --mask is nowhere white, or --box smaller than a "
+                           f"pixel of {self.side}")
         return keep
 
     def tasks(self):
@@ -193,7 +221,8 @@ def find_class(names, text):
         return folded.index(text.casefold())
     if text.isdecimal() and len(text) < 9 and int(text) < len(names):
         return int(text)
-    raise BadInput(f"no class {text!r}; this model has {len(names)}: {', '.join(names[:12])}")
+    raise BadInput(f"no class {text!r}; this model has {len(names)}, 0 to {len(names) - 1}: "
+                   + ", ".join(names[:12]))
 
 
 def read_arguments(description):
@@ -203,17 +232,17 @@ def read_arguments(description):
                    help="the paper's models (d36: 512 px)")
     p.add_argument("--tokenizer-file", help="released tokenizer, instead of downloading it")
     p.add_argument("--var-file", help="released transformer, instead of downloading it")
-    p.add_argument("--task", default="all", help="all: what makes pictures only [all]",
+    p.add_argument("--task", default="all", help="all: every one but density and evaluate",
                    choices=("all", *gallery.PICTURES, *gallery.FIGURES))
     p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
     p.add_argument("--n", type=number(int, 1),
-                   help="pictures per class (density, evaluate: in all) [8; export 50]")
+                   help="pictures per class (sample, export) or in all (density, evaluate)")
     p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale; 0: none")
     p.add_argument("--top-k", type=number(int, 0), help="draw among the k likeliest tokens; 0: all")
     p.add_argument("--top-p", type=number(float, 0), help="draw among the likeliest, p in all")
     p.add_argument("--temperature", type=number(float, 0.01), help="divides the logits [1]")
     p.add_argument("--smooth", action="store_true", help="mix codes instead of drawing one")
-    p.add_argument("--image", help="picture to reconstruct or edit; default: held-out ones")
+    p.add_argument("--image", help="picture to edit or weigh; default: held-out ones")
     p.add_argument("--box", nargs=4, type=number(float, 0), metavar=("X0", "Y0", "X1", "Y1"),
                    help="part to repaint, in fractions of the side")
     p.add_argument("--mask", help="picture file instead of a box; white: repaint")
@@ -224,7 +253,7 @@ def read_arguments(description):
                    help="kept tokens: rounded again at each scale, or as in the paper's demo")
     p.add_argument("--paste", action="store_true", help="put the kept pixels themselves back")
     p.add_argument("--soft", type=number(int, 0),
-                   help="the same, faded in over N pixels [0; outpaint: an eighth of the side]")
+                   help="the same, faded in over N pixels (outpaint: an eighth of the side)")
     p.add_argument("--export-npz", metavar="FILE",
                    help="write samples of every class for the ImageNet evaluator, nothing else")
     p.add_argument("--data-dir", default="", help="where the held-out pictures lie")
@@ -243,6 +272,10 @@ def read_arguments(description):
         raise BadInput(f"--top-p {args.top_p}: a share of probability, at most 1")
     if args.smooth and args.task not in ("all", "sample", "guidance"):
         raise BadInput(f"--smooth mixes codes: it samples and edits nothing, --task {args.task}")
-    if max(args.grow) > 8:
-        raise BadInput(f"--grow {args.grow}: in sides of the picture, at most 8")
+    if not 0 < max(args.grow) <= 2:
+        raise BadInput(f"--grow {args.grow}: in sides of the picture, at most 2, and not all 0")
+    if args.task == "evaluate" and args.classes:
+        raise BadInput("--task evaluate is over all classes: leave out --classes")
+    if args.n and args.n > 1_000_000:
+        raise BadInput(f"--n {args.n}: at most a million")
     return args

@@ -74,6 +74,16 @@ def test_only_definitions_stand_at_the_top_of_a_file(path):
         assert text_alone or main or plain, ast.unparse(node)
 
 
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: path.name)
+def test_python_3_10_can_read_every_file(path):
+    """It knows x[(..., *at)] but not x[..., *at], which newer ones take for the same."""
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text, feature_version=(3, 10))):
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple):
+            starred = any(isinstance(part, ast.Starred) for part in node.slice.elts)
+            assert not starred or ast.get_source_segment(text, node.slice).startswith("(")
+
+
 def imports(path):
     """Names of all modules that a file imports anywhere, import_module("...") included."""
     for node in ast.walk(ast.parse(path.read_text())):
