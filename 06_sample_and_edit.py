@@ -228,18 +228,26 @@ def fade(keep, soft):
 
 def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, **how):
     """Let the canvas grow by (left, top, right, bottom) pixels around the picture. Window after
-    window of the model's size is edited, always the one of which most is known, an eighth further.
+    window of the model's size is edited, always the one of which most is known, an eighth further
+    (or a cell of the last map: half a cell would count as known and nothing be drawn).
 
     image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1]. What is
     known stays as it is but for a blend over `soft` pixels from its edge (S/8; 0: none); `how`:
     cfg, top_k, ... of edit()."""
     (left, top, right, bottom), S = grow, tokenizer.config.image_size
-    soft = S // 8 if soft is None else soft
+    if tuple(image.shape[-2:]) != (S, S):
+        raise BadInput(f"the picture must be {S}x{S}, not {tuple(image.shape[-2:])}")
+    soft, cell = S // 8 if soft is None else soft, S // tokenizer.scales[-1]
+    step = max(cell, S // 8 // cell * cell)
     canvas = F.pad(image, (left, right, top, bottom))
     known = F.pad(torch.ones(S, S, dtype=torch.bool, device=image.device),
                   (left, right, top, bottom))
-    starts = [sorted({*range(0, length - S, max(1, S // 8)), length - S}) for length in known.shape]
-    windows = [(slice(y, y + S), slice(x, x + S)) for y in starts[0] for x in starts[1]]
+
+    def outwards(room):
+        return [n for n in range(room, 0, -step) if n >= step or n == room]
+    ys, xs = (sorted([a, *[a - n for n in outwards(a)], *[a + n for n in outwards(b)]])
+              for a, b in ((top, bottom), (left, right)))
+    windows = [(slice(y, y + S), slice(x, x + S)) for y in ys for x in xs]
     while not known.all():
         at = max((at for at in windows if not known[at].all()), key=lambda at: int(known[at].sum()))
         before, weight = canvas[(..., *at)], fade(known[at], soft)

@@ -162,7 +162,8 @@ def attention_weights(var, labels, teacher_inputs, queries=slice(None)):
 
     def listen(attention, inputs):
         q, k, _, scale = attention.project(inputs[0])
-        logits = q[:, :, queries].float() @ k.float().mT * scale
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q[:, :, queries].float() @ k.float().mT * scale
         logits = logits.masked_fill(~may[queries], -torch.inf)
         found.append(logits.softmax(-1))
     handles = [block.attention.register_forward_pre_hook(listen) for block in var.blocks]
