@@ -131,7 +131,7 @@ def codec_curve(images, **how):
 def best(points):
     """Of points (bytes, dB) those that no smaller one equals, by size."""
     kept = []
-    for size, db in sorted(points):
+    for size, db in sorted(points, key=lambda point: (point[0], -point[1])):
         if not kept or db > kept[-1][1]:
             kept.append((size, db))
     return kept

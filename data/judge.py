@@ -268,8 +268,8 @@ def neighbours(studio, judge, real, shown, floor, fake):
           f"(median), held-out pictures {near[0].median():.2f}; {closer:.1%} of the samples are "
           "nearer than the nearest 1 % of held-out pictures")
     by_features = nearest_neighbours(fake[:len(shown)], known)
-    flat = shown.flatten(1)
-    by_pixels = torch.cat([torch.cdist(flat, to_float(part).add(1).div(2).flatten(1))
+    flat = shown.flatten(1).double()                       # float32 cannot tell near copies apart
+    by_pixels = torch.cat([torch.cdist(flat, to_float(part).add(1).div(2).flatten(1).double())
                            for part in real.split(2000)], 1).argmin(1)
     found = [to_float(real[rows]).add(1).div(2) for rows in (by_features, by_pixels)]
     studio.save("neighbours", torch.cat([shown, *found]), len(shown),

@@ -76,7 +76,7 @@ def one_line(main):
         status = main()
     except (BadInput, OSError) as error:
         if os.environ.get("RANK", "0") == "0":             # of many processes, one speaks
-            line = str(error).splitlines()[-1]
+            line = (str(error) or type(error).__name__).splitlines()[-1]
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:

@@ -296,6 +296,10 @@ def test_codecs_are_read_off_at_the_size_of_the_ideal_code_and_the_best_ones_cou
     assert out.count("never as good as all scales") == 3
 
 
+def test_of_points_of_one_size_the_best_counts():
+    assert density.best([(10, 0.3), (10, 0.5), (20, 1.0)]) == [(10, 0.5), (20, 1.0)]
+
+
 def test_the_codecs_get_the_pictures_as_eight_bits():
     pictures_in = torch.linspace(-1, 1, 2 * 3 * 16).view(2, 3, 4, 4)
     seen = []
