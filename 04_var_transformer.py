@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import BadInput, pictures
 
@@ -167,6 +168,8 @@ def in_half_if_stored_so(method):
 class VAR(nn.Module):
     """The next-scale predictor: stage 2 of VAR."""
 
+    activation_checkpointing = False     # True: keep only what enters a block, compute the rest twice
+
     def __init__(self, config):
         super().__init__()
         self.config = cfg = config
@@ -243,7 +246,10 @@ class VAR(nn.Module):
         x = torch.cat([start, self.word_embed(teacher_inputs)], 1)   # (B, L, D)
         x = x + self.scale_embed(self.scale_of_token) + self.position
         for block, modulation in zip(self.blocks, conditioning[1]):
-            x = block(x, modulation)                                 # (B, L, D)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, use_reentrant=False)
+            else:
+                x = block(x, modulation)                             # (B, L, D)
         return self.predict(x, conditioning)                         # (B, L, V)
 
     def new_cache(self):

@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from data import BadInput, health, released, vqgan
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
+from data.checkpoints import export, fingerprint, load_checkpoint, resume, save, whole
 from data.muon import Muon
-from data.plumbing import (OneLineParser, Run, add_options, clock, export, fingerprint,
-                           load_checkpoint, one_line, pick_device, save_atomically)
+from data.plumbing import OneLineParser, Run, add_options, clock, launch, one_line, pick_device
 from data.tokens import cache_tokens
 
 vqvae = import_module("02_multiscale_vqvae")
@@ -78,6 +78,12 @@ class Settings:
     held_out: int = 1000                  # pictures, at most, that each evaluation looks at
     steps: int = 1600                     # steps of stage 2
     batch_size: int = 16                  # pictures per step of stage 2, over all processes
+    accumulate: int = 1                   # compute a batch in so many parts, to save memory
+    shard: bool = False                   # spread stage 2's weights over the processes (FSDP)
+    activation_checkpointing: bool = False    # stage 2 keeps less memory and computes more
+    dry_run: bool = False                 # print sizes, memory, steps and days; do nothing
+    gpu_tflops: float = 989.0             # for --dry-run: a GPU's peak in bfloat16 (H100: 989)
+    mfu: float = 0.4                      # for --dry-run: the share of it that is reached
     optimizer: str = "muon"               # of the block matrices: muon or adamw (the rest is adamw)
     lr: float = 1.5e-3                    # peak learning rate of adamw in stage 2
     muon_lr: float = 0.02                 # peak learning rate of muon, in both stages
@@ -140,9 +146,13 @@ def read_settings(argv=None):
     config = vqvae.TokenizerConfig(**pick(vqvae.TokenizerConfig))
     processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
     for size in ("tokenizer_batch_size", "batch_size"):
-        if getattr(settings, size) % processes:
+        if getattr(settings, size) % (processes * settings.accumulate):
+            parts = f", {settings.accumulate} parts each" if settings.accumulate > 1 else ""
             raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
-                           f"divided among {processes} processes")
+                           f"divided among {processes} processes{parts}")
+    if settings.shard and not settings.dry_run and (processes == 1 or settings.optimizer == "muon"):
+        raise BadInput("--shard spreads weights over processes: give --gpus 2 or more, and "
+                       "--optimizer adamw (muon needs whole matrices)")
     if {"vgg_file", "lpips_file"} & typed.keys() and "perceptual" not in values:
         raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
     if settings.views > 2 and name in ("shapes", "cifar10"):
@@ -187,16 +197,17 @@ def train(run, stage, total):
     """The loop of both stages, from the last checkpoint to step `total`.
 
     A stage has a name, a model, optimizers, `about` (what the checkpoint tells of it) and
-      batches(start)      what each step from `start` on works on
+      batches(start)      what each step from `start` on works on: a tuple of tensors (B, ...)
       parts               its modules, by the name that the checkpoint gives their weights
       loss(model, batch, progress)   -> (loss (), what to remember for the log)
       summary(memories)   -> (text, dict) since the last log line
       evaluate()          -> (text, dict) on held-out pictures, a few times and at the end"""
-    path, settings, model = run.folder / f"{stage.name}.pt", run.settings, stage.model
+    path, settings = run.folder / f"{stage.name}.pt", run.settings
     start = resume(run, stage, path, total)
     if start >= total:
         return run.say(f"{stage.name}: trained for {start} steps")
-    wrapped, memories, bad = run.wrap(model), [], 0
+    wrapped, taken, in_a_row = run.wrap(stage.model), [], 0
+    often = 1 if run.device.type == "cpu" else 10          # looking at a result waits for the GPU
     peaks = [(group, group.setdefault("peak", group["lr"]))
              for optimizer in stage.optimizers for group in optimizer.param_groups]
     begin = time.time()
@@ -204,28 +215,21 @@ def train(run, stage, total):
         run.seed(stage.name, step)
         for group, peak in peaks:
             group["lr"] = peak * learning_rate(step / total, settings.final_lr)
-        model.train()
-        loss, memory = stage.loss(wrapped, batch, step / total)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        bad = 0 if torch.isfinite(norm) else bad + 1       # one bad batch must not spoil all
-        if not bad:
-            for optimizer in stage.optimizers:
-                optimizer.step()
-        elif bad == 10:
-            raise BadInput(f"{stage.name}: no finite loss in 10 steps, last at step {step}; lower "
-                           f"the learning rate and start again with --fresh")
-        for optimizer in stage.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        memories.append((loss.detach(), memory))
+        stage.model.train()
+        taken.append(take_step(run, stage, wrapped, batch, step / total))
+        in_a_row = (in_a_row + 1) * taken[-1].skipped
         step += 1
+        if step % often == 0 and in_a_row >= 10:
+            raise BadInput(f"{stage.name}: no finite loss or gradient in {int(in_a_row)} steps, "
+                           f"last at step {step - 1}; the last checkpoint is good: lower the "
+                           "learning rate and start again with --fresh")
         if step % settings.log_every == 0 or step == total:
-            pace = (time.time() - begin) / (step - start)
-            report(run, stage, step, total, memories, float(norm), pace)
-            memories = []
-        if run.rank == 0 and step in {total * quarter // 4 for quarter in (1, 2, 3, 4)}:
-            model.eval()
-            text, numbers = stage.evaluate()
+            report(run, stage, step, total, taken, (time.time() - begin) / (step - start))
+            taken = []
+        pause = time.time()
+        if step in {total * quarter // 4 for quarter in (1, 2, 3, 4)}:
+            stage.model.eval()
+            text, numbers = stage.evaluate()               # by all: sharded weights need them all
             run.say(f"  held out at step {step}: {text}")
             run.log(dict(stage=stage.name, step=step, held_out=numbers))
         stop = run.stopping(step)
@@ -237,52 +241,54 @@ def train(run, stage, total):
             sys.exit(128 + stop)
         if step == total:
             break
+        begin += time.time() - pause                       # img/s and eta are those of training
 
 
-def report(run, stage, step, total, memories, norm, pace):
+@dataclass
+class Taken:
+    """What a step leaves behind, on the device: nobody has waited for it yet."""
+    loss: torch.Tensor                    # ()
+    norm: torch.Tensor                    # (), of the gradient before clipping
+    skipped: torch.Tensor                 # () bool
+    memories: list                        # of each part of the batch
+
+
+def take_step(run, stage, wrapped, batch, progress):
+    """Gradients of one batch, in parts if asked, then the optimizers' step. Where any gradient is
+    not finite, nothing changes: one bad batch must not spoil all. -> Taken"""
+    parts = list(zip(*[tensor.chunk(run.settings.accumulate) for tensor in batch]))
+    loss, memories = 0, []
+    for i, part in enumerate(parts):
+        with run.exchange(wrapped, now=i == len(parts) - 1):
+            part_loss, memory = stage.loss(wrapped, part, progress)
+            (part_loss / len(parts)).backward()
+        loss = loss + part_loss.detach() / len(parts)
+        memories.append(memory)
+    norms = [torch.nn.utils.clip_grad_norm_(
+                 part.parameters(), run.settings.clip if part is stage.model else torch.inf)
+             for part in stage.parts.values()]
+    norm = whole(norms[0])
+    skipped = ~(loss + norm + sum(norms[1:])).isfinite()
+    for optimizer in stage.optimizers:
+        optimizer.found_inf = skipped.float()              # fused optimizers look at it by themselves
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return Taken(loss, norm, skipped, memories)
+
+
+def report(run, stage, step, total, taken, pace):
     """The log line, and the same as JSON."""
-    loss = float(run.mean(torch.stack([loss for loss, _ in memories]).mean()))
-    text, numbers = stage.summary([memory for _, memory in memories])
-    lr = stage.optimizers[0].param_groups[0]["lr"]
+    skipped = [bool(t.skipped) for t in taken]
+    good = [t for t, bad in zip(taken, skipped) if not bad] or taken
+    loss = float(run.mean(torch.stack([t.loss for t in good]).mean()))
+    text, numbers = stage.summary([memory for t in good for memory in t.memories])
+    lr, norm = stage.optimizers[0].param_groups[0]["lr"], float(good[-1].norm)
+    if any(skipped):
+        text, numbers["skipped"] = f"{text} | skipped {sum(skipped)}", sum(skipped)
     run.say(f"{stage.name} {step}/{total} ({100 * step // total}%) | loss {loss:.4g} | {text} | "
             f"lr {lr:.1e} | grad {norm:.2f} | {stage.batch_size / pace:.0f} img/s | "
-            f"eta {clock((total - step) * pace)}")
+            f"eta {clock(pace * (total - step))}")
     run.log(dict(stage=stage.name, step=step, loss=loss, lr=lr, grad=norm, **numbers))
-
-
-def save(run, stage, path, step):
-    if run.rank == 0:
-        weights = {name: part.state_dict() for name, part in stage.parts.items()}
-        save_atomically(dict(stage.about, **weights, step=step,
-                             optimizers=[o.state_dict() for o in stage.optimizers]), path)
-    run.barrier()
-
-
-def resume(run, stage, path, total):
-    """Load the checkpoint, if there is one and it belongs to the same settings. -> first step"""
-    state = {} if run.settings.fresh or not path.exists() else load_checkpoint(path, run.device)
-    if state:
-        old, new = state.get("settings"), stage.about["settings"]
-        if not isinstance(old, dict) or set(old) != set(new):
-            raise BadInput(f"{path} is no {stage.name} of this version; --fresh starts over")
-        if state["step"] >= total and "perceptual" in new:
-            new["perceptual"] = old["perceptual"]          # done: its weights may be gone by now
-        changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-        if changed:
-            raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
-                           "give the old ones, or --fresh starts over, --out takes another folder")
-        try:
-            for name, part in stage.parts.items():
-                part.load_state_dict(state[name])
-            for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):
-            raise BadInput(f"{path} is damaged; --fresh starts over") from None
-        run.say(f"{stage.name}: going on at step {state['step']}")
-    run.remember_settings()
-    run.forget_log_after(stage.name, state.get("step", 0))
-    run.barrier()
-    return state.get("step", 0)
 
 
 # -- Stage 1: the tokenizer ------------------------------------------------------------------------
@@ -317,10 +323,10 @@ class TokenizerStage:
         plan = ([(int(i), seed * 10 ** 9 + step) for i in self.run.share(
                     batch_indices(step, len(self.images), self.batch_size, seed))]
                 for step in range(start, self.settings.tokenizer_steps))
-        return picture_batches(self.images, plan, self.settings.workers)
+        return zip(picture_batches(self.images, plan, self.settings.workers))
 
-    def loss(self, model, pixels, progress):
-        settings, image = self.settings, to_float(pixels.to(self.run.device))
+    def loss(self, model, batch, progress):
+        settings, image = self.settings, to_float(self.run.to_device(batch[0]))
         if settings.flip:
             mirrored = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
             image = torch.where(mirrored, image.flip(3), image)
@@ -341,7 +347,7 @@ class TokenizerStage:
         -> what the tokenizer adds to its loss to please the critic, as heavy as `picture`"""
         with self.run.autocast():
             scores = self.critic(torch.cat([image, rebuilt.detach()]))
-        vqgan.hinge(*scores.float().chunk(2)).backward()
+        (vqgan.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
         critic = self.parts["critic"].requires_grad_(False)      # the next pass teaches it nothing
         with self.run.autocast():
             displeased = -critic(rebuilt).float().mean()
@@ -363,8 +369,9 @@ class TokenizerStage:
                   self.held_out.split(per_pass(self.held_out.shape[1])))
         numbers = health.examine(self.model, images, self.run.autocast)
         stride = max(1, len(self.held_out) // 10)             # test sets come sorted by class
-        health.save_picture(self.run.folder / "reconstructions.png", self.model,
-                            to_float(self.held_out[::stride][:10].to(self.run.device)))
+        if self.run.rank == 0:
+            health.save_picture(self.run.folder / "reconstructions.png", self.model,
+                                to_float(self.held_out[::stride][:10].to(self.run.device)))
         numbers["warnings"] = health.warnings(self.model, numbers, len(self.held_out))
         most = min(1, len(self.held_out) * sum(s * s for s in self.model.scales)
                    / self.model.config.vocab_size)         # each token can be one code at most
@@ -410,7 +417,11 @@ class TransformerStage:
         torch.manual_seed(settings.seed)
         self.run, self.data, self.tokenizer = run, data, tokenizer
         self.batch_size, self.sizes = settings.batch_size, [s * s for s in config.scales]
-        self.model = transformer.VAR(config).to(run.device)
+        self.model = transformer.VAR(config)
+        self.model.activation_checkpointing = settings.activation_checkpointing
+        # A block's modulation is computed before its forward, so it is a part of its own.
+        run.place(self.model, [part for block in self.model.blocks for part in block.children()
+                               if list(part.parameters())])
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
         chosen = ("dataset", "seed", "precision", "views", "steps", "batch_size", "optimizer", "lr",
@@ -425,7 +436,7 @@ class TransformerStage:
         tokens, labels = self.data[split]
         _, n, L = tokens.shape
         found = torch.from_numpy(tokens.reshape(-1, L)[at].astype(np.int64))
-        return found.to(self.run.device), torch.from_numpy(labels[at % n]).to(self.run.device)
+        return self.run.to_device(found), self.run.to_device(torch.from_numpy(labels[at % n]))
 
     def batches(self, start):
         views, n, _ = self.data["train"][0].shape
@@ -470,7 +481,7 @@ class TransformerStage:
 # -- The whole road --------------------------------------------------------------------------------
 
 def relaunch(settings):
-    """Become torch's launcher, which starts one process per GPU (on a CPU: N over gloo)."""
+    """Start this command once per GPU (on a CPU: N processes over gloo). -> exit status"""
     device = pick_device(settings.device).type
     if device == "cuda" and settings.gpus > torch.cuda.device_count():
         raise BadInput(f"--gpus {settings.gpus}: this machine has {torch.cuda.device_count()}")
@@ -479,10 +490,7 @@ def relaunch(settings):
     if device == "cpu" and settings.device == "auto":
         raise BadInput(f"--gpus {settings.gpus}: torch finds no GPU here; with --device cpu as "
                        "many processes share the CPU")
-    sys.stdout.flush()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={settings.gpus}", os.path.abspath(__file__), *sys.argv[1:]]
-    os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1"})
+    return launch(settings.gpus)
 
 
 def train_all(settings, config, var_fields):
@@ -534,7 +542,7 @@ def main():
     settings, config, var_fields = read_settings()
     if settings.gpus > 1 and "RANK" not in os.environ:
         load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
-        relaunch(settings)
+        return relaunch(settings)
     return train_all(settings, config, var_fields)
 
 

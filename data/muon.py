@@ -14,19 +14,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Where the attribute `found_inf`, a tensor (), is not 0, nothing changes: as torch's own
+        fused optimizers have it, nobody has to wait for the GPU to decide."""
+        good = getattr(self, "found_inf", torch.zeros(())) == 0
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])          # Nesterov
+                g = torch.where(good, p.grad, momentum)    # lerp from x to x: x stays
+                momentum.lerp_(g, 1 - group["momentum"])
+                update = g.lerp(momentum, group["momentum"])               # Nesterov
                 by_shape.setdefault(p.flatten(1).shape, []).append((p, update.flatten(1)))
             for (rows, columns), pairs in by_shape.items():
                 size = group["lr"] * max(1, rows / columns) ** 0.5
                 updates = orthogonal(torch.stack([update for _, update in pairs]), self.dtype)
                 for (p, _), update in zip(pairs, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(size * update.view_as(p))
+                    step = size * update.view_as(p) + group["lr"] * group["weight_decay"] * p
+                    p.sub_(torch.where(good, step, 0.0))
 
 
 def orthogonal(g, dtype=torch.float32):

@@ -2,13 +2,14 @@
 the folder, the processes and the signals of a run."""
 import argparse
 import contextlib
-import hashlib
 import inspect
 import json
 import math
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -71,16 +72,23 @@ def add_options(parser, classes, choices, zero_is_fine, left_out):
 
 
 def one_line(main):
-    """Run a script's main(); a user's mistake ends in one line and exit status 2."""
+    """Run a script's main(); a user's mistake ends in one line and exit status 2. Of many processes
+    the first to fail speaks: the others wait, and whoever started them ends them meanwhile."""
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         status = main()
     except (BadInput, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":             # of many processes, one speaks
-            line = (str(error) or type(error).__name__).splitlines()[-1]
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":             # rank 0 may be about to say the same
+            time.sleep(3)
+        line = (str(error) or type(error).__name__).splitlines()[-1]
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except RuntimeError as error:                          # a lost connection is no news: another
+        if many and re.search("gloo|nccl|ncclcomm|socket|connection", str(error).lower()):
+            time.sleep(10)                                 # process failed first, let it be heard
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
@@ -133,58 +141,12 @@ def fast_bfloat16(device):
     return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
 
 
-def save_atomically(value, path):
-    """Write beside, then rename: whoever reads `path` sees the old file or the new, never half."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        torch.save(value, temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:                          # how torch reports a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def load_checkpoint(path, device="cpu"):
-    """A file written by this script; tensors and plain values only, so a hostile file can do no
-    harm. Raises BadInput, with one line, for anything else."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint") from None
-    except Exception as error:               # truncated, something else, or code instead of tensors
-        raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); "
-                       "expected a file written by 05_train.py") from None
-    if not isinstance(state, dict):
-        raise BadInput(f"{path}: not a checkpoint of 05_train.py")
-    return state
-
-
-def fingerprint(model):
-    """A short name for exactly these weights."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def export(folder, path):
-    """One file to give away: both models without their optimizers, in half precision."""
-    both = {}
-    for part in ("tokenizer", "transformer"):
-        state = load_checkpoint(folder / f"{part}.pt")
-        state = {k: v for k, v in state.items() if k not in ("optimizers", "critic")}
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
-        both[part] = {**state, "model": weights}
-    save_atomically(both, path)
-
-
 class Run:
     """One folder in out/: settings, log, checkpoints, pictures; and which process this is."""
 
     def __init__(self, settings):
         self.settings, self.folder = settings, Path(settings.out)
+        self.asked, self.parent = 0.0, os.getppid()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1 and not dist.is_initialized():
@@ -192,7 +154,6 @@ class Run:
             if cuda:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if cuda else "gloo")
-        self.folder.mkdir(parents=True, exist_ok=True)
         if settings.precision == "auto":
             settings.precision = self.choose_precision()
         self.stop = 0
@@ -213,14 +174,20 @@ class Run:
     def remember_settings(self):
         """Once a stage has accepted them: a refused command must leave no trace."""
         if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for half in self.folder.glob("*.pt.*.tmp"):    # killed while it wrote a checkpoint
+                half.unlink()
             temporary = self.folder / "settings.json.tmp"
             temporary.write_text(json.dumps(self.everything, indent=1))
             os.replace(temporary, self.folder / "settings.json")
 
     def ask_to_stop(self, number, frame):
-        if self.stop:                                      # asked twice: do not wait for the step
+        # Asked again: do not wait for the step. A terminal and torchrun may both pass one Ctrl-C on.
+        if self.stop and time.monotonic() - self.asked > 1:
             sys.exit(128 + number)
-        self.stop = number
+        if self.stop:
+            return
+        self.stop, self.asked = number, time.monotonic()
         self.say("stopping after this step; once more to stop at once")
 
     def say(self, line):
@@ -260,6 +227,8 @@ class Run:
 
     def stopping(self, step):
         """The signal that asked us to stop, or 0; all processes agree on the step (every tenth)."""
+        if self.world > 1 and os.getppid() != self.parent:      # whoever started us is gone
+            self.stop = signal.SIGTERM
         if self.world == 1 or step % 10:
             return self.stop if self.world == 1 else 0
         flag = torch.tensor(self.stop, device=self.device)
@@ -280,13 +249,82 @@ class Run:
         if self.world > 1:
             dist.barrier()
 
+    def to_device(self, tensor):
+        """Without waiting for the GPU to finish what it is doing."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def place(self, model, parts):
+        """The model on this process's device; with --shard, a share of all its weights: each of
+        `parts` is put together when it is needed and forgotten again (ZeRO 3, FSDP)."""
+        model.to(self.device)
+        if self.settings.shard:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for part in (*parts, model):
+                fully_shard(part, mesh=mesh)
+        return model
+
     def wrap(self, model):
         """The model to train through: compiled if asked, averaged over processes if many."""
         if self.settings.compile:
             import torch._functorch.config as functorch
             functorch.donated_buffer = False               # an adaptive weight goes back twice more
             model = torch.compile(model)
-        if self.world > 1:
+        if self.world > 1 and not is_sharded(model):
             # Buffers are not copied from rank 0: the quantizer keeps them equal by itself.
             model = DistributedDataParallel(model, broadcast_buffers=False)
         return model
+
+    def exchange(self, wrapped, now):
+        """A context: do the processes average the gradients of this part of a batch, or later?"""
+        if is_sharded(wrapped):
+            wrapped.set_requires_gradient_sync(now)
+        elif self.world > 1 and not now:
+            return wrapped.no_sync()
+        return contextlib.nullcontext()
+
+
+def is_sharded(model):
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def launch(count):
+    """This command in `count` processes on this machine, as `torchrun --standalone` would start
+    it. -> the exit status of the first that failed, else 0
+
+    Unlike torchrun, a signal is passed on and then waited for, however long saving takes; when one
+    process fails, its own last line is the last."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count),
+               LOCAL_WORLD_SIZE=str(count), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    processes = [subprocess.Popen([sys.executable, *sys.argv],
+                                  env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)))
+                 for rank in range(count)]
+
+    def pass_on(number, frame):
+        for process in processes:
+            process.send_signal(number)                    # to one that has ended: does nothing
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, pass_on)
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+        if failed := [p for p in processes if p.poll() not in (None, 0)]:
+            break
+    else:
+        failed = [p for p in processes if p.returncode]
+    status = failed[0].returncode if failed else 0
+    for process in processes:
+        try:                                               # stopped on request: all save and end
+            process.wait(60 if status in (130, 143) else 0.5)
+        except subprocess.TimeoutExpired:
+            process.kill()                                 # it waits for one that is gone
+    if status < 0:                                         # say it for one that could not
+        raise BadInput(f"process {processes.index(failed[0])} of {count} was killed by signal "
+                       f"{-status} (9: out of memory?); the same command goes on from the last "
+                       "checkpoint")
+    return status

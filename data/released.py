@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from data import BadInput
-from data.plumbing import load_checkpoint, progress
+from data.checkpoints import load_checkpoint
+from data.plumbing import progress
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.

@@ -6,7 +6,8 @@ import torch
 
 from data import BadInput, gallery, imagenet, pictures, released
 from data.batches import load_data, stack, to_float
-from data.plumbing import OneLineParser, fingerprint, number, pick_device, progress
+from data.checkpoints import fingerprint
+from data.plumbing import OneLineParser, number, pick_device, progress
 
 
 class Studio:

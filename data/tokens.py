@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from data import BadInput, batches
-from data.plumbing import clock, fingerprint
+from data.checkpoints import fingerprint
+from data.plumbing import clock
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def cache_tokens(run, tokenizer, images, split, views):
         else:
             run.say(f"  tokens of {split}: going on where they were interrupted")
     run.barrier()
-    encode(run, tokenizer, images, np.lib.format.open_memmap(half, "r+"), split)
+    encode(run, tokenizer, images, half, split)
     run.barrier()
     if run.rank == 0:
         os.replace(half, path)
@@ -60,9 +61,11 @@ def cache_tokens(run, tokenizer, images, split, views):
     return np.load(path, mmap_mode="r")
 
 
-def encode(run, tokenizer, images, cache, split):
-    """Fill the rows of this process that are not yet filled, with a line every 5 seconds."""
-    # Neighbouring rows for each process: two of them share a page only where their parts meet.
+def encode(run, tokenizer, images, path, split):
+    """Fill the rows of this process that are not yet filled, with a line every 5 seconds. Written
+    as ranges of bytes, not through the memory map: machines that share a folder over a network
+    would overwrite each other's neighbouring rows, page by page."""
+    cache = np.load(path, mmap_mode="r")
     mine = np.array_split(np.arange(len(images)), run.world)[run.rank]
     many, missing = batches.per_pass(tokenizer.config.image_size), np.array(-1).astype(cache.dtype)
     jobs = [(view, mine[i:i + many]) for view in range(len(cache))
@@ -70,21 +73,26 @@ def encode(run, tokenizer, images, cache, split):
     jobs = [(view, rows) for view, rows in jobs if (cache[view, rows] == missing).any()]
     plan = ([(int(i), view - 1) for i in rows] for view, rows in jobs)
     begin = said = time.time()
-    for done, pixels in enumerate(batches.picture_batches(images, plan, run.settings.workers)):
-        view, rows = jobs[done]
-        image = batches.to_float(pixels.to(run.device))
-        if view % 2 and isinstance(images, np.ndarray):
-            image = image.flip(3)
-        cache[view, rows] = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
-        if run.stop:
-            run.say(f"stopped at {100 * (done + 1) // len(jobs)}% of the tokens: the same command "
-                    "goes on from there")
-            sys.exit(128 + run.stop)
-        if time.time() - said > 5:
-            said = time.time()
-            eta = clock((said - begin) / (done + 1) * (len(jobs) - done - 1))
-            run.say(f"  tokens of {split}: {100 * (done + 1) // len(jobs)}% | eta {eta}")
-    cache.flush()
+    with open(path, "r+b") as file:
+        for done, pixels in enumerate(batches.picture_batches(images, plan, run.settings.workers)):
+            view, rows = jobs[done]
+            image = batches.to_float(run.to_device(pixels))
+            if view % 2 and isinstance(images, np.ndarray):
+                image = image.flip(3)
+            with run.autocast():
+                found = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
+            file.seek(cache.offset + (view * len(images) + rows[0]) * cache[0, 0].nbytes)
+            file.write(found.astype(cache.dtype).tobytes())
+            file.flush()
+            if run.stop:
+                run.say(f"stopped at {100 * (done + 1) // len(jobs)}% of the tokens: the same "
+                        "command goes on from there")
+                sys.exit(128 + run.stop)
+            if time.time() - said > 5:
+                said = time.time()
+                eta = clock((said - begin) / (done + 1) * (len(jobs) - done - 1))
+                run.say(f"  tokens of {split}: {100 * (done + 1) // len(jobs)}% | eta {eta}")
+        os.fsync(file.fileno())
 
 
 def opened(path, note, header, shape, dtype):

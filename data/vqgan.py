@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import BadInput
-from data.plumbing import load_checkpoint
+from data.checkpoints import load_checkpoint
 
 VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")

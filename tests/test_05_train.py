@@ -111,8 +111,8 @@ def test_other_settings_on_resume_are_refused_and_name_what_changed(refused, tin
     for change in ("--lr 0.5", "--tokenizer-lr 0.5", "--seed 9", "--steps 25"):
         line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *change.split())
         assert change.split()[0].lstrip("-").replace("-", "_") in line and "--fresh" in line
-    assert same(plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt"),
-                plumbing.load_checkpoint(tiny.folder / "transformer.pt")), "nothing may be lost"
+    assert same(checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt"),
+                checkpoints.load_checkpoint(tiny.folder / "transformer.pt")), "nothing may be lost"
 
 
 def test_help_explains_every_option(cli):
@@ -300,13 +300,13 @@ def test_both_stages_learn(tiny):
 
 
 def test_classes_come_from_the_data(tiny):
-    state = plumbing.load_checkpoint(tiny.folder / "transformer.pt")
+    state = checkpoints.load_checkpoint(tiny.folder / "transformer.pt")
     assert state["config"]["num_classes"] == 3 and state["class_names"] == ["ant", "bee", "cat"]
     assert len(state["model"]["class_embed.weight"]) == 4
 
 
 def test_the_tokenizer_is_no_part_of_the_transformers_checkpoint(tiny):
-    state = plumbing.load_checkpoint(tiny.folder / "transformer.pt")
+    state = checkpoints.load_checkpoint(tiny.folder / "transformer.pt")
     assert set(state["model"]) == set(var_model().state_dict())
     words = ("encoder", "decoder", "quant", "phi", "codebook", "tokenizer")
     assert not [name for name in state["model"] if any(word in name for word in words)]
@@ -332,8 +332,8 @@ def test_the_tokenizer_is_frozen_in_stage_2(cli, tiny, tmp_path, monkeypatch):
                  tmp_path / "run")
     assert result.status == 0 and "going on" not in result.out
     assert (tmp_path / "run" / "tokenizer.pt").read_bytes() == before
-    assert same(plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"],
-                plumbing.load_checkpoint(tiny.folder / "transformer.pt")["model"])
+    assert same(checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"],
+                checkpoints.load_checkpoint(tiny.folder / "transformer.pt")["model"])
     (call,) = result.started
     assert "06_sample_and_edit.py" in " ".join(call)
 
@@ -366,7 +366,7 @@ def test_a_flat_folder_trains_an_unconditional_model(cli, tiny, tmp_path):
     result = cli(SCRIPT, *tiny.options, "--dataset", flat, "--tokenizer-steps", 2, "--steps", 2,
                  "--out", tmp_path / "run")
     assert result.status == 0, result.err
-    state = plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")
+    state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
     assert state["config"]["num_classes"] == 1 and state["class_names"] == ["flat"]
 
 
@@ -416,7 +416,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(cli, tiny, tmp_path, spoilt
     result = cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--steps", 4,
                  "--out", tmp_path / "run")
     assert result.status == 0, result.err
-    spoilt_run = plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")
+    spoilt_run = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
     assert all(v.isfinite().all() for v in spoilt_run["model"].values())
     count = [s["step"] for s in spoilt_run["optimizers"][0]["state"].values()]
     assert all(int(steps) == 3 for steps in count), "three steps counted, the fourth was skipped"
@@ -429,7 +429,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_with_one_line(
     line = refused(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
                    tmp_path / "run")
     assert "finite" in line and "learning rate" in line and len(seen) == 15
-    kept = plumbing.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"]
+    kept = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"]
     assert all(v.isfinite().all() for v in kept.values())
 
 
@@ -458,7 +458,7 @@ def test_killed_and_stopped_runs_go_on_bit_for_bit(cli, tiny, tmp_path):
     wait_for(process, "tokenizer 12/24")
     process.kill()                                         # no chance to save anything
     process.communicate()
-    step = plumbing.load_checkpoint(run / "tokenizer.pt")["step"]
+    step = checkpoints.load_checkpoint(run / "tokenizer.pt")["step"]
     assert 10 <= step < 24, "it was to be killed on the way"
 
     process = tiny.start(SCRIPT, *tiny.options, "--out", run, cwd=tmp_path)
@@ -467,13 +467,13 @@ def test_killed_and_stopped_runs_go_on_bit_for_bit(cli, tiny, tmp_path):
     process.send_signal(signal.SIGTERM)                    # saves first
     out, err = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and err == ""
-    step = plumbing.load_checkpoint(run / "transformer.pt")["step"]
+    step = checkpoints.load_checkpoint(run / "transformer.pt")["step"]
     assert 7 <= step < 24 and re.search(rf"stopped .*at step {step} ", out)
 
     result = cli(SCRIPT, *tiny.options, "--out", run)
     assert result.status == 0 and f"transformer: going on at step {step}" in result.out
     for name in ("tokenizer.pt", "transformer.pt"):
-        straight, resumed = (plumbing.load_checkpoint(f / name) for f in (tiny.folder, run))
+        straight, resumed = (checkpoints.load_checkpoint(f / name) for f in (tiny.folder, run))
         for key in ("model", "optimizers", "step", "config"):
             assert same(straight[key], resumed[key]), (name, key)
     assert log_of(run) == log_of(tiny.folder)
@@ -573,7 +573,7 @@ def test_two_processes_have_one_codebook_and_count_its_usage_together(tiny, tmp_
 
 def test_a_failing_save_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
-    plumbing.save_atomically({"step": 1}, path)
+    checkpoints.save_atomically({"step": 1}, path)
 
     def fail(value, name, *args, **kwargs):
         Path(name).write_bytes(b"half a fi")
@@ -581,8 +581,8 @@ def test_a_failing_save_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
         with pytest.raises(OSError, match="disk full"):
-            plumbing.save_atomically({"step": 2}, path)
-    assert plumbing.load_checkpoint(path) == {"step": 1}
+            checkpoints.save_atomically({"step": 2}, path)
+    assert checkpoints.load_checkpoint(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -607,13 +607,13 @@ def test_whatever_is_no_checkpoint_is_refused_and_code_in_it_never_runs(tmp_path
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(BadInput) as error:
-            plumbing.load_checkpoint(path)
+            checkpoints.load_checkpoint(path)
         assert "\n" not in str(error.value) and "model.pt" in str(error.value)
     assert not victim.exists(), "loading ran code from the file"
     with pytest.raises(BadInput, match="no such"):
-        plumbing.load_checkpoint(tmp_path / "missing.pt")
+        checkpoints.load_checkpoint(tmp_path / "missing.pt")
     with pytest.raises(BadInput):
-        plumbing.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 def test_checkpoints_hold_tensors_and_plain_values_only(tiny):

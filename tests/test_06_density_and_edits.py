@@ -737,7 +737,7 @@ def test_options_that_make_no_sense_are_refused_in_one_line(refused, tiny, optio
 
 
 def test_a_single_file_with_both_models_is_a_run_too(cli, tiny, sheets, tmp_path):
-    plumbing.export(tiny.folder, tmp_path / "gift.pt")
+    checkpoints.export(tiny.folder, tmp_path / "gift.pt")
     result = cli(SCRIPT, "--run", "gift.pt", "--device", "cpu", "--task", "sample", "--n", 1)
     assert result.status == 0 and "gift.pt" in result.out
     made = tmp_path / "out" / "shipped-gift"

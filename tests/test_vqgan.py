@@ -96,7 +96,7 @@ def train(cli, picture_folder, tmp_path):
         assert result.status == status, result.err
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         result.log = [json.loads(line) for line in lines]
-        result.state = plumbing.load_checkpoint(tmp_path / name / "tokenizer.pt")
+        result.state = checkpoints.load_checkpoint(tmp_path / name / "tokenizer.pt")
         return result
     return call
 
@@ -350,7 +350,7 @@ def test_an_adversarial_run_that_was_stopped_goes_on_bit_for_bit(train, monkeypa
 def test_who_loads_or_is_given_the_tokenizer_gets_no_critic(train, tmp_path):
     run = train("run", "--adversarial", 0.5, "--tokenizer-steps", 6, "--stage", "all",
                 "--steps", 1, "--export", tmp_path / "both.pt")
-    both = plumbing.load_checkpoint(tmp_path / "both.pt")
+    both = checkpoints.load_checkpoint(tmp_path / "both.pt")
     assert "critic" in run.state and not {"critic", "optimizers"} & set(both["tokenizer"])
     for path in (tmp_path / "run" / "tokenizer.pt", tmp_path / "both.pt"):
         model, about = m5.load_tokenizer(path)

@@ -1,0 +1,112 @@
+"""Checkpoints: written whole or not at all, read without trusting them, put together when the
+weights are spread over processes."""
+import hashlib
+import os
+
+import torch
+
+from data import BadInput
+
+
+def save_atomically(value, path):
+    """Write beside, then rename: whoever reads `path` sees the old file or the new, never half."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        torch.save(value, temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:                          # how torch reports a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A file written by this script; tensors and plain values only, so a hostile file can do no
+    harm. Raises BadInput, with one line, for anything else."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such checkpoint") from None
+    except Exception as error:               # truncated, something else, or code instead of tensors
+        raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); "
+                       "expected a file written by 05_train.py") from None
+    if not isinstance(state, dict):
+        raise BadInput(f"{path}: not a checkpoint of 05_train.py")
+    return state
+
+
+def fingerprint(model):
+    """A short name for exactly these weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def export(folder, path):
+    """One file to give away: both models without their optimizers, in half precision."""
+    both = {}
+    for part in ("tokenizer", "transformer"):
+        state = load_checkpoint(folder / f"{part}.pt")
+        state = {k: v for k, v in state.items() if k not in ("optimizers", "critic")}
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
+        both[part] = {**state, "model": weights}
+    save_atomically(both, path)
+
+
+def save(run, stage, path, step):
+    """All of a stage after `step` steps. Every process calls this, rank 0 writes."""
+    weights = {name: whole(part.state_dict()) for name, part in stage.parts.items()}
+    optimizers = [whole(optimizer.state_dict()) for optimizer in stage.optimizers]
+    if run.rank == 0:
+        save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
+    run.barrier()
+
+
+def resume(run, stage, path, total):
+    """Load the checkpoint, if there is one and it belongs to the same settings. -> first step"""
+    state = {} if run.settings.fresh or not path.exists() else load_checkpoint(path)
+    if state:
+        old, new = state.get("settings"), stage.about["settings"]
+        if not isinstance(old, dict) or set(old) != set(new):
+            raise BadInput(f"{path} is no {stage.name} of this version; --fresh starts over")
+        if state["step"] >= total and "perceptual" in new:
+            new["perceptual"] = old["perceptual"]          # done: its weights may be gone by now
+        changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+        if changed:
+            raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
+                           "give the old ones, or --fresh starts over, --out takes another folder")
+        try:
+            for name, part in stage.parts.items():
+                own, saved = part.state_dict(), state[name]
+                part.load_state_dict({key: spread(saved[key], own.get(key)) for key in saved})
+            for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
+                owners = [p for group in optimizer.param_groups for p in group["params"]]
+                for i, values in saved["state"].items():
+                    values.update({k: spread(v, owners[i]) for k, v in values.items()})
+                optimizer.load_state_dict(saved)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+            raise BadInput(f"{path} is damaged; --fresh starts over") from None
+        run.say(f"{stage.name}: going on at step {state['step']}")
+    run.remember_settings()
+    run.forget_log_after(stage.name, state.get("step", 0))
+    run.barrier()
+    return state.get("step", 0)
+
+
+def whole(state):
+    """The same state with every weight that is spread over processes put together, on the CPU."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    return state.full_tensor().cpu() if hasattr(state, "full_tensor") else state
+
+
+def spread(value, like):
+    """A whole tensor, cut as `like` is, if that is spread over processes and of the same shape."""
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
