@@ -168,7 +168,7 @@ def in_half_if_stored_so(method):
 class VAR(nn.Module):
     """The next-scale predictor: stage 2 of VAR."""
 
-    activation_checkpointing = False     # True: keep only what enters a block, compute the rest twice
+    activation_checkpointing = False     # True: keep what enters a block, compute the rest again
 
     def __init__(self, config):
         super().__init__()

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, health, released, vqgan
+from data import BadInput, health, plan, released, vqgan
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
 from data.checkpoints import export, fingerprint, load_checkpoint, resume, save, whole
@@ -270,7 +270,7 @@ def take_step(run, stage, wrapped, batch, progress):
     norm = whole(norms[0])
     skipped = ~(loss + norm + sum(norms[1:])).isfinite()
     for optimizer in stage.optimizers:
-        optimizer.found_inf = skipped.float()              # fused optimizers look at it by themselves
+        optimizer.found_inf = skipped.float()              # fused optimizers look at it
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return Taken(loss, norm, skipped, memories)
@@ -493,6 +493,13 @@ def relaunch(settings):
     return launch(settings.gpus)
 
 
+def var_sizes(var_fields, config, num_classes):
+    """What the transformer has from its tokenizer and from the data, and what was asked for."""
+    return transformer.VARConfig(**{**var_fields, "num_classes": num_classes,
+                                    "scales": config.scales, "vocab_size": config.vocab_size,
+                                    "latent_dim": config.latent_dim})
+
+
 def train_all(settings, config, var_fields):
     run = Run(settings)
 
@@ -524,11 +531,8 @@ def train_all(settings, config, var_fields):
                 f"{about['settings']['tokenizer_steps']}")
     data = {"train": (cache_tokens(run, tokenizer, images, "train", settings.views), labels),
             "test": (cache_tokens(run, tokenizer, test_images, "test", 1), test_labels)}
-    known = tokenizer.config
-    var_config = transformer.VARConfig(**{
-        **var_fields, "num_classes": len(class_names), "scales": known.scales,
-        "vocab_size": known.vocab_size, "latent_dim": known.latent_dim})
-    train(run, TransformerStage(run, tokenizer, var_config, data, class_names), settings.steps)
+    sizes = var_sizes(var_fields, tokenizer.config, len(class_names))
+    train(run, TransformerStage(run, tokenizer, sizes, data, class_names), settings.steps)
     if run.rank == 0 and settings.export:
         export(run.folder, settings.export)
     if run.rank == 0 and settings.steps:                   # chapter 6, as you would call it
@@ -540,6 +544,10 @@ def train_all(settings, config, var_fields):
 
 def main():
     settings, config, var_fields = read_settings()
+    if settings.dry_run:
+        sizes = var_sizes(var_fields, config, 1000 if settings.dataset == "imagenet" else 10)
+        processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
+        return plan.show(settings, processes, config, vqvae.MultiScaleVQVAE, sizes, transformer.VAR)
     if settings.gpus > 1 and "RANK" not in os.environ:
         load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
         return relaunch(settings)

@@ -182,10 +182,9 @@ class Run:
             os.replace(temporary, self.folder / "settings.json")
 
     def ask_to_stop(self, number, frame):
-        # Asked again: do not wait for the step. A terminal and torchrun may both pass one Ctrl-C on.
-        if self.stop and time.monotonic() - self.asked > 1:
-            sys.exit(128 + number)
-        if self.stop:
+        if self.stop:                                      # asked twice: do not wait for the step;
+            if time.monotonic() - self.asked > 1:          # but one Ctrl-C may arrive twice, from
+                sys.exit(128 + number)                     # the terminal and from the launcher
             return
         self.stop, self.asked = number, time.monotonic()
         self.say("stopping after this step; once more to stop at once")

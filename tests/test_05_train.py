@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, muon, plumbing, shapes
+from data import BadInput, batches, checkpoints, muon, shapes
 
 m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")

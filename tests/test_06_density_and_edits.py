@@ -15,7 +15,7 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, gallery, pictures, plumbing, studio
+from data import BadInput, checkpoints, gallery, pictures, plumbing, studio
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")

@@ -17,7 +17,7 @@ from conftest import TINY, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import BadInput, plumbing, vqgan
+from data import BadInput, checkpoints, vqgan
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
 SCRIPT = "05_train.py"
@@ -308,7 +308,7 @@ def test_lpips_is_added_to_the_loss_with_its_weight(train, files, monkeypatch):
 
 def test_the_critic_sleeps_for_a_fifth_of_the_steps_and_then_changes_the_run(train, monkeypatch):
     """Steps 0 to 4 of 24; what they say and save is that of a run without a critic."""
-    saved, made, save, build = {}, [], m5.save_atomically, vqgan.Discriminator
+    saved, made, save, build = {}, [], checkpoints.save_atomically, vqgan.Discriminator
 
     def keep(state, path):
         saved[state["step"]] = copy.deepcopy(state)
@@ -317,7 +317,7 @@ def test_the_critic_sleeps_for_a_fifth_of_the_steps_and_then_changes_the_run(tra
     def make(image_size):
         made.append(build(image_size))
         return copy.deepcopy(made[0])
-    monkeypatch.setattr(m5, "save_atomically", keep)
+    monkeypatch.setattr(checkpoints, "save_atomically", keep)
     monkeypatch.setattr(vqgan, "Discriminator", make)
     without, plain = train("plain", "--save-every", 1), dict(saved)
     run = train("run", "--save-every", 1, "--adversarial", 0.5)
