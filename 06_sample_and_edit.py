@@ -47,16 +47,16 @@ def keep_likely(logits, top_k=0, top_p=0.0):
     """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, also when
     several are equally likely; 0 < top_p < 1 leaves the fewest that together hold top_p or more.
     (..., V) -> (..., V)"""
-    V = logits.shape[-1]
-    if 0 < top_k < V:
-        best = logits.topk(top_k, dim=-1).indices
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))
+    V, k = logits.shape[-1], top_k if top_k > 0 else logits.shape[-1]
+    if k >= V and not 0 < top_p < 1:
+        return logits
+    value, order = logits.topk(min(k, V), dim=-1)          # likeliest first
     if 0 < top_p < 1:
-        value, order = logits.sort(dim=-1, descending=False)
-        drop = value.softmax(-1).cumsum(-1) <= 1 - top_p
-        drop[..., -1] = False                              # the likeliest always stays
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return logits
+        less_likely = value.softmax(-1).flip(-1).cumsum(-1).flip(-1)       # this one included
+        drop = less_likely <= 1 - top_p
+        drop[..., 0] = False                               # the likeliest always stays
+        value = value.masked_fill(drop, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, order, value)
 
 
 def draw(logits, generator=None):
@@ -113,7 +113,7 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
 def to_picture(tokenizer, f_hat):
     """f_hat -> image (B, 3, H, W) in [0, 1]"""
     with torch.no_grad():
-        return (tokenizer.decode(f_hat).clamp(-1, 1) + 1) / 2
+        return (tokenizer.decode(f_hat).float().clamp(-1, 1) + 1) / 2
 
 
 def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0, smooth=False,

@@ -1,4 +1,5 @@
 """The command line of chapter 6: which model, which pictures, which options."""
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from data import BadInput, gallery, imagenet, pictures, released
 from data.batches import load_data, stack, to_float
 from data.checkpoints import fingerprint
-from data.plumbing import OneLineParser, number, pick_device, progress
+from data.plumbing import OneLineParser, fast_bfloat16, number, pick_device, progress
 
 
 class Studio:
@@ -23,9 +24,9 @@ class Studio:
         where = self.load_released() if args.released or args.var_file else self.load_run()
         if self.var is not None:
             self.var.to(self.device)
-            for layer in self.var.modules():
-                if isinstance(layer, torch.nn.Linear):     # nearly all of it
-                    layer.to(self.precision())
+            halved = [m for m in self.var.modules() if isinstance(m, torch.nn.Linear)]
+            for layer in (*halved, self.tokenizer.decoder, self.tokenizer.post_quant_conv):
+                layer.to(self.precision)                 # what encodes pictures stays exact
         self.side, self.sampling["temperature"] = self.tokenizer.config.image_size, 1.0
         self.sampling.update({k: getattr(args, k) for k in self.sampling
                               if getattr(args, k) is not None})
@@ -49,7 +50,7 @@ class Studio:
                       [f"class {i}" for i in range(count)])
         self.dataset = "imagenet" if count == 1000 and args.data_dir else None
         sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.tokenizer, self.var)]
-        weights = 4 * sizes[0] + self.precision().itemsize * sizes[1]
+        weights = 4 * sizes[0] + self.precision.itemsize * sizes[1]
         print(f"released model: tokenizer {sizes[0]:.0f} M, transformer {sizes[1]:.0f} M "
               f"parameters, {weights / 1e3:.1f} GB; {self.at_once()} pictures at once")
         return "released"
@@ -74,13 +75,15 @@ class Studio:
         self.names, self.dataset = about["class_names"], about["dataset"]
         return f"shipped-{path.stem}" if one else path.name
 
+    @functools.cached_property                             # measured once: it must not change
     def precision(self):
-        """The transformer's numbers; half of the memory, and faster, on a GPU."""
-        chosen = self.args.precision
-        if chosen == "auto":
-            large = bool(self.args.released or self.args.var_file)
-            chosen = "float16" if large and self.device.type == "cuda" else "float32"
-        return getattr(torch, chosen)
+        """The numbers of transformer and decoder. Large models are halved where that is fast."""
+        if self.args.precision != "auto":
+            return getattr(torch, self.args.precision)
+        large = 18 * self.var.config.depth * self.var.config.width ** 2 > 1e8    # parameters
+        if large and self.device.type == "cuda":
+            return torch.float16
+        return torch.bfloat16 if large and fast_bfloat16(self.device) else torch.float32
 
     def at_once(self):
         """How many pictures fit: keys and values for both halves of guidance, a few of the
@@ -88,7 +91,7 @@ class Studio:
         c, room = self.var.config, 1e9
         if self.device.type == "cuda":
             room = 0.3 * torch.cuda.get_device_properties(self.device).total_memory
-        each = 4 * c.depth * self.var.L * c.width * self.precision().itemsize
+        each = 4 * c.depth * self.var.L * c.width * self.precision.itemsize
         each += 24 * self.tokenizer.config.channels * self.tokenizer.config.image_size ** 2
         return int(min(max(1, room // each), 100))
 
@@ -259,8 +262,9 @@ def read_arguments(description):
                    help="write samples of every class for the ImageNet evaluator, nothing else")
     p.add_argument("--data-dir", default="", help="where the held-out pictures lie")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    p.add_argument("--precision", default="auto", help="of the transformer [float32; released "
-                   "models on a GPU: float16]", choices=("auto", "float32", "float16", "bfloat16"))
+    p.add_argument("--precision", default="auto", help="of transformer and decoder [float32; "
+                   "large models: float16 on a GPU, bfloat16 where a CPU is fast at it]",
+                   choices=("auto", "float32", "float16", "bfloat16"))
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--out", help="folder for the pictures; default out/NAME")
     args = p.parse_args()

@@ -1,0 +1,244 @@
+"""How fast is it? Prints the README's tables; nothing is asserted, nothing is trained for real.
+
+    python tests/benchmark.py                    on a CPU, about 6 minutes
+    python tests/benchmark.py --device cuda      depth 16 and 30, attention kernels, torch.compile
+
+On a CPU: the work of the original code's sizes (256 px, its tokenizer of 109 M parameters, a
+transformer of depth 8, 4 pictures, float32), in seconds and in units of U, the time of one float32
+product of two 2048x2048 matrices in the same process. Beside it the same models as the original
+code runs them: convolutions in torch's default memory layout, attention under a dense mask, every
+picture encoded again in every training step. Then training steps per second at small sizes.
+"""
+import argparse
+import contextlib
+import platform
+import resource
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import plan, released  # noqa: E402
+from data.plumbing import Run, fast_bfloat16  # noqa: E402
+
+vqvae, mask = import_module("02_multiscale_vqvae"), import_module("03_block_causal_mask")
+transformer, training = import_module("04_var_transformer"), import_module("05_train")
+sampling = import_module("06_sample_and_edit")
+
+SCALES = released.SCALES[680]
+PEAK = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}    # bfloat16, TFLOP/s
+ORIGINAL = {"tokenise": 66, "decode": 104, "sample": 137, "training step": 102}      # in U
+
+
+def seconds(work, device, repeats):
+    """The fastest of some repeats, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronise(device)
+        begin = time.perf_counter()
+        work()
+        synchronise(device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def var_config(depth):
+    return transformer.VARConfig(num_classes=1000, scales=SCALES, vocab_size=4096, latent_dim=32,
+                                 depth=depth)
+
+
+def stage_of(options, tokenizer_config, config, batch, folder):
+    """Stage 2 as chapter 5 builds it, on invented tokens, whose last batch is ready to be used."""
+    settings, *_ = training.read_settings([*options, "--out", folder])
+    run = Run(settings)
+    tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config).to(run.device).eval().requires_grad_(False)
+    L = sum(side * side for side in config.scales)
+    tokens = torch.randint(config.vocab_size, (1, batch, L)).numpy().astype("uint16")
+    labels = torch.randint(config.num_classes, (batch,)).numpy()
+    data = {"train": (tokens, labels), "test": (tokens, labels)}
+    return training.TransformerStage(run, tokenizer, config, data, [""] * config.num_classes)
+
+
+def original_sizes(device, repeats):
+    """The four pieces of work. -> {name: {how: seconds}}, peak memory in GB"""
+    torch.manual_seed(0)
+    sizes = vqvae.TokenizerConfig(**released.TOKENIZER)
+    with tempfile.TemporaryDirectory() as folder:
+        stage = stage_of("--dataset imagenet --precision float32 --batch-size 4".split(), sizes,
+                         var_config(8), 4, folder)
+    var, image = stage.model, torch.rand(4, 3, 256, 256) * 2 - 1
+    tokenizer, run = stage.tokenizer, stage.run
+    batch, labels = stage.rows("train", torch.arange(4).numpy()), torch.arange(4)
+
+    def step():
+        var.train()
+        training.take_step(run, stage, var, batch, 0.5)
+
+    def step_and_encode():
+        with torch.no_grad():
+            tokenizer.image_to_tokens(image)
+        step()
+
+    def sample():
+        sampling.generate(tokenizer, var.eval(), labels, cfg=1.5, top_k=900, top_p=0.96)
+    with torch.no_grad():
+        tokens = tokenizer.image_to_tokens(image)
+    work = {"tokenise": lambda: tokenizer.image_to_tokens(image),
+            "decode": lambda: tokenizer.tokens_to_image(tokens), "sample": sample}
+    found = {name: {} for name in [*work, "training step"]}
+    ways = [("float32", contextlib.nullcontext(), step)]
+    if fast_bfloat16(device):
+        ways.append(("bfloat16", torch.autocast("cpu", torch.bfloat16), step))
+    for how, context, train in ways:
+        with context:
+            for name, piece in work.items():
+                with torch.no_grad():
+                    found[name][how] = seconds(piece, device, repeats)
+            found["training step"][how] = seconds(train, device, repeats)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    tokenizer.to(memory_format=torch.contiguous_format)
+    prefix, mask.prefix_attention = mask.prefix_attention, mask.dense_attention
+    for name, piece in work.items():
+        with torch.no_grad():
+            found[name]["plain"] = seconds(piece, device, repeats)
+    found["training step"]["plain"] = seconds(step_and_encode, device, repeats)
+    mask.prefix_attention = prefix
+    return found, memory
+
+
+def print_original_sizes(found, memory, U):
+    ways = [how for how in ("float32", "bfloat16") if how in found["sample"]]
+    print("| 4 pictures of 256 px | original, U | plain, U |"
+          + "".join(f" {how}, U | seconds | plain / {how} |" for how in ways))
+    print("| --- " * (3 + 3 * len(ways)) + "|")
+    for name, times in found.items():
+        print(f"| {name} | {ORIGINAL[name]} | {times['plain'] / U:.0f} |" + "".join(
+            f" {times[how] / U:.0f} | {times[how]:.2f} | {times['plain'] / times[how]:.2f}x |"
+            for how in ways))
+    print(f"U = {U:.3f} s; largest peak memory of ours {memory:.1f} GB")
+
+
+def small_sizes(device, repeats):
+    """Training steps per second of both stages at the presets for shapes and CIFAR-10."""
+    print("\n| preset | stage | batch | parameters | ms a step | pictures/s |\n" + "| --- " * 6 + "|")
+    for name in ("shapes", "cifar10"):
+        options = ["--dataset", name, "--device", device.type]
+        settings, config, var_fields = training.read_settings(options)
+        with tempfile.TemporaryDirectory() as folder:
+            settings.out = folder
+            run = Run(settings)
+            images = torch.randint(256, (settings.tokenizer_batch_size, 32, 32, 3)).byte().numpy()
+            first = training.TokenizerStage(run, config, images, images[:1], [""] * 10)
+            pixels = (torch.from_numpy(images),)
+            sizes = training.var_sizes(var_fields, config, 10)
+            second = stage_of(options, config, sizes, settings.batch_size, folder)
+            rows = second.rows("train", torch.arange(settings.batch_size).numpy())
+            for stage, batch in ((first, pixels), (second, rows)):
+                stage.model.train()
+                time_ = seconds(lambda: training.take_step(stage.run, stage, stage.model, batch,
+                                                           0.5), device, 5 * repeats)
+                parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
+                print(f"| {name} | {stage.name} | {stage.batch_size} | {parameters:.1f} M | "
+                      f"{1e3 * time_:.0f} | {stage.batch_size / time_:.0f} | "
+                      f"{stage.run.settings.precision}")
+
+
+def gpu(device, depths=(16, 30), batch=64, repeats=5):
+    """Training steps, sampling and attention kernels at full size."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = next((value for key, value in PEAK.items() if key in name), None)
+    tokenizer_config = vqvae.TokenizerConfig(**released.TOKENIZER)
+    print("\n| depth | batch | compile | ms a step | pictures/s | MFU | peak GB |\n"
+          + "| --- " * 7 + "|")
+    for depth in depths:
+        settings, *_ = training.read_settings(["--dataset", "imagenet", "--depth", str(depth)])
+        _, flops, _ = plan.TransformerWork(settings, var_config(depth), transformer.VAR).flops()
+        for compiled in (False, True):
+            if compiled and device.type == "cpu":
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                stage = stage_of(f"--dataset imagenet --depth {depth} --device {device.type} "
+                                 f"--precision bfloat16 --batch-size {batch}".split(),
+                                 tokenizer_config, var_config(depth), batch, folder)
+            stage.run.settings.compile = compiled
+            wrapped = stage.run.wrap(stage.model.train())
+            rows = stage.rows("train", torch.arange(batch).numpy())
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            time_ = seconds(lambda: training.take_step(stage.run, stage, wrapped, rows, 0.5),
+                            device, repeats)
+            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
+            mfu = f"{flops * batch / time_ / peak / 1e12:.1%}" if peak else "-"
+            print(f"| {depth} | {batch} | {'on' if compiled else 'off'} | {1e3 * time_:.0f} | "
+                  f"{batch / time_:.0f} | {mfu} | {memory:.1f} |", flush=True)
+            del wrapped
+        var, labels = stage.model.eval(), torch.arange(batch, device=device)
+        with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
+            time_ = seconds(lambda: sampling.generate(stage.tokenizer, var, labels, cfg=1.5,
+                                                      top_k=900, top_p=0.96), device, 2)
+        print(f"depth {depth}: {batch / time_:.1f} pictures of 256 px a second, cfg 1.5, bfloat16")
+        del stage, var
+    kernels(device, batch, repeats)
+
+
+def kernels(device, batch, repeats, scales=SCALES, heads=16):
+    """Block-causal attention by every way there is, forwards and backwards."""
+    L = sum(side * side for side in scales)
+    q, k, v = torch.randn(3, batch, heads, L, 64, device=device, dtype=torch.bfloat16)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    allowed = mask.block_causal_mask(scales).to(device)
+    ways = {"prefix": lambda: mask.prefix_attention(q, k, v, scales),
+            "written out, masked": lambda: mask.dense_attention(q, k, v, scales),
+            "SDPA, dense mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)}
+    if device.type == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        scale = mask.scale_of_token(scales).to(device)
+        blocks = create_block_mask(lambda b, h, i, j: scale[i] >= scale[j], None, None, L, L,
+                                   device=str(device))
+        flex = torch.compile(flex_attention)
+        ways["FlexAttention, compiled"] = lambda: flex(q, k, v, block_mask=blocks)
+        ways["prefix, compiled"] = torch.compile(ways["prefix"])
+    print(f"\n| attention, {batch} x {heads} x {L} x 64, bfloat16 | forward ms | both ms |\n"
+          "| --- | --- | --- |")
+    for name, way in ways.items():
+        try:
+            with torch.no_grad():
+                forward = seconds(way, device, repeats)
+            both = seconds(lambda: way().sum().backward(), device, repeats)
+        except RuntimeError as error:                      # too large, or no such kernel here
+            print(f"| {name} | {str(error).splitlines()[0][:60]} | |")
+            continue
+        print(f"| {name} | {1e3 * forward:.2f} | {1e3 * both:.2f} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repeats", type=int, default=2, help="the fastest counts [2]")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    print(f"torch {torch.__version__}, {where}, {time.strftime('%Y-%m-%d')}")
+    if device.type == "cuda":
+        gpu(device)
+    else:
+        a = torch.randn(2048, 2048)
+        U = seconds(lambda: a @ a, device, 10)
+        print_original_sizes(*original_sizes(device, args.repeats), U)
+    small_sizes(device, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
