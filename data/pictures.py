@@ -106,19 +106,25 @@ def save_gif(path, frames, milliseconds):
           loop=0)
 
 
-def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400)):
+def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400), log=False):
     """Write a line chart. series: name -> list of (x, y); points that are not finite are left out.
+    log: both axes logarithmic, so that powers are straight lines (all numbers above 0).
 
     Raises ValueError when no point is left.
     """
     series = {name: [(x, y) for x, y in points if np.isfinite(x) and np.isfinite(y)]
               for name, points in series.items()}
+    if log:
+        series = {name: np.log10(points) for name, points in series.items()}
     every = np.array([point for points in series.values() for point in points], dtype=np.float64)
     if len(every) == 0:
         raise ValueError("save_curve needs at least one finite point")
-    x_ticks, y_ticks = _ticks(*_range(every[:, 0])), _ticks(*_range(every[:, 1]))
+    x_ticks, y_ticks = ((_log_ticks if log else _ticks)(*_range(values)) for values in every.T)
     font = ImageFont.load_default(size=13)
-    left = 20 + max(_text_size(font, f"{tick:g}")[0] for tick in y_ticks)
+
+    def name_of(tick):
+        return f"{10 ** tick:.3g}" if log else f"{tick:g}"
+    left = 20 + max(_text_size(font, name_of(tick))[0] for tick in y_ticks)
     right, top, bottom = size[0] - 24, 48, size[1] - 44
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
@@ -129,10 +135,10 @@ def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400
 
     for tick in x_ticks:
         pen.line([place(tick, y_ticks[0]), place(tick, y_ticks[-1])], PALE)
-        pen.text((place(tick, 0)[0], bottom + 5), f"{tick:g}", INK, font, "mt")
+        pen.text((place(tick, 0)[0], bottom + 5), name_of(tick), INK, font, "mt")
     for tick in y_ticks:
         pen.line([place(x_ticks[0], tick), place(x_ticks[-1], tick)], PALE)
-        pen.text((left - 6, place(0, tick)[1]), f"{tick:g}", INK, font, "rm")
+        pen.text((left - 6, place(0, tick)[1]), name_of(tick), INK, font, "rm")
     pen.text((left, 8), title, INK, font)
     pen.text((left, 27), y_label, INK, font)
     pen.text((right, size[1] - 20), x_label, INK, font, "rt")
@@ -145,6 +151,13 @@ def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400
         x -= _text_size(font, name)[0] + 14  # the legend grows leftwards along the top
         pen.text((x + 8, 8), name, colour, font)
     _save(sheet, path)
+
+
+def _log_ticks(low, high):
+    """Logarithms of 1, 2, 4, 8 times powers of ten, from below `low` to above `high`."""
+    near = [np.log10(m) + e for e in range(int(low) - 2, int(high) + 2) for m in (1, 2, 4, 8)]
+    first, last = max(t for t in near if t <= low + 1e-9), min(t for t in near if t >= high - 1e-9)
+    return [t for t in near if first <= t <= last]
 
 
 def _range(values):

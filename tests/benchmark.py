@@ -31,7 +31,7 @@ vqvae, mask = import_module("02_multiscale_vqvae"), import_module("03_block_caus
 transformer, training = import_module("04_var_transformer"), import_module("05_train")
 sampling = import_module("06_sample_and_edit")
 
-SCALES = released.SCALES[680]
+SCALES, PICTURE = released.SCALES[680], 256
 PEAK = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}    # bfloat16, TFLOP/s
 ORIGINAL = {"tokenise": 66, "decode": 104, "sample": 137, "training step": 102}      # in U
 
@@ -77,7 +77,7 @@ def original_sizes(device, repeats):
     with tempfile.TemporaryDirectory() as folder:
         stage = stage_of("--dataset imagenet --precision float32 --batch-size 4".split(), sizes,
                          var_config(8), 4, folder)
-    var, image = stage.model, torch.rand(4, 3, 256, 256) * 2 - 1
+    var, image = stage.model, torch.rand(4, 3, PICTURE, PICTURE) * 2 - 1
     tokenizer, run = stage.tokenizer, stage.run
     batch, labels = stage.rows("train", torch.arange(4).numpy()), torch.arange(4)
 
@@ -131,7 +131,8 @@ def print_original_sizes(found, memory, U):
 
 def small_sizes(device, repeats):
     """Training steps per second of both stages at the presets for shapes and CIFAR-10."""
-    print("\n| preset | stage | batch | parameters | ms a step | pictures/s |\n" + "| --- " * 6 + "|")
+    print("\n| preset | stage | batch | parameters | precision | ms a step | pictures/s |\n"
+          + "| --- " * 7 + "|")
     for name in ("shapes", "cifar10"):
         options = ["--dataset", name, "--device", device.type]
         settings, config, var_fields = training.read_settings(options)
@@ -150,46 +151,50 @@ def small_sizes(device, repeats):
                                                            0.5), device, 5 * repeats)
                 parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
                 print(f"| {name} | {stage.name} | {stage.batch_size} | {parameters:.1f} M | "
-                      f"{1e3 * time_:.0f} | {stage.batch_size / time_:.0f} | "
-                      f"{stage.run.settings.precision}")
+                      f"{stage.run.settings.precision} | {1e3 * time_:.0f} | "
+                      f"{stage.batch_size / time_:.0f} |", flush=True)
 
 
 def gpu(device, depths=(16, 30), batch=64, repeats=5):
-    """Training steps, sampling and attention kernels at full size."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = next((value for key, value in PEAK.items() if key in name), None)
-    tokenizer_config = vqvae.TokenizerConfig(**released.TOKENIZER)
-    print("\n| depth | batch | compile | ms a step | pictures/s | MFU | peak GB |\n"
-          + "| --- " * 7 + "|")
+    """Training steps and sampling at full size, then attention kernels."""
+    print("\n| depth | batch | compile | ms a step | pictures/s | MFU | peak GB | sampled/s |\n"
+          + "| --- " * 8 + "|")
     for depth in depths:
-        settings, *_ = training.read_settings(["--dataset", "imagenet", "--depth", str(depth)])
-        _, flops, _ = plan.TransformerWork(settings, var_config(depth), transformer.VAR).flops()
-        for compiled in (False, True):
-            if compiled and device.type == "cpu":
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                stage = stage_of(f"--dataset imagenet --depth {depth} --device {device.type} "
-                                 f"--precision bfloat16 --batch-size {batch}".split(),
-                                 tokenizer_config, var_config(depth), batch, folder)
-            stage.run.settings.compile = compiled
-            wrapped = stage.run.wrap(stage.model.train())
-            rows = stage.rows("train", torch.arange(batch).numpy())
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            time_ = seconds(lambda: training.take_step(stage.run, stage, wrapped, rows, 0.5),
-                            device, repeats)
-            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0
-            mfu = f"{flops * batch / time_ / peak / 1e12:.1%}" if peak else "-"
-            print(f"| {depth} | {batch} | {'on' if compiled else 'off'} | {1e3 * time_:.0f} | "
-                  f"{batch / time_:.0f} | {mfu} | {memory:.1f} |", flush=True)
-            del wrapped
-        var, labels = stage.model.eval(), torch.arange(batch, device=device)
-        with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
-            time_ = seconds(lambda: sampling.generate(stage.tokenizer, var, labels, cfg=1.5,
-                                                      top_k=900, top_p=0.96), device, 2)
-        print(f"depth {depth}: {batch / time_:.1f} pictures of 256 px a second, cfg 1.5, bfloat16")
-        del stage, var
+        for compiled in (False, True)[:1 + (device.type == "cuda")]:
+            full_size(device, depth, batch, repeats, compiled)
     kernels(device, batch, repeats)
+
+
+def full_size(device, depth, batch, repeats, compiled):
+    """One row: training steps in bfloat16, then sampling with cfg 1.5, if the model fits."""
+    options = (f"--dataset imagenet --depth {depth} --device {device.type} --precision bfloat16 "
+               f"--batch-size {batch}".split() + (["--compile"] if compiled else []))
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    peak = next((value for key, value in PEAK.items() if key in name), None)
+    config, sizes = vqvae.TokenizerConfig(**released.TOKENIZER), var_config(depth)
+    flops = plan.TransformerWork(training.read_settings(options)[0], sizes,
+                                 transformer.VAR).flops()[1]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            stage = stage_of(options, config, sizes, batch, folder)
+        wrapped = stage.run.wrap(stage.model.train())
+        rows = stage.rows("train", torch.arange(batch).numpy())
+        step = seconds(lambda: training.take_step(stage.run, stage, wrapped, rows, 0.5), device,
+                       repeats)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0
+        labels = torch.arange(batch, device=device)
+        with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
+            drawn = seconds(lambda: sampling.generate(
+                stage.tokenizer, stage.model.eval(), labels, cfg=1.5, top_k=900, top_p=0.96),
+                device, 1)
+    except torch.OutOfMemoryError:
+        return print(f"| {depth} | {batch} | {'on' if compiled else 'off'} | out of memory |")
+    mfu = f"{flops * batch / step / peak / 1e12:.1%}" if peak else "-"
+    print(f"| {depth} | {batch} | {'on' if compiled else 'off'} | {1e3 * step:.0f} | "
+          f"{batch / step:.0f} | {mfu} | {memory:.1f} | {batch / drawn:.1f} |", flush=True)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
 
 
 def kernels(device, batch, repeats, scales=SCALES, heads=16):

@@ -1,10 +1,15 @@
-"""The table of ways to learn codes is made by chapter 5's own loop, once."""
+"""The studies and the benchmark behind the README's tables: the right things are compared."""
 import re
+import sys
 from importlib import import_module
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
+benchmark, cost = import_module("tests.benchmark"), import_module("tests.study_cost")
 SCRIPT = "tests.study_tokenizer.py"
 ROWS = ["gradient", "EMA + revival", "L2-normalised", "LFQ", "independent scales", "adversarial"]
 SMALL = ("--dataset shapes --image-size 16 --scales 1,2,4 --multipliers 1,2 --unshuffle 2 "
@@ -12,12 +17,12 @@ SMALL = ("--dataset shapes --image-size 16 --scales 1,2,4 --multipliers 1,2 --un
          "--tokenizer-steps 5 --held-out 8 --device cpu --precision float32").split()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def few_shapes(monkeypatch):
     monkeypatch.setattr(import_module("data.shapes"), "DEFAULT_COUNT", {"train": 20, "test": 10})
 
 
-def test_every_row_is_trained_its_own_way_and_only_once(cli):
+def test_every_row_is_trained_its_own_way_and_only_once(cli, few_shapes):
     first = cli(SCRIPT, "--rows", *ROWS, *SMALL)
     assert first.status == 0, first.err
     assert first.out.count("tokenizer 5/5 (100%)") == len(ROWS)
@@ -42,3 +47,54 @@ def test_l2_normalised_codes_compare_directions_and_stay_on_the_sphere():
     cosine = torch.nn.functional.normalize(x, dim=1) @ quantizer.codebook.t()
     assert torch.equal(quantizer.nearest(x), cosine.argmax(1))
     assert torch.equal(quantizer.nearest(x), quantizer.nearest(7 * x))
+
+
+@given(n=st.integers(1, 40))
+def test_sides_of_the_cost_study_grow_from_1_to_n_by_no_more_than_double(n):
+    sides = cost.next_scale(n)
+    assert sides[0] == 1 and sides[-1] == n and list(sides) == sorted(set(sides))
+    assert all(b <= 2 * a for a, b in zip(sides, sides[1:]))
+    assert cost.next_scale(8) == (1, 2, 3, 4, 6, 8), "the layout of the shapes"
+
+
+@given(blocks=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_products_of_attention_are_those_of_the_mask_and_of_starting_over(blocks):
+    owner = [k for k, side in enumerate(blocks) for _ in range(side * side)]
+    looks = sum(a >= b for a in owner for b in owner)
+    assert cost.products(blocks, cached=True) == looks
+    again = sum(sum(o <= k for o in owner) ** 2 for k in range(len(blocks)))
+    assert cost.products(blocks, cached=False) == again
+
+
+def test_the_cost_study_finds_exponents_and_draws_its_figure(monkeypatch, tmp_path, capsys):
+    assert cost.exponent([8, 16, 32], [n ** 2.5 for n in (8, 16, 32)]) == pytest.approx(2.5)
+    counted = [cost.products((1,) * n * n, cached=False) for n in (8, 16, 32)]
+    assert cost.exponent([8, 16, 32], counted) == pytest.approx(6, abs=0.1), "the paper's O(n^6)"
+    monkeypatch.setattr(sys, "argv", ["study_cost.py", "--sides", "2", "3", "4", "--depth", "1",
+                                      "--width", "64", "--out", str(tmp_path / "out" / "c.png")])
+    cost.main()
+    out = capsys.readouterr().out
+    assert "| 4 | 30 and 16 | 4 and 16 |" in out and "seconds grow as n^" in out
+    with Image.open(tmp_path / "out" / "c.png") as image:
+        assert len(image.getcolors(9999)) > 5
+
+
+def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
+    """At sizes that take a second; what a GPU would be asked too."""
+    small = dict(vars(benchmark.vqvae.TokenizerConfig(channels=8, vocab_size=64)))
+    monkeypatch.setattr(benchmark, "SCALES", small["scales"])
+    monkeypatch.setattr(benchmark.released, "TOKENIZER", small)
+    monkeypatch.setattr(benchmark, "var_config", lambda depth: benchmark.transformer.VARConfig(
+        num_classes=5, depth=1, width=64, heads=1, vocab_size=64))
+    monkeypatch.setattr(benchmark, "PICTURE", 32)
+    device = benchmark.torch.device("cpu")
+    found, memory = benchmark.original_sizes(device, 1)
+    benchmark.print_original_sizes(found, memory, 0.1)
+    benchmark.gpu(device, depths=(1,), batch=4, repeats=1)
+    out = capsys.readouterr().out
+    assert all(f"| {name} |" in out for name in benchmark.ORIGINAL)
+    assert "| 1 | 4 | off |" in out and "| 1 | 4 | on |" not in out and "| prefix |" in out
+    for times in found.values():
+        assert set(times) >= {"float32", "plain"} and all(t > 0 for t in times.values())
+    dense = import_module("03_block_causal_mask")
+    assert dense.prefix_attention is not dense.dense_attention, "everything is put back"
