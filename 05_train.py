@@ -299,7 +299,8 @@ class TokenizerStage:
     def __init__(self, run, config, train_images, test_images, class_names):
         settings = self.settings = run.settings
         torch.manual_seed(settings.seed)
-        self.run, self.images, self.batch_size = run, train_images, settings.tokenizer_batch_size
+        self.run, self.batch_size = run, settings.tokenizer_batch_size
+        self.images = run.hold(train_images)
         self.held_out = sample_of(test_images, settings.held_out)
         self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
         self.parts = {"model": self.model}
@@ -415,7 +416,8 @@ class TransformerStage:
         """data: {"train": (tokens (views, N, L), labels (N,)), "test": the same}"""
         settings = self.settings = run.settings
         torch.manual_seed(settings.seed)
-        self.run, self.data, self.tokenizer = run, data, tokenizer
+        self.run, self.tokenizer = run, tokenizer
+        self.data = {split: tuple(map(run.hold, arrays)) for split, arrays in data.items()}
         self.batch_size, self.sizes = settings.batch_size, [s * s for s in config.scales]
         self.model = transformer.VAR(config)
         self.model.activation_checkpointing = settings.activation_checkpointing
@@ -435,6 +437,9 @@ class TransformerStage:
         """Rows of the token cache, counted through all views. -> tokens (B, L), labels (B,)"""
         tokens, labels = self.data[split]
         _, n, L = tokens.shape
+        if torch.is_tensor(tokens):
+            at = self.run.to_device(torch.from_numpy(at))
+            return tokens.view(-1, L)[at].long(), labels[at % n]
         found = torch.from_numpy(tokens.reshape(-1, L)[at].astype(np.int64))
         return self.run.to_device(found), self.run.to_device(torch.from_numpy(labels[at % n]))
 

@@ -51,8 +51,12 @@ def stack(crops):
 
 def picture_batches(images, batches, workers):
     """batches: lists of (picture, crop seed), any number -> uint8 tensors (B, H, W, 3), in order.
-    Pictures in memory are simply indexed; pictures in files are decoded ahead by workers."""
-    if isinstance(images, np.ndarray):
+    Pictures in memory, a GPU's too, are simply indexed; pictures in files are decoded ahead by
+    workers."""
+    if torch.is_tensor(images):
+        for batch in batches:
+            yield images[torch.tensor([i for i, _ in batch]).to(images.device, non_blocking=True)]
+    elif isinstance(images, np.ndarray):
         for batch in batches:
             yield torch.from_numpy(images[[i for i, _ in batch]])
     else:

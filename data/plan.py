@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import vqgan
+from data.plumbing import clock
 
 IMAGENET = 1_281_167                                       # pictures to train on
 
@@ -23,7 +24,7 @@ def show(settings, processes, config, tokenizer_class, var_config, var_class):
     print(f"dry run, nothing is read or trained: {processes} GPU(s) of {settings.gpu_tflops:g} "
           f"TFLOP/s, of which {settings.mfu:.0%} are reached (--gpu-tflops, --mfu)\n"
           f"{'':<12}{'parameters':>11}{'batch':>7}{'per GPU':>9}{'steps':>10}{'TFLOP/step':>12}"
-          f"{'GB per GPU':>12}{'days':>9}")
+          f"{'GB per GPU':>12}{'time':>11}")
     days = []
     for name, work, batch, steps in (
             ("tokenizer", TokenizerWork(settings, config, tokenizer_class),
@@ -36,7 +37,7 @@ def show(settings, processes, config, tokenizer_class, var_config, var_class):
         at_once = batch / processes / settings.accumulate
         bytes_ = work.state_bytes(parameters, processes) + at_once * work.kept_per_picture()
         print(f"{name:<12}{parameters / 1e6:>9.1f} M{batch:>7}{batch / processes:>9g}{steps:>10,}"
-              f"{per_picture * batch / 1e12:>12.3g}{bytes_ / 1e9:>12.1f}{days[-1]:>9.2g}")
+              f"{per_picture * batch / 1e12:>12.3g}{bytes_ / 1e9:>12.1f}{time_of(days[-1]):>11}")
     L = sum(side * side for side in config.scales)
     print("GB: weights, gradients and optimizer in float32, copies of the weights in "
           f"{half(settings)}, and what a step keeps\nfor its backward pass; torch needs some more")
@@ -46,8 +47,12 @@ def show(settings, processes, config, tokenizer_class, var_config, var_class):
         days.append(encode * settings.views * IMAGENET
                     / (processes * settings.gpu_tflops * 1e12 * settings.mfu) / 86400)
         print(f"token cache  {settings.views} views of {IMAGENET:,} pictures: {size / 1e9:.1f} GB "
-              f"on disk, {days[-1]:.2g} days (if decoding the pictures keeps up)")
-    print(f"together     {sum(days):.3g} days")
+              f"on disk, {time_of(days[-1])} (if decoding the pictures keeps up)")
+    print(f"together     {time_of(sum(days))}")
+
+
+def time_of(days):
+    return f"{days:.1f} days" if days > 0.2 else clock(86400 * days)
 
 
 def half(settings):
@@ -56,6 +61,7 @@ def half(settings):
 
 class Work:
     """One picture's share of a training step: its arithmetic, and what it keeps in memory."""
+    shards = False                                         # does --shard spread its weights?
 
     def __init__(self, settings, config, model_class):
         self.settings, self.config, self.model_class = settings, config, model_class
@@ -74,7 +80,7 @@ class Work:
     def state_bytes(self, parameters, processes):
         """Weights 4, gradients 4, AdamW 8, copies in half precision 2 bytes each."""
         each = 16 if half(self.settings) == "float32" else 18
-        return each * parameters / (processes if self.settings.shard else 1)
+        return each * parameters / (processes if self.settings.shard and self.shards else 1)
 
     def kept(self, config, **flags):
         """Bytes that a real forward pass keeps for a second picture beside the first, so that
@@ -126,6 +132,8 @@ class TokenizerWork(Work):
 
 
 class TransformerWork(Work):
+    shards = True
+
     def loss(self, model, config, batch):
         """Stage 2's cross-entropy."""
         L = sum(side * side for side in config.scales)

@@ -254,6 +254,15 @@ class Run:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
+    def hold(self, array):
+        """An array that fits beside a model (1 GB) goes to the GPU once, as a tensor; others stay
+        where they are: in memory, or in a file."""
+        fits = isinstance(array, np.ndarray) and array.nbytes < 2 ** 30
+        if self.device.type != "cuda" or not fits:
+            return array
+        array = array.astype(np.int32) if array.dtype == np.uint16 else array    # torch has few
+        return torch.from_numpy(array).to(self.device)
+
     def place(self, model, parts):
         """The model on this process's device; with --shard, a share of all its weights: each of
         `parts` is put together when it is needed and forgotten again (ZeRO 3, FSDP)."""

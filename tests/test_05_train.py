@@ -391,6 +391,31 @@ def test_stage_2_alone_takes_the_picture_size_from_the_tokenizer(cli, tiny, tmp_
     assert result.status == 0 or result.status == 2 and result.err.count("\n") == 1
 
 
+def test_data_that_lies_on_the_device_trains_the_same(cli, tiny, tmp_path, monkeypatch):
+    """What a GPU does with small data, here with tensors on the CPU."""
+    monkeypatch.setitem(shapes.DEFAULT_COUNT, "train", 20)
+    monkeypatch.setitem(shapes.DEFAULT_COUNT, "test", 20)
+    options = [*tiny.options[2:], "--dataset", "shapes", "--tokenizer-steps", 3, "--steps", 3]
+    assert cli(SCRIPT, *options, "--out", tmp_path / "one").status == 0
+    held, hold = [], m5.Run.hold
+
+    def pretend(self, array):
+        self.device, device = torch.device("cuda"), self.device
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+            held.append(hold(self, array))
+        self.device = device
+        return held[-1]
+    monkeypatch.setattr(m5.Run, "hold", pretend)
+    assert cli(SCRIPT, *options, "--out", tmp_path / "two").status == 0
+    assert [x.dtype for x in held if torch.is_tensor(x)] == [
+        torch.uint8, torch.int32, torch.int64, torch.int32, torch.int64] and len(held) == 5
+    for name in ("tokenizer.pt", "transformer.pt"):
+        one, two = (checkpoints.load_checkpoint(tmp_path / run / name) for run in ("one", "two"))
+        assert same(one["model"], two["model"])
+    assert log_of(tmp_path / "one") == log_of(tmp_path / "two")
+
+
 # -- Steps that must not count ---------------------------------------------------------------------
 
 @pytest.fixture

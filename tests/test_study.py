@@ -88,8 +88,8 @@ def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
         num_classes=5, depth=1, width=64, heads=1, vocab_size=64))
     monkeypatch.setattr(benchmark, "PICTURE", 32)
     device = benchmark.torch.device("cpu")
-    found, memory = benchmark.original_sizes(device, 1)
-    benchmark.print_original_sizes(found, memory, 0.1)
+    found, U, memory = benchmark.original_sizes(device, 1)
+    benchmark.print_original_sizes(found, U, memory)
     benchmark.gpu(device, depths=(1,), batch=4, repeats=1)
     out = capsys.readouterr().out
     assert all(f"| {name} |" in out for name in benchmark.ORIGINAL)
