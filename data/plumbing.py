@@ -79,7 +79,7 @@ def one_line(main):
         status = main()
     except (BadInput, OSError) as error:
         if os.environ.get("RANK", "0") != "0":             # rank 0 may be about to say the same
-            time.sleep(3)
+            give_way(3)
         line = (str(error) or type(error).__name__).splitlines()[-1]
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         status = 2
@@ -87,11 +87,19 @@ def one_line(main):
         status = 130
     except RuntimeError as error:                          # a lost connection is no news: another
         if many and re.search("gloo|nccl|ncclcomm|socket|connection", str(error).lower()):
-            time.sleep(10)                                 # process failed first, let it be heard
+            give_way(10)                                   # process failed first, let it be heard
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def give_way(seconds):
+    """Time for another process to speak, and for the launcher to end this one."""
+    run = getattr(signal.signal(signal.SIGTERM, signal.SIG_DFL), "__self__", None)
+    time.sleep(0 if run and run.stop else seconds)
+    if run and run.stop:                                   # it has been told to already
+        sys.exit(128 + run.stop)
 
 
 def clock(seconds):
