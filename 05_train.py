@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from data import BadInput, health, plan, released, vqgan
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
-from data.checkpoints import export, fingerprint, load_checkpoint, resume, save, whole
+from data.checkpoints import export, fingerprint, load_checkpoint, resume, save
 from data.muon import Muon
 from data.plumbing import OneLineParser, Run, add_options, clock, launch, one_line, pick_device
 from data.tokens import cache_tokens
@@ -150,7 +150,7 @@ def read_settings(argv=None):
             parts = f", {settings.accumulate} parts each" if settings.accumulate > 1 else ""
             raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
                            f"divided among {processes} processes{parts}")
-    if settings.shard and not settings.dry_run and (processes == 1 or settings.optimizer == "muon"):
+    if settings.shard and (processes == 1 or settings.optimizer == "muon"):
         raise BadInput("--shard spreads weights over processes: give --gpus 2 or more, and "
                        "--optimizer adamw (muon needs whole matrices)")
     if {"vgg_file", "lpips_file"} & typed.keys() and "perceptual" not in values:
@@ -236,8 +236,8 @@ def train(run, stage, total):
         if step % settings.save_every == 0 or step == total or stop:
             save(run, stage, path, step)
         if stop:
-            run.say(f"stopped and saved at step {step} of the {stage.name}: the same command goes "
-                    "on from there")
+            run.say(f"stopped and saved at step {step} of the {stage.name}: {run.again} goes on "
+                    "from there")
             sys.exit(128 + stop)
         if step == total:
             break
@@ -267,11 +267,12 @@ def take_step(run, stage, wrapped, batch, progress):
     norms = [torch.nn.utils.clip_grad_norm_(
                  part.parameters(), run.settings.clip if part is stage.model else torch.inf)
              for part in stage.parts.values()]
-    norm = whole(norms[0])
-    skipped = ~(loss + norm + sum(norms[1:])).isfinite()
+    norm = getattr(norms[0], "full_tensor", lambda: norms[0])()          # whole, if sharded
+    skipped = run.total(1.0 * ~(loss + norm + sum(norms[1:])).isfinite()) > 0     # by all or none
     for optimizer in stage.optimizers:
-        optimizer.found_inf = skipped.float()              # fused optimizers look at it
-        optimizer.step()
+        optimizer.found_inf = skipped.float()              # on a GPU optimizers look at it, so
+        if run.device.type == "cuda" or not skipped:       # that nobody has to wait
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return Taken(loss, norm, skipped, memories)
 
@@ -294,13 +295,13 @@ def report(run, stage, step, total, taken, pace):
 # -- Stage 1: the tokenizer ------------------------------------------------------------------------
 
 class TokenizerStage:
-    name = "tokenizer"
+    name, spoils = "tokenizer", "transformer.pt"           # which knows other tokens
 
     def __init__(self, run, config, train_images, test_images, class_names):
         settings = self.settings = run.settings
         torch.manual_seed(settings.seed)
         self.run, self.batch_size = run, settings.tokenizer_batch_size
-        self.images = run.hold(train_images)
+        self.images, = run.hold(train_images)
         self.held_out = sample_of(test_images, settings.held_out)
         self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
         self.parts = {"model": self.model}
@@ -314,7 +315,7 @@ class TokenizerStage:
                 fused=True))
         chosen = ("dataset", "seed", "precision", "flip", "tokenizer_steps", "tokenizer_batch_size",
                   "tokenizer_lr", "vq_weight", "picture_loss", "perceptual", "adversarial",
-                  "optimizer", "muon_lr", "final_lr", "clip")
+                  "optimizer", "muon_lr", "final_lr", "clip", "accumulate")   # codes move per part
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           settings={**{k: getattr(settings, k) for k in chosen}, **asdict(config)})
         self.about["settings"]["perceptual"] *= self.perceptual is not None
@@ -417,7 +418,7 @@ class TransformerStage:
         settings = self.settings = run.settings
         torch.manual_seed(settings.seed)
         self.run, self.tokenizer = run, tokenizer
-        self.data = {split: tuple(map(run.hold, arrays)) for split, arrays in data.items()}
+        self.data = {split: run.hold(*arrays) for split, arrays in data.items()}
         self.batch_size, self.sizes = settings.batch_size, [s * s for s in config.scales]
         self.model = transformer.VAR(config)
         self.model.activation_checkpointing = settings.activation_checkpointing
@@ -516,8 +517,6 @@ def train_all(settings, config, var_fields):
         config = load_tokenizer(run.folder / "tokenizer.pt")[0].config
     run.everything = {**asdict(settings), **asdict(config), **var_fields}
     run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in run.everything.items()), 100))
-    if settings.fresh and run.rank == 0 and settings.stage != "transformer":
-        (run.folder / "transformer.pt").unlink(missing_ok=True)          # it knows other tokens
     train_data = load("train") if run.rank == 0 else None  # a download happens once, not N times
     run.barrier()
     images, labels, class_names = train_data or load("train")

@@ -13,6 +13,8 @@ def save_atomically(value, path):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         torch.save(value, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())                        # on the disk before the name is
         os.replace(temporary, path)
     except RuntimeError as error:                          # how torch reports a full disk
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
@@ -21,11 +23,11 @@ def save_atomically(value, path):
             os.remove(temporary)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", mmap=False):
     """A file written by this script; tensors and plain values only, so a hostile file can do no
     harm. Raises BadInput, with one line, for anything else."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
     except Exception as error:               # truncated, something else, or code instead of tensors
@@ -57,8 +59,9 @@ def export(folder, path):
 
 def save(run, stage, path, step):
     """All of a stage after `step` steps. Every process calls this, rank 0 writes."""
-    weights = {name: whole(part.state_dict()) for name, part in stage.parts.items()}
-    optimizers = [whole(optimizer.state_dict()) for optimizer in stage.optimizers]
+    mine = run.rank == 0
+    weights = {name: whole(part.state_dict(), mine) for name, part in stage.parts.items()}
+    optimizers = [whole(optimizer.state_dict(), mine) for optimizer in stage.optimizers]
     if run.rank == 0:
         save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
     run.barrier()
@@ -66,7 +69,9 @@ def save(run, stage, path, step):
 
 def resume(run, stage, path, total):
     """Load the checkpoint, if there is one and it belongs to the same settings. -> first step"""
-    state = {} if run.settings.fresh or not path.exists() else load_checkpoint(path)
+    state = {}
+    if not run.settings.fresh and path.exists():
+        state = load_checkpoint(path, mmap=run.settings.shard)       # each reads only its share
     if state:
         old, new = state.get("settings"), stage.about["settings"]
         if not isinstance(old, dict) or set(old) != set(new):
@@ -86,27 +91,38 @@ def resume(run, stage, path, total):
                 for i, values in saved["state"].items():
                     values.update({k: spread(v, owners[i]) for k, v in values.items()})
                 optimizer.load_state_dict(saved)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
             raise BadInput(f"{path} is damaged; --fresh starts over") from None
         run.say(f"{stage.name}: going on at step {state['step']}")
+    if run.settings.fresh and run.rank == 0 and hasattr(stage, "spoils"):
+        (run.folder / stage.spoils).unlink(missing_ok=True)
     run.remember_settings()
     run.forget_log_after(stage.name, state.get("step", 0))
     run.barrier()
     return state.get("step", 0)
 
 
-def whole(state):
-    """The same state with every weight that is spread over processes put together, on the CPU."""
+def whole(state, mine=True):
+    """The same state with every weight that is spread over processes put together, on the CPU of
+    the process that keeps it (`mine`). All processes must call this."""
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: whole(value, mine) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value) for value in state]
-    return state.full_tensor().cpu() if hasattr(state, "full_tensor") else state
+        return [whole(value, mine) for value in state]
+    if not hasattr(state, "full_tensor"):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if mine else None
 
 
 def spread(value, like):
-    """A whole tensor, cut as `like` is, if that is spread over processes and of the same shape."""
-    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+    """A whole tensor of the same shape as `like`, laid out in memory as it is (fused optimizers
+    walk through both side by side), and cut as it is if that is spread over processes."""
+    if not torch.is_tensor(value) or not torch.is_tensor(like) or value.shape != like.shape:
         return value
+    if not hasattr(like, "full_tensor"):
+        return torch.empty_like(like, dtype=value.dtype).copy_(value)
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

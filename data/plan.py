@@ -95,6 +95,9 @@ class Work:
             model = self.model_class(config).eval()
             for name, value in flags.items():
                 setattr(model, name, value)
+            for module in model.modules():                 # a GPU takes norms in float32
+                if isinstance(module, torch.nn.GroupNorm):
+                    module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
             low = (contextlib.nullcontext() if half(self.settings) == "float32"
                    else torch.autocast("cpu", torch.bfloat16))
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), low:

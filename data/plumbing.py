@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,16 @@ def one_line(main):
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except torch.OutOfMemoryError as error:
+        print(f"{Path(sys.argv[0]).name}: the GPU's memory is full ({str(error).splitlines()[0]}) "
+              "use smaller batches; in training --accumulate 2, --activation-checkpointing or "
+              "--shard", file=sys.stderr)
+        status = 2
     except RuntimeError as error:                          # a lost connection is no news: another
         if many and re.search("gloo|nccl|ncclcomm|socket|connection", str(error).lower()):
             give_way(10)                                   # process failed first, let it be heard
         raise
-    if dist.is_initialized():
+    if dist.is_initialized() and not status:               # others may wait where this one failed
         dist.destroy_process_group()
     sys.exit(status)
 
@@ -135,7 +141,7 @@ def fast_bfloat16(device):
     """Does bfloat16 pay here? GPUs: ask. CPUs: some have units for it, others emulate it ten times
     slower, so time one small product of each kind."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
     seconds = {}
@@ -154,19 +160,23 @@ class Run:
 
     def __init__(self, settings):
         self.settings, self.folder = settings, Path(settings.out)
-        self.asked, self.parent = 0.0, os.getppid()
+        self.asked, self.parent = 0.0, int(os.environ.get("LAUNCHER_PID", os.getppid()))
+        self.again = "the same command" + " without --fresh" * settings.fresh
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(settings.device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1 and not dist.is_initialized():
             cuda = self.device.type == "cuda"
             if cuda:
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if cuda else "gloo")
+            # Whoever lists a million files, or encodes more of them, lets the others wait long.
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1),
+                                    device_id=self.device if cuda else None)
         if settings.precision == "auto":
             settings.precision = self.choose_precision()
         self.stop = 0
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.ask_to_stop)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):       # a terminal that closes sends the last
+            if name != "SIGHUP" or signal.getsignal(getattr(signal, name, 0)) == signal.SIG_DFL:
+                signal.signal(getattr(signal, name), self.ask_to_stop)
 
     def choose_precision(self):
         """What this run used before, else bfloat16 where it is fast; one answer for all."""
@@ -183,11 +193,9 @@ class Run:
         """Once a stage has accepted them: a refused command must leave no trace."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for half in self.folder.glob("*.pt.*.tmp"):    # killed while it wrote a checkpoint
-                half.unlink()
-            temporary = self.folder / "settings.json.tmp"
-            temporary.write_text(json.dumps(self.everything, indent=1))
-            os.replace(temporary, self.folder / "settings.json")
+            for half in [*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("*.json*.*.tmp")]:
+                half.unlink()                              # was killed while it wrote them
+            write_atomically(json.dumps(self.everything, indent=1), self.folder / "settings.json")
 
     def ask_to_stop(self, number, frame):
         if self.stop:                                      # asked twice: do not wait for the step;
@@ -216,7 +224,7 @@ class Run:
                     entry = json.loads(line)
                     if entry["stage"] != stage or entry["step"] <= step:
                         lines.append(line + "\n")
-            path.write_text("".join(lines))
+            write_atomically("".join(lines), path)
 
     def seed(self, stage, step):
         """All randomness of one step, of one process."""
@@ -232,10 +240,15 @@ class Run:
         """This process's part of a batch or of a data set."""
         return indices[self.rank::self.world]
 
+    def asked_to_stop(self):
+        """The signal that came, or SIGTERM if whoever started many processes is gone; 0: go on."""
+        if self.world > 1 and os.getppid() != self.parent:
+            self.stop = self.stop or signal.SIGTERM
+        return self.stop
+
     def stopping(self, step):
         """The signal that asked us to stop, or 0; all processes agree on the step (every tenth)."""
-        if self.world > 1 and os.getppid() != self.parent:      # whoever started us is gone
-            self.stop = signal.SIGTERM
+        self.asked_to_stop()
         if self.world == 1 or step % 10:
             return self.stop if self.world == 1 else 0
         flag = torch.tensor(self.stop, device=self.device)
@@ -258,30 +271,32 @@ class Run:
 
     def to_device(self, tensor):
         """Without waiting for the GPU to finish what it is doing."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def hold(self, array):
-        """An array that fits beside a model (1 GB) goes to the GPU once, as a tensor; others stay
-        where they are: in memory, or in a file."""
-        fits = isinstance(array, np.ndarray) and array.nbytes < 2 ** 30
-        if self.device.type != "cuda" or not fits:
-            return array
-        array = array.astype(np.int32) if array.dtype == np.uint16 else array    # torch has few
-        return torch.from_numpy(array).to(self.device)
+    def hold(self, *arrays):
+        """Arrays that fit beside a model (1 GB) go to the GPU once, as tensors; others stay where
+        they are: in memory, or in a file."""
+        in_memory = all(isinstance(array, np.ndarray) for array in arrays)
+        if self.device.type != "cuda" or not in_memory or sum(a.nbytes for a in arrays) > 2 ** 30:
+            return arrays
+        signed = [a.astype(np.int32) if a.dtype == np.uint16 else a for a in arrays]
+        return tuple(torch.from_numpy(array).to(self.device) for array in signed)
 
     def place(self, model, parts):
         """The model on this process's device; with --shard, a share of all its weights: each of
         `parts` is put together when it is needed and forgotten again (ZeRO 3, FSDP)."""
-        model.to(self.device)
-        if self.settings.shard:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-            mesh = init_device_mesh(self.device.type, (self.world,))
-            for part in (*parts, model):
-                fully_shard(part, mesh=mesh)
-        return model
+        if not self.settings.shard:
+            return model.to(self.device)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        mesh, policy = init_device_mesh(self.device.type, (self.world,)), MixedPrecisionPolicy()
+        if self.settings.precision == "bfloat16":          # or autocast would keep whole copies
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for part in parts:
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh)               # what is left, the residual stream's
 
     def wrap(self, model):
         """The model to train through: compiled if asked, averaged over processes if many."""
@@ -291,14 +306,14 @@ class Run:
             model = torch.compile(model)
         if self.world > 1 and not is_sharded(model):
             # Buffers are not copied from rank 0: the quantizer keeps them equal by itself.
-            model = DistributedDataParallel(model, broadcast_buffers=False)
+            model = DistributedDataParallel(model, broadcast_buffers=False,
+                                            gradient_as_bucket_view=True)
         return model
 
     def exchange(self, wrapped, now):
-        """A context: do the processes average the gradients of this part of a batch, or later?"""
-        if is_sharded(wrapped):
-            wrapped.set_requires_gradient_sync(now)
-        elif self.world > 1 and not now:
+        """A context: do the processes average the gradients of this part of a batch, or later?
+        With --shard always now, as nobody has room for whole gradients."""
+        if isinstance(wrapped, DistributedDataParallel) and not now:
             return wrapped.no_sync()
         return contextlib.nullcontext()
 
@@ -317,30 +332,48 @@ def launch(count):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count),
-               LOCAL_WORLD_SIZE=str(count), OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+               LOCAL_WORLD_SIZE=str(count), LAUNCHER_PID=str(os.getpid()),
+               OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    passed_on = []
+
+    def pass_on(number, frame):
+        passed_on.append(number)
+        for process in processes:
+            with contextlib.suppress(ValueError):          # Windows has no such signal
+                process.send_signal(number)                # to one that has ended: does nothing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # theirs too, until Run listens
     processes = [subprocess.Popen([sys.executable, *sys.argv],
                                   env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)))
                  for rank in range(count)]
-
-    def pass_on(number, frame):
-        for process in processes:
-            process.send_signal(number)                    # to one that has ended: does nothing
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, pass_on)
-    while any(process.poll() is None for process in processes):
+    while all(process.poll() in (None, 0) for process in processes):
+        if all(process.poll() == 0 for process in processes):
+            return 0
         time.sleep(0.1)
-        if failed := [p for p in processes if p.poll() not in (None, 0)]:
-            break
-    else:
-        failed = [p for p in processes if p.returncode]
-    status = failed[0].returncode if failed else 0
+    failed = next(p for p in processes if p.poll() not in (None, 0))
+    status = failed.returncode
+    end = time.monotonic() + (60 if passed_on or status in (129, 130, 143) else 0.5)
     for process in processes:
         try:                                               # stopped on request: all save and end
-            process.wait(60 if status in (130, 143) else 0.5)
+            process.wait(max(0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()                                 # it waits for one that is gone
-    if status < 0:                                         # say it for one that could not
-        raise BadInput(f"process {processes.index(failed[0])} of {count} was killed by signal "
+    if status < 0 and not passed_on:                       # say it for one that could not
+        raise BadInput(f"process {processes.index(failed)} of {count} was killed by signal "
                        f"{-status} (9: out of memory?); the same command goes on from the last "
-                       "checkpoint")
-    return status
+                       "checkpoint, without --fresh")
+    return 128 + passed_on[0] if status < 0 else status
+
+
+def write_atomically(text, path):
+    """Whoever reads `path` sees the old text or the new, never half."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())                        # on the disk before the name is
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

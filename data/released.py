@@ -149,7 +149,7 @@ def build(tokenizer_state, var_state, make_tokenizer, make_var, scales=None, hea
     except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:250]
         raise BadInput(f"not in the released layout: {reason}") from None
-    return tokenizer, var
+    return tokenizer.to(memory_format=torch.channels_last), var
 
 
 def fill(model, state):

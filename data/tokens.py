@@ -84,10 +84,10 @@ def encode(run, tokenizer, images, path, split):
             file.seek(cache.offset + (view * len(images) + rows[0]) * cache[0, 0].nbytes)
             file.write(found.astype(cache.dtype).tobytes())
             file.flush()
-            if run.stop:
-                run.say(f"stopped at {100 * (done + 1) // len(jobs)}% of the tokens: the same "
-                        "command goes on from there")
-                sys.exit(128 + run.stop)
+            if stop := run.asked_to_stop():
+                run.say(f"stopped at {100 * (done + 1) // len(jobs)}% of the tokens: {run.again} "
+                        "goes on from there")
+                sys.exit(128 + stop)
             if time.time() - said > 5:
                 said = time.time()
                 eta = clock((said - begin) / (done + 1) * (len(jobs) - done - 1))

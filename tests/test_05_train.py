@@ -399,13 +399,13 @@ def test_data_that_lies_on_the_device_trains_the_same(cli, tiny, tmp_path, monke
     assert cli(SCRIPT, *options, "--out", tmp_path / "one").status == 0
     held, hold = [], m5.Run.hold
 
-    def pretend(self, array):
+    def pretend(self, *arrays):
         self.device, device = torch.device("cuda"), self.device
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-            held.append(hold(self, array))
+            held.extend(found := hold(self, *arrays))
         self.device = device
-        return held[-1]
+        return found
     monkeypatch.setattr(m5.Run, "hold", pretend)
     assert cli(SCRIPT, *options, "--out", tmp_path / "two").status == 0
     assert [x.dtype for x in held if torch.is_tensor(x)] == [

@@ -28,7 +28,8 @@ def studio(tmp_path, monkeypatch):
     tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
         image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4, channels=8, groups=4))
     run = SimpleNamespace(folder=tmp_path, rank=0, world=1, stop=0, device="cpu", say=print,
-                          barrier=int, to_device=lambda x: x, autocast=contextlib.nullcontext,
+                          barrier=int, to_device=lambda x: x, again="the same command",
+                          asked_to_stop=lambda: run.stop, autocast=contextlib.nullcontext,
                           settings=SimpleNamespace(dataset="shapes", workers=0))
     s = SimpleNamespace(run=run, tokenizer=tokenizer.eval().requires_grad_(False), views=2,
                         images=shapes.load("train", size=16, count=32)[0], encoded=0, limit=0,

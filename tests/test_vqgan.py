@@ -242,7 +242,8 @@ def test_the_critic_is_heard_late_and_then_ever_more(a, b):
 
 def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
     run = SimpleNamespace(settings=m5.Settings(adversarial=0.5, precision="float32"),
-                          device=torch.device("cpu"), wrap=lambda m: m, autocast=nullcontext)
+                          device=torch.device("cpu"), wrap=lambda m: m, autocast=nullcontext,
+                          hold=lambda *arrays: arrays)
     config = m2.TokenizerConfig(image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
                                 channels=8, groups=4, multipliers=(1, 2), unshuffle=2)
     stage = m5.TokenizerStage(run, config, *2 * [np.zeros((8, 16, 16, 3), np.uint8)], ["black"])
