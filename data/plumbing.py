@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -291,6 +292,8 @@ class Run:
             return model.to(self.device)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        # Nobody changes what a part returns in place, which is what torch warns of.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh, policy = init_device_mesh(self.device.type, (self.world,)), MixedPrecisionPolicy()
         if self.settings.precision == "bfloat16":          # or autocast would keep whole copies
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -305,7 +308,9 @@ class Run:
             functorch.donated_buffer = False               # an adaptive weight goes back twice more
             model = torch.compile(model)
         if self.world > 1 and not is_sharded(model):
-            # Buffers are not copied from rank 0: the quantizer keeps them equal by itself.
+            # Buffers are not copied from rank 0: the quantizer keeps them equal by itself. (The
+            # option has a new name in torch 2.13, which torch 2.9 does not know.)
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             model = DistributedDataParallel(model, broadcast_buffers=False,
                                             gradient_as_bucket_view=True)
         return model

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -48,6 +49,7 @@ def enter(argv, env, patch):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(300)                                  # processes that wait for each other
+        warnings.simplefilter("ignore")                    # as conftest's start does
 
         def fork(process, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
             """In place of Popen's own: what it starts is forked, too."""
@@ -379,6 +381,7 @@ def stage_of(kind, **settings):
                           wrap=lambda model: model, place=lambda model, parts: model,
                           exchange=lambda model, now: nullcontext(), autocast=nullcontext,
                           to_device=lambda x: x, mean=lambda x: x, share=lambda x: x)
+    run.hold = partial(plumbing.Run.hold, run)
     sizes = dict(scales=(1, 2, 4), vocab_size=16, latent_dim=4)
     config = m2.TokenizerConfig(**sizes, image_size=16, channels=8, groups=4, unshuffle=2,
                                 multipliers=(1, 2), learn="gradient")
