@@ -155,6 +155,8 @@ def read_settings(argv=None):
                        "--optimizer adamw (muon needs whole matrices)")
     if {"vgg_file", "lpips_file"} & typed.keys() and "perceptual" not in values:
         raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
+    if settings.perceptual and config.image_size < 16:
+        raise BadInput("--perceptual needs pictures of 16 pixels or more")
     if settings.views > 2 and name in ("shapes", "cifar10"):
         raise BadInput(f"--views {settings.views}: pictures in memory have two, one mirrored")
     if settings.export and not Path(settings.export).absolute().parent.is_dir():
@@ -306,7 +308,7 @@ class TokenizerStage:
         self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
-        self.perceptual = vqgan.perceptual_of(run, config) if settings.perceptual else None
+        self.perceptual = vqgan.perceptual_of(run) if settings.perceptual else None
         if settings.adversarial:
             critic = self.parts["critic"] = vqgan.Discriminator(config.image_size).to(run.device)
             self.critic = run.wrap(critic)

@@ -128,9 +128,10 @@ class TokenizerWork(Work):
 
     def kept_per_picture(self):
         """Measured on pictures of a quarter of the side, if that leaves a map of at least 2x2."""
-        shrink = 4 if self.config.scales[-1] >= 8 and self.config.image_size >= 128 else 1
+        side = self.config.scales[-1]
+        shrink = 4 if side >= 8 and side % 4 == 0 and self.config.image_size >= 128 else 1
         small = replace(self.config, image_size=self.config.image_size // shrink,
-                        scales=(self.config.scales[-1] // shrink,))
+                        scales=(side // shrink,))
         return shrink ** 2 * self.kept(small)
 
 

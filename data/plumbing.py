@@ -211,9 +211,13 @@ class Run:
             print(line, flush=True)
 
     def log(self, entry):
-        if self.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        path = self.folder / "log.jsonl"
+        try:
+            if self.rank == 0:
+                with open(path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+        except OSError as error:                           # when writing fails it names no file
+            raise OSError(f"cannot write {path}: {error.strerror}") from None
 
     def forget_log_after(self, stage, step):
         """On resume: drop what was logged after the checkpoint, it will be logged again."""
@@ -380,5 +384,7 @@ def write_atomically(text, path):
             file.flush()
             os.fsync(file.fileno())                        # on the disk before the name is
         os.replace(temporary, path)
+    except OSError as error:                               # a full disk names no file
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)

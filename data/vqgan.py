@@ -97,12 +97,10 @@ def load_perceptual(vgg_file="", lpips_file=""):
     return Perceptual().load(*states)
 
 
-def perceptual_of(run, config):
+def perceptual_of(run):
     """LPIPS for every process of a run, if its weights can be had, or for none of them: where they
     cannot be downloaded, one line says so and training goes on without. -> Perceptual or None"""
     given = run.settings.vgg_file, run.settings.lpips_file
-    if config.image_size < 16:
-        raise BadInput("--perceptual needs pictures of 16 pixels or more")
     model, reason = None, "another process could not load it"
     for turn in (True, False):                             # one process downloads, the others read
         if turn == (run.rank == 0):

@@ -277,6 +277,39 @@ def test_muon_equals_a_slow_loop():
         assert torch.allclose(p.detach().double(), slow, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [
+    lambda params: muon.Muon(params, lr=0.1, weight_decay=0.2),
+    lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.2, fused=True)])
+def test_an_optimizer_that_is_told_of_infinities_changes_nothing_at_all(make):
+    """As a GPU's are, without anyone waiting for it: not the weights, not the moments, though the
+    gradient is nan; and the next good step is as if the bad one had never been."""
+    torch.manual_seed(0)
+    start, good = torch.randn(2, 6, 4)
+    left = []
+    for told in ([0, 0], [0, 1, 0], [1, 0, 1, 0]):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make([p])
+        for bad in told:
+            p.grad = torch.full_like(p, torch.nan) if bad else good.clone()
+            before = p.detach().clone()
+            optimizer.found_inf = torch.tensor(float(bad))
+            optimizer.step()
+            assert torch.equal(before, p) == bool(bad)
+        left.append([p.detach(), optimizer.state_dict()["state"]])
+    assert same(left[0], left[1]) and same(left[0], left[2])
+
+
+def test_optimizer_states_of_another_memory_layout_go_on_as_they_were():
+    """Weights of convolutions lie channels last; states that were saved otherwise must not be
+    walked through side by side with them."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last)
+    saved = {"exp_avg": torch.randn(4, 8, 3, 3), "step": torch.tensor(3.0), "name": "x"}
+    laid = {key: checkpoints.spread(value, model.weight) for key, value in saved.items()}
+    assert same(laid, saved) and laid["exp_avg"].stride() == model.weight.stride()
+    assert saved["exp_avg"].stride() != model.weight.stride()
+
+
 # -- A whole run -----------------------------------------------------------------------------------
 
 def test_the_same_command_trains_both_stages_and_makes_pictures(tiny):

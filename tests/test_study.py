@@ -91,7 +91,12 @@ def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
     found, U, memory = benchmark.original_sizes(device, 1)
     benchmark.print_original_sizes(found, U, memory)
     benchmark.gpu(device, depths=(1,), batch=4, repeats=1)
+    benchmark.half_precision(20)
     out = capsys.readouterr().out
+    stay, before, after, apart = map(float, re.search(
+        r"(\d+\.\d)% of the tokens stay.* (\d+\.\d+) -> (\d+\.\d+) dB;.* (\d+\.\d) dB",
+        out).groups())
+    assert 75 < stay < 100 and abs(before - after) < 0.3 and before > 30 and 45 < apart < 80
     assert all(f"| {name} |" in out for name in benchmark.ORIGINAL)
     assert "| 1 | 4 | off |" in out and "| 1 | 4 | on |" not in out and "| prefix |" in out
     for times in found.values():

@@ -378,6 +378,6 @@ def test_all_processes_train_with_lpips_or_none_does_and_none_waits_in_vain(
         run = SimpleNamespace(rank=rank, world=2, device="cpu", settings=m5.Settings(perceptual=1),
                               barrier=lambda: met.append("barrier"), say=lambda line: None,
                               total=lambda value: met.append("total") or value + others)
-        found = vqgan.perceptual_of(run, m2.TokenizerConfig())
+        found = vqgan.perceptual_of(run)
         assert met == ["barrier", "barrier", "total"]
         assert (found is None) == (fails or others == 1)
