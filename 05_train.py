@@ -53,16 +53,16 @@ class Settings:
     dataset: str = "shapes"               # shapes, cifar10, imagenet, or the path of a folder
     data_dir: str = ""                    # where the data lies, if not in the usual place
     out: str = ""                         # folder of this run; default out/<dataset>
-    stage: str = "all"                    # all, tokenizer or transformer
+    stage: str = "all"                    # all, tokenizer (1) or transformer (2, on that of --out)
     device: str = "auto"                  # auto, cpu, cuda or mps
     gpus: int = 1                         # processes on this machine, one per GPU
     seed: int = 0                         # same seed, same run
     precision: str = "auto"               # auto (bfloat16 where it is fast), float32 or bfloat16
     compile: bool = False                 # torch.compile both models (pays off in long runs)
-    workers: int = 4                      # processes that decode pictures, for folders
+    workers: int = 4                      # processes per GPU that decode picture files
     save_every: int = 500                 # steps between checkpoints
     log_every: int = 50                   # steps between log lines
-    fresh: bool = False                   # start over instead of going on
+    fresh: bool = False                   # train again what --stage names, instead of going on
     export: str = ""                      # also write both models, in half precision, to this file
     flip: bool = False                    # mirror half of the pictures
     views: int = 1                        # cached versions per picture (mirror image, other crops)
@@ -79,7 +79,7 @@ class Settings:
     steps: int = 1600                     # steps of stage 2
     batch_size: int = 16                  # pictures per step of stage 2, over all processes
     accumulate: int = 1                   # compute a batch in so many parts, to save memory
-    shard: bool = False                   # spread stage 2's weights over the processes (FSDP)
+    shard: bool = False                   # spread stage 2's weights over processes (needs adamw)
     activation_checkpointing: bool = False    # stage 2 keeps less memory and computes more
     dry_run: bool = False                 # print sizes, memory, steps and days; do nothing
     gpu_tflops: float = 989.0             # for --dry-run: a GPU's peak in bfloat16 (H100: 989)
@@ -88,7 +88,7 @@ class Settings:
     lr: float = 1.5e-3                    # peak learning rate of adamw in stage 2
     muon_lr: float = 0.02                 # peak learning rate of muon, in both stages
     weight_decay: float = 0.05            # of matrices only
-    final_lr: float = 0.0                 # share of the peak learning rate left at the end
+    final_lr: float = 0.0                 # share of stage 2's peak learning rate left at the end
     clip: float = 2.0                     # largest gradient norm
     cfg: float = 1.5                      # default guidance when sampling from this run
     top_k: int = 0                        # default top-k when sampling (0: off)
@@ -150,9 +150,10 @@ def read_settings(argv=None):
             parts = f", {settings.accumulate} parts each" if settings.accumulate > 1 else ""
             raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
                            f"divided among {processes} processes{parts}")
-    if settings.shard and (processes == 1 or settings.optimizer == "muon"):
-        raise BadInput("--shard spreads weights over processes: give --gpus 2 or more, and "
-                       "--optimizer adamw (muon needs whole matrices)")
+    if settings.shard and settings.optimizer == "muon":
+        raise BadInput("--shard needs --optimizer adamw: muon works on whole matrices")
+    if settings.shard and processes == 1:
+        raise BadInput("--shard spreads weights over processes: give --gpus 2 or more")
     if {"vgg_file", "lpips_file"} & typed.keys() and "perceptual" not in values:
         raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
     if settings.perceptual and config.image_size < 16:
@@ -216,15 +217,15 @@ def train(run, stage, total):
     for step, batch in enumerate(stage.batches(start), start=start):
         run.seed(stage.name, step)
         for group, peak in peaks:
-            group["lr"] = peak * learning_rate(step / total, settings.final_lr)
+            group["lr"] = peak * learning_rate(step / total, stage.final_lr)
         stage.model.train()
         taken.append(take_step(run, stage, wrapped, batch, step / total))
         in_a_row = (in_a_row + 1) * taken[-1].skipped
         step += 1
         if step % often == 0 and in_a_row >= 10:
             raise BadInput(f"{stage.name}: no finite loss or gradient in {int(in_a_row)} steps, "
-                           f"last at step {step - 1}; the last checkpoint is good: lower the "
-                           "learning rate and start again with --fresh")
+                           f"last at step {step - 1}; lower the learning rate and train the stage "
+                           f"again: --stage {stage.name} --fresh ({path} is from before)")
         if step % settings.log_every == 0 or step == total:
             report(run, stage, step, total, taken, (time.time() - begin) / (step - start))
             taken = []
@@ -298,6 +299,7 @@ def report(run, stage, step, total, taken, pace):
 
 class TokenizerStage:
     name, spoils = "tokenizer", "transformer.pt"           # which knows other tokens
+    final_lr = 0.0
 
     def __init__(self, run, config, train_images, test_images, class_names):
         settings = self.settings = run.settings
@@ -317,7 +319,7 @@ class TokenizerStage:
                 fused=True))
         chosen = ("dataset", "seed", "precision", "flip", "tokenizer_steps", "tokenizer_batch_size",
                   "tokenizer_lr", "vq_weight", "picture_loss", "perceptual", "adversarial",
-                  "optimizer", "muon_lr", "final_lr", "clip", "accumulate")   # codes move per part
+                  "optimizer", "muon_lr", "clip", "accumulate")          # codes move per part
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           settings={**{k: getattr(settings, k) for k in chosen}, **asdict(config)})
         self.about["settings"]["perceptual"] *= self.perceptual is not None
@@ -422,6 +424,7 @@ class TransformerStage:
         self.run, self.tokenizer = run, tokenizer
         self.data = {split: run.hold(*arrays) for split, arrays in data.items()}
         self.batch_size, self.sizes = settings.batch_size, [s * s for s in config.scales]
+        self.final_lr = settings.final_lr
         self.model = transformer.VAR(config)
         self.model.activation_checkpointing = settings.activation_checkpointing
         # A block's modulation is computed before its forward, so it is a part of its own.

@@ -76,12 +76,13 @@ def resume(run, stage, path, total):
         old, new = state.get("settings"), stage.about["settings"]
         if not isinstance(old, dict) or set(old) != set(new):
             raise BadInput(f"{path} is no {stage.name} of this version; --fresh starts over")
-        if state["step"] >= total and "perceptual" in new:
-            new["perceptual"] = old["perceptual"]          # done: its weights may be gone by now
+        for key in {"perceptual", "accumulate"} & set(new) if state["step"] >= total else ():
+            new[key] = old[key]                            # it is done, they matter no more
         changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
         if changed:
             raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
-                           "give the old ones, or --fresh starts over, --out takes another folder")
+                           "give the old ones, or --fresh starts over (with --stage transformer "
+                           "only stage 2), --out takes another folder")
         try:
             for name, part in stage.parts.items():
                 own, saved = part.state_dict(), state[name]

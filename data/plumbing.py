@@ -89,7 +89,7 @@ def one_line(main):
         status = 130
     except torch.OutOfMemoryError as error:
         print(f"{Path(sys.argv[0]).name}: the GPU's memory is full ({str(error).splitlines()[0]}) "
-              "use smaller batches; in training --accumulate 2, --activation-checkpointing or "
+              "use smaller batches, or in training --accumulate 2, --activation-checkpointing, "
               "--shard", file=sys.stderr)
         status = 2
     except RuntimeError as error:                          # a lost connection is no news: another
@@ -204,7 +204,8 @@ class Run:
                 sys.exit(128 + number)                     # the terminal and from the launcher
             return
         self.stop, self.asked = number, time.monotonic()
-        self.say("stopping after this step; once more to stop at once")
+        when = "this step" if self.world == 1 else "the next tenth step"
+        self.say(f"stopping after {when}; once more to stop at once")
 
     def say(self, line):
         if self.rank == 0:
