@@ -290,7 +290,8 @@ def note_files(folder):
             if f"{folder}/run" in str(args[0]):
                 notes.write(f"{event} {args[0]}\n")
     sys.addaudithook(hook)
-    before(1, "torch", "save", lambda _, path: notes.write(f"torch.save {path}\n"))
+    before(1, "torch", "save", lambda _, path: rank() == own and notes.write(
+        f"torch.save {path}\n"))
 
 
 def test_only_the_first_process_writes_but_for_rows_of_the_token_cache(
