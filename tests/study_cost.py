@@ -4,8 +4,8 @@
 
 The same transformer draws n x n tokens in both ways, both with cached keys and values, without
 guidance and without the tokenizer's decoder: scale by scale (sides grow by about a third), and
-token by token in raster order, `scales=(1,) * n * n`. The paper's O(n^4) and O(n^6), appendix, count the
-attention's products where nothing is cached; here they are counted for both cases.
+token by token in raster order, `scales=(1,) * n * n`. The paper's O(n^4) and O(n^6), appendix,
+count the attention's products where nothing is cached; here they are counted for both cases.
 """
 import argparse
 import sys
