@@ -236,7 +236,7 @@ class MultiScaleVQVAE(nn.Module):
         self.phi_index = phi_of_scale(self.K, cfg.phis)
         for i, phi in enumerate(self.phis):                # with few scales some serve none of them
             phi.requires_grad_(i in self.phi_index)
-        self.to(memory_format=torch.channels_last)         # faster on a CPU
+        self.to(memory_format=torch.channels_last)         # tests/benchmark.py measures it
 
     # Pictures and feature maps
 
