@@ -88,6 +88,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("hits", torch.ones(vocab_size))          # running mean of uses a step
         self.register_buffer("sums", codebook.detach().clone())       # running sum of the users
         self.register_buffer("initialised", torch.tensor(False))
+        self.started = False                 # the same, without waiting for a GPU's answer
 
     def nearest(self, x):
         """x (..., C) -> idx (...) int64: the code with the smallest squared distance."""
@@ -106,7 +107,7 @@ class VectorQuantizer(nn.Module):
         x_hat carries a straight-through gradient: forwards the code, backwards as if x had passed
         unchanged. The loss (VQ-VAE, eq. 3) is taken *before* that line: afterwards x_hat no longer
         depends on the codebook, which would then never learn."""
-        if self.training:
+        if self.training and not self.started:
             self.start_on_data([x])
         idx = self.nearest(x.detach())
         code = self.lookup(idx)
@@ -125,7 +126,8 @@ class VectorQuantizer(nn.Module):
     def start_on_data(self, groups):
         """First call only: put the codes on vectors of the first batch, an equal share from each
         group. groups: list of (..., C). A codebook far from the data never gets used at all."""
-        if bool(self.initialised):
+        self.started = True
+        if bool(self.initialised):           # it comes from a checkpoint
             return
         self.codebook.copy_(self._draw(groups, self.vocab_size))
         self.hits.fill_(1.0)
@@ -139,7 +141,7 @@ class VectorQuantizer(nn.Module):
         A.1: hits = decay hits + (1 - decay) n,  sums likewise,  code = sums / hits."""
         x = torch.cat([g.reshape(-1, self.dim) for g in groups]).float()
         idx = torch.cat([i.reshape(-1) for i in indices])
-        count = torch.bincount(idx, minlength=self.vocab_size).to(x.dtype)
+        count = torch.zeros_like(self.hits).index_add_(0, idx, x.new_ones(len(idx)))
         total = torch.zeros_like(self.sums).index_add_(0, idx, x)
         if dist.is_initialized():            # every process must see the statistics of all of them,
             dist.all_reduce(count)           # or their codebooks drift apart
@@ -169,7 +171,11 @@ class VectorQuantizer(nn.Module):
         coarse scales of chapter 2 have few vectors, and need codes all the same. -> (n, C)"""
         flat = [g.detach().reshape(-1, self.dim).float() for g in groups]
         weight = torch.cat([f.new_full((len(f),), 1 / len(f)) for f in flat])
-        drawn = torch.cat(flat)[torch.multinomial(weight, n, replacement=n > len(weight))]
+        if n > len(weight):
+            rows = torch.multinomial(weight, n, replacement=True)
+        else:                                # as multinomial does it, which makes a GPU wait
+            rows = (weight / torch.empty_like(weight).exponential_()).topk(n).indices
+        drawn = torch.cat(flat)[rows]
         # Twice the same vector would be one code wasted; a nudge of 1 % lets the two part ways.
         drawn = drawn + 0.01 * drawn.square().mean().sqrt() * torch.randn_like(drawn)
         if dist.is_initialized():
@@ -190,6 +196,7 @@ class LookupFreeQuantizer(nn.Module):
             raise ValueError(f"bits must be between 1 and 24, not {bits}")
         self.dim, self.vocab_size = bits, 2 ** bits
         self.beta, self.entropy, self.size = beta, entropy, 1 / math.sqrt(bits)
+        self.started = True                  # there is no codebook to be placed on data
         self.register_buffer("powers", 2 ** torch.arange(bits), persistent=False)
 
     @property
@@ -218,9 +225,6 @@ class LookupFreeQuantizer(nn.Module):
         (large: use every code). Bits count as independent, so V = 2**24 costs 24 sums. -> ()"""
         p = torch.sigmoid(4 * x.reshape(-1, self.dim) / self.size)
         return self.entropy * (_bit_entropy(p).mean(0) - _bit_entropy(p.mean(0))).mean()
-
-    def start_on_data(self, groups):
-        """Nothing to place."""
 
     def update(self, groups, indices):
         """Nothing to learn."""

@@ -338,7 +338,7 @@ class MultiScaleVQVAE(nn.Module):
         return reconstruction, tokens, losses
 
     def _learn_to_round(self, f):
-        if self.training:
+        if self.training and not self.quantizer.started:
             self.quantizer.start_on_data(self._unrounded(f.detach()))
         groups, tokens, vq_loss, extra = [], [], 0, 0
         for k, (x, tokens_k, f_hat) in enumerate(self._rounds(f)):

@@ -65,7 +65,7 @@ class Settings:
     fresh: bool = False                   # train again what --stage names, instead of going on
     export: str = ""                      # also write both models, in half precision, to this file
     flip: bool = False                    # mirror half of the pictures
-    views: int = 1                        # cached versions per picture (mirror image, other crops)
+    views: int = 1                        # cached versions per picture: mirrored, shifted, cropped
     tokenizer_steps: int = 2000           # steps of stage 1
     tokenizer_batch_size: int = 16        # pictures per step of stage 1, over all processes
     tokenizer_lr: float = 3e-3            # peak learning rate of stage 1
@@ -158,8 +158,6 @@ def read_settings(argv=None):
         raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
     if settings.perceptual and config.image_size < 16:
         raise BadInput("--perceptual needs pictures of 16 pixels or more")
-    if settings.views > 2 and name in ("shapes", "cifar10"):
-        raise BadInput(f"--views {settings.views}: pictures in memory have two, one mirrored")
     if settings.export and not Path(settings.export).absolute().parent.is_dir():
         raise BadInput(f"--export {settings.export}: there is no such folder")
     var_fields = pick(transformer.VARConfig)

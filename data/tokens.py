@@ -3,8 +3,8 @@
     tokens_train.npy     (views, N, L) integers, memory-mapped: never loaded whole
     tokens_train.json    whose tokens these are: data set, pictures, tokenizer
 
-View 0 is the picture (of a file: its middle); view 1 of pictures in memory is the mirror image,
-further views of files are random crops. While it is being made the cache lies beside, under names
+View 0 is the picture (of a file: its middle). Further views of files are random crops; of pictures
+in memory every other view is mirrored, and those after the first two are shifted. While it is being made the cache lies beside, under names
 that end in .tmp, its rows filled with ones (no code has all bits set): a run that was stopped half
 way finds the rows that are missing, and makes only those.
 """
@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data import BadInput, batches
+from data import batches
 from data.checkpoints import fingerprint
 from data.plumbing import clock
 
@@ -29,8 +30,6 @@ def cache_tokens(run, tokenizer, images, split, views):
 
     A cache that belongs to other data or another tokenizer is made again; one that was interrupted
     is finished. Raises OSError, leaving nothing behind, where the disk is full."""
-    if views > 2 and isinstance(images, np.ndarray):
-        raise BadInput(f"--views {views}: pictures in memory have two, as they are and mirrored")
     path = run.folder / f"tokens_{split}.npy"
     note, half, half_note = path.with_suffix(".json"), f"{path}.tmp", Path(f"{path}.json.tmp")
     header = dict(dataset=run.settings.dataset, split=split, views=views,
@@ -77,8 +76,8 @@ def encode(run, tokenizer, images, path, split):
         for done, pixels in enumerate(batches.picture_batches(images, plan, run.settings.workers)):
             view, rows = jobs[done]
             image = batches.to_float(run.to_device(pixels))
-            if view % 2 and isinstance(images, np.ndarray):
-                image = image.flip(3)
+            if isinstance(images, np.ndarray):
+                image = view_of(image, view, rows)
             with run.autocast():
                 found = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
             file.seek(cache.offset + (view * len(images) + rows[0]) * cache[0, 0].nbytes)
@@ -93,6 +92,21 @@ def encode(run, tokenizer, images, path, split):
                 eta = clock((said - begin) / (done + 1) * (len(jobs) - done - 1))
                 run.say(f"  tokens of {split}: {100 * (done + 1) // len(jobs)}% | eta {eta}")
         os.fsync(file.fileno())
+
+
+def view_of(image, view, rows):
+    """Pictures in memory (B, 3, H, W), rows (B,) of their data set, as this view shows them: odd
+    ones mirrored; from the third on shifted, each picture by its own number of pixels, up to a
+    sixteenth of its side, what is missing at the border reflected. -> (B, 3, H, W)"""
+    if view % 2:
+        image = image.flip(3)
+    reach, side = image.shape[-1] // 16, image.shape[-1]
+    if view < 2 or not reach:
+        return image
+    by = np.random.default_rng(view).integers(0, 2 * reach + 1, (rows.max() + 1, 2))[rows]
+    down, right = torch.from_numpy(by).to(image.device).unbind(1)
+    windows = F.pad(image, (reach,) * 4, "reflect").unfold(2, side, 1).unfold(3, side, 1)
+    return windows[torch.arange(len(rows), device=image.device), :, down, right]
 
 
 def opened(path, note, header, shape, dtype):

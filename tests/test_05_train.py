@@ -16,6 +16,7 @@ from conftest import same
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import BadInput, batches, checkpoints, muon, shapes
 
@@ -451,6 +452,38 @@ def test_data_that_lies_on_the_device_trains_the_same(cli, tiny, tmp_path, monke
 
 # -- Steps that must not count ---------------------------------------------------------------------
 
+class Waits(TorchDispatchMode):
+    """Counts what makes the program wait for a GPU: a look at a number, a shape that depends on
+    numbers, torch.multinomial's check of its weights."""
+    names = "_local_scalar_dense bincount nonzero multinomial masked_select _unique2 equal"
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        index = args[1] if name in ("index", "index_put_", "index_put") else ()
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in index)
+        self.count += name in self.names.split() or masked
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("transformer", {}), ("transformer", dict(optimizer="adamw", accumulate=2)),
+    ("tokenizer", dict(flip=True)), ("tokenizer", dict(adversarial=1.0, picture_loss="l1")),
+    ("tokenizer", dict(learn="gradient"))])
+def test_a_training_step_does_not_make_a_gpu_wait(kind, settings):
+    from test_nothing_lost import stage_of
+    run, stage = stage_of(kind, **{"learn": "ema", **settings})
+    batches_ = stage.batches(0)
+    m5.take_step(run, stage, stage.model, next(batches_), 0.9)     # places the codes on the data
+    batch = next(batches_)
+    with Waits() as waits:
+        m5.take_step(run, stage, stage.model, batch, 0.9)
+    assert waits.count == len(stage.optimizers), "a CPU looks whether to skip the step, no more"
+    with Waits() as waits:
+        (torch.ones(3)[torch.ones(3) > 0].sum() > 1).item()
+    assert waits.count == 2, "this test would notice"
+
+
 @pytest.fixture
 def spoilt(monkeypatch):
     """spoilt(bad) makes the training steps s with bad(s) yield nan. -> list of the steps seen"""
@@ -713,7 +746,7 @@ def test_the_batch_is_divided_among_the_processes_of_torchrun_too(monkeypatch, r
 
 
 @pytest.mark.parametrize("options", [
-    "--export /no/such/folder/x.pt", "--mlp-ratio 0.01", "--views 3 --dataset shapes",
+    "--export /no/such/folder/x.pt", "--mlp-ratio 0.01",
     "--quantizer lfq --latent-dim 25 --vocab-size 33554432"])
 def test_what_cannot_work_is_refused(refused, tiny, tmp_path, options, monkeypatch):
     monkeypatch.setitem(shapes.DEFAULT_COUNT, "train", 20)

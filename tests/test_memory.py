@@ -61,7 +61,6 @@ def stage_on(path):
         unshuffle=4)).eval().requires_grad_(False)
     return run, m5.TransformerStage(run, tokenizer, sizes, dict(train=data, test=data), "abc")
 
-found = {}
 stages = [stage_on(path) for path in sys.argv[3:5]]        # of many rows, of few
 run, stage = stages[0]
 m5.take_step(run, stage, stage.model, tuple(t[:8] for t in next(stage.batches(0))), 0.5)
@@ -99,4 +98,5 @@ def test_a_token_cache_of_imagenets_size_stays_on_the_disk_and_is_read_as_fast_a
     assert result.returncode == 0, result.stderr
     grown, large, small = map(float, result.stdout.split())
     assert grown < 1e9, f"{grown / 1e6:.0f} MB more"
-    assert large < 3 * small, (large, small)
+    # A bound that no noise reaches, and nobody who looks at more than the rows he needs keeps.
+    assert large < small + 0.02, (large, small)

@@ -365,7 +365,7 @@ def test_the_log_counts_skipped_steps_and_means_the_others(cli, tiny, tmp_path, 
         assert entry["grad"] == good[-1]["grad"] and np.isfinite(entry["grad"])
 
 
-def stage_of(kind, **settings):
+def stage_of(kind, learn="gradient", **settings):
     """A stage of the tiny sizes, and a run that has one process and no folder."""
     torch.manual_seed(0)
     s = m5.Settings(**dict(precision="float32", out="", **settings))
@@ -377,7 +377,7 @@ def stage_of(kind, **settings):
     run.hold = partial(plumbing.Run.hold, run)
     sizes = dict(scales=(1, 2, 4), vocab_size=16, latent_dim=4)
     config = m2.TokenizerConfig(**sizes, image_size=16, channels=8, groups=4, unshuffle=2,
-                                multipliers=(1, 2), learn="gradient")
+                                multipliers=(1, 2), learn=learn)
     images = np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8)
     if kind == "tokenizer":
         return run, m5.TokenizerStage(run, config, images, images, ["noise"])

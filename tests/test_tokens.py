@@ -78,6 +78,33 @@ def test_the_cache_holds_the_tokens_of_pictures_and_mirror_images_and_is_used_ag
     assert studio.encoded == 0 and capsys.readouterr().out == ""
 
 
+def test_further_views_of_pictures_in_memory_are_shifted_each_by_its_own_pixels(studio):
+    """Found by trying all shifts of a picture with reflected borders, written out in numpy."""
+    studio.views, side, reach = 6, 16, 1
+    cache = build(studio)
+    assert is_right(studio, cache)
+    wide = np.pad(studio.images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), "reflect")
+    for view in range(2, 6):
+        pixels = wide[:, :, ::-1] if view % 2 else wide
+        shifts = [(down, right) for down in range(3) for right in range(3)]
+        found = np.stack([tokens_of(studio, pixels[:, down:down + side, right:right + side])
+                          for down, right in shifts])
+        fits = (found == cache[view]).all(2)               # (shifts, pictures)
+        assert fits.any(0).all()
+        assert (fits.sum(1) > 0).sum() >= 6, "pictures are shifted in different ways"
+    assert len({view.tobytes() for view in cache}) == 6
+
+
+def test_a_view_does_not_depend_on_which_pictures_are_encoded_together():
+    image, rows = torch.rand(20, 3, 32, 32), np.arange(20)
+    for view in (0, 1, 2, 3, 7):
+        whole = tokens.view_of(image, view, rows)
+        parts = [tokens.view_of(image[part], view, part) for part in np.split(rows, [3, 11])]
+        assert torch.equal(whole, torch.cat(parts)) and whole.shape == image.shape
+    tiny = torch.rand(2, 3, 8, 8)
+    assert torch.equal(tokens.view_of(tiny, 4, rows[:2]), tiny), "no room to shift eight pixels"
+
+
 def test_pictures_in_files_get_a_crop_for_each_view_and_are_known_by_their_names(
         studio, picture_folder, tmp_path, capsys):
     def load():
