@@ -3,19 +3,22 @@
 Arithmetic is counted on torch's "meta" device, where tensors have shapes but no memory, by running
 the real models forwards and backwards; what a step keeps for its backward pass is counted on small
 real ones and scaled up. Days follow from an assumed share of the GPUs' peak (model FLOP
-utilisation, MFU): work done twice by activation checkpointing does not count as work.
+utilisation, MFU): work done twice by activation checkpointing does not count as work. Small models
+never reach it: their kernels end sooner than Python can ask for the next.
 """
 import contextlib
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import vqgan
 from data.plumbing import clock
 
 IMAGENET = 1_281_167                                       # pictures to train on
+LAUNCH = 10e-6                                             # seconds to ask for a kernel, assumed
 
 
 def show(settings, processes, config, tokenizer_class, var_config, var_class):
@@ -32,15 +35,16 @@ def show(settings, processes, config, tokenizer_class, var_config, var_class):
             ("transformer", TransformerWork(settings, var_config, var_class),
              settings.batch_size, settings.steps)):
         parameters, per_picture, _ = work.flops()
-        days.append(per_picture * batch * steps
-                    / (processes * settings.gpu_tflops * 1e12 * settings.mfu) / 86400)
+        seconds = per_picture * batch / (processes * settings.gpu_tflops * 1e12 * settings.mfu)
+        days.append(steps * max(seconds, LAUNCH * work.kernels()) / 86400)
         at_once = batch / processes / settings.accumulate
         bytes_ = work.state_bytes(parameters, processes) + at_once * work.kept_per_picture()
         print(f"{name:<12}{parameters / 1e6:>9.1f} M{batch:>7}{batch / processes:>9g}{steps:>10,}"
               f"{per_picture * batch / 1e12:>12.3g}{bytes_ / 1e9:>12.1f}{time_of(days[-1]):>11}")
     L = sum(side * side for side in config.scales)
     print("GB: weights, gradients and optimizer in float32, copies of the weights in "
-          f"{half(settings)}, and what a step keeps\nfor its backward pass; torch needs some more")
+          f"{half(settings)}, and what a step keeps\nfor its backward pass; torch needs some more\ntime: arithmetic; or asking for its kernels, "
+          f"{LAUNCH * 1e6:.0f} us each, where that takes longer")
     if settings.dataset == "imagenet":
         *_, encode = TokenizerWork(settings, config, tokenizer_class).flops()
         size = settings.views * IMAGENET * L * (2 if config.vocab_size < 65536 else 4)
@@ -59,9 +63,19 @@ def half(settings):
     return "float32" if settings.precision == "float32" else "bfloat16"
 
 
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute, unlike those that only look at a tensor in another way."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func.name().startswith("aten::empty"))
+        return func(*args, **(kwargs or {}))
+
+
 class Work:
     """One picture's share of a training step: its arithmetic, and what it keeps in memory."""
     shards = False                                         # does --shard spread its weights?
+    all_kernels = 1.5                                      # beside 1 for forward and backward pass
 
     def __init__(self, settings, config, model_class):
         self.settings, self.config, self.model_class = settings, config, model_class
@@ -76,6 +90,13 @@ class Work:
                 self.loss(model, self.config, 1).backward()
         parameters = sum(p.numel() for p in model.parameters())
         return parameters, counter.get_total_flops(), once.get_total_flops()
+
+    def kernels(self):
+        """About how many a training step asks for, whatever the batch: those of the forward and the
+        backward pass are counted, the others (rounding, clipping, optimizers) a share of them."""
+        with torch.device("meta"), Kernels() as counter:
+            self.loss(self.model_class(self.config).eval(), self.config, 1).backward()
+        return self.all_kernels * counter.count * self.settings.accumulate
 
     def state_bytes(self, parameters, processes):
         """Weights 4, gradients 4, AdamW 8, copies in half precision 2 bytes each."""
@@ -108,6 +129,8 @@ class Work:
 
 
 class TokenizerWork(Work):
+    all_kernels = 2.6
+
     def loss(self, model, config, batch):
         """Stage 1's losses, those of VQGAN included where they are asked for. The rounding in
         between is left out: less than 1 % of the arithmetic for ImageNet."""

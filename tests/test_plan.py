@@ -39,6 +39,7 @@ def dry(cli):
 def nothing_counted(monkeypatch):
     """Dry runs of large models, in no time."""
     monkeypatch.setattr(plan.Work, "flops", lambda self: (10 ** 6, 10 ** 9, 10 ** 8))
+    monkeypatch.setattr(plan.Work, "kernels", lambda self: 0)
     monkeypatch.setattr(plan.Work, "kept", lambda self, config, **flags: 10 ** 6)
 
 
@@ -232,3 +233,37 @@ def test_what_a_tokenizer_keeps_is_estimated_within_a_fifth(precision, sizes):
 def test_unusual_sizes_have_a_plan_too(dry, options):
     rows, _, _ = dry("--batch-size", 2, *options.split())
     assert set(rows) == {"tokenizer", "transformer"} and all(row[4] > 0 for row in rows.values())
+
+
+# -- Kernels ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_about_as_many_kernels_are_planned_as_a_training_step_asks_for(kind, accumulate):
+    from test_nothing_lost import stage_of
+    run, stage = stage_of(kind, learn="ema", accumulate=accumulate)
+    work, model = {"tokenizer": (plan.TokenizerWork, m2.MultiScaleVQVAE),
+                   "transformer": (plan.TransformerWork, m4.VAR)}[kind]
+    planned = work(run.settings, stage.model.config, model).kernels()
+    batches = stage.batches(0)
+    m5.take_step(run, stage, stage.model, next(batches), 0.5)
+    with plan.Kernels() as counter:
+        m5.take_step(run, stage, stage.model, next(batches), 0.5)
+    assert 0.7 < planned / counter.count < 1.4
+
+
+def test_kernels_are_operations_that_compute():
+    with plan.Kernels() as counter:
+        x = torch.empty(2, 3).fill_(1.0)
+        (x.t()[0].view(2, 1).expand(2, 5) + 1).sum()
+    assert counter.count == 3, "to fill, to add, to sum; not to make room, turn, choose or repeat"
+
+
+def test_a_small_model_waits_for_its_kernels_and_a_large_one_for_its_arithmetic(dry, monkeypatch):
+    monkeypatch.setattr(plan.Work, "kernels", lambda self: 1000)
+    monkeypatch.setattr(plan.Work, "kept", lambda self, config, **flags: 10 ** 6)
+    for flops, seconds in ((1.0, 0.01), (989e12 / 16, 2.5)):         # of a step of 16 pictures
+        monkeypatch.setattr(plan.Work, "flops", lambda self: (10 ** 6, flops, 1.0))
+        rows, _, out = dry("--steps", 600_000, "--batch-size", 16)
+        assert rows["transformer"][-1] == pytest.approx(600_000 * seconds / 86400, rel=0.02)
+        assert "10 us each" in out
