@@ -105,9 +105,10 @@ LAYOUTS = {
 }
 PRESETS = {
     "shapes": dict(LAYOUTS[32], image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
-    "cifar10": dict(scales=(1, 2, 3, 4, 6, 8), unshuffle=2, multipliers=(1, 2), image_size=32,
-                    vocab_size=1024, flip=True, views=2, tokenizer_steps=20_000, depth=8, width=384,
-                    heads=6, tokenizer_batch_size=64, steps=30_000, batch_size=128),
+    "cifar10": dict(LAYOUTS[32], image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
+                    adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
+                    width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
+                    batch_size=256, log_every=200, save_every=1000),
     "folder": dict(LAYOUTS[64], image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
                    steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
                    heads=6),
@@ -211,7 +212,7 @@ def train(run, stage, total):
     often = 1 if run.device.type == "cpu" else 10          # looking at a result waits for the GPU
     peaks = [(group, group.setdefault("peak", group["lr"]))
              for optimizer in stage.optimizers for group in optimizer.param_groups]
-    begin = time.time()
+    begin = started = time.time()
     for step, batch in enumerate(stage.batches(start), start=start):
         run.seed(stage.name, step)
         for group, peak in peaks:
@@ -243,6 +244,8 @@ def train(run, stage, total):
         if step == total:
             break
         begin += time.time() - pause                       # img/s and eta are those of training
+    run.say(f"{stage.name}: steps {start} to {total} in {time.time() - started:.0f} s"
+            + run.peak_memory())
 
 
 @dataclass

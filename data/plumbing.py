@@ -281,6 +281,12 @@ class Run:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
+    def peak_memory(self):
+        """The most that was in use on a GPU so far, as text."""
+        if self.device.type != "cuda":
+            return ""
+        return f", {torch.cuda.max_memory_allocated(self.device) / 1e9:.2f} GB of the GPU at most"
+
     def hold(self, *arrays):
         """Arrays that fit beside a model (1 GB) go to the GPU once, as tensors; others stay where
         they are: in memory, or in a file."""

@@ -168,9 +168,10 @@ def half_precision(count=500):
 
 
 def small_sizes(device, repeats):
-    """Training steps per second of both stages at the presets for shapes and CIFAR-10."""
-    print("\n| preset | stage | batch | parameters | precision | ms a step | pictures/s |\n"
-          + "| --- " * 7 + "|")
+    """Training steps per second of both stages at the presets for shapes and CIFAR-10; on a GPU
+    with torch.compile too: does it pay within the 15 minutes that such a training takes?"""
+    print("\n| preset | stage | batch | parameters | precision | compile | ms a step | pictures/s |\n"
+          + "| --- " * 8 + "|")
     for name in ("shapes", "cifar10"):
         options = ["--dataset", name, "--device", device.type]
         settings, config, var_fields = training.read_settings(options)
@@ -184,13 +185,15 @@ def small_sizes(device, repeats):
             second = stage_of(options, config, sizes, settings.batch_size, folder)
             rows = second.rows("train", torch.arange(settings.batch_size).numpy())
             for stage, batch in ((first, pixels), (second, rows)):
-                stage.model.train()
-                time_ = seconds(lambda: training.take_step(stage.run, stage, stage.model, batch,
-                                                           0.5), device, repeats)
                 parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
-                print(f"| {name} | {stage.name} | {stage.batch_size} | {parameters:.1f} M | "
-                      f"{stage.run.settings.precision} | {1e3 * time_:.0f} | "
-                      f"{stage.batch_size / time_:.0f} |", flush=True)
+                for how in ("off", "on")[:1 + (device.type == "cuda")]:
+                    stage.run.settings.compile = how == "on"
+                    model = stage.run.wrap(stage.model.train())
+                    time_ = seconds(lambda: training.take_step(stage.run, stage, model, batch,
+                                                               0.5), device, repeats)
+                    print(f"| {name} | {stage.name} | {stage.batch_size} | {parameters:.1f} M | "
+                          f"{stage.run.settings.precision} | {how} | {1e3 * time_:.0f} | "
+                          f"{stage.batch_size / time_:.0f} |", flush=True)
 
 
 def gpu(device, depths=(16, 30), batch=64, repeats=5):

@@ -35,7 +35,7 @@ def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
     shown, config, var = m5.read_settings([])
     assert (shown.dataset, shown.out, config.image_size) == ("shapes", str(Path("out/shapes")), 32)
     shown, config, var = m5.read_settings(["--dataset", "cifar10"])
-    assert config.vocab_size == 1024 and shown.flip and var["depth"] == 8
+    assert config.vocab_size == 1024 and shown.flip and var["depth"] == 6
     shown, config, var = m5.read_settings("--dataset cifar10 --depth 3 --no-flip --out x".split())
     assert (var["depth"], shown.flip, shown.out, config.vocab_size) == (3, False, "x", 1024)
     shown, config, _ = m5.read_settings(["--dataset", "/some/where/cats"])
@@ -47,7 +47,7 @@ def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
 def test_a_picture_size_brings_the_layout_that_fits_it(name, side):
     _, config, _ = m5.read_settings(["--dataset", name, "--image-size", str(side)])
     assert config.image_size == side and config.scales[-1] in (8, 16, 32)
-    assert config.unshuffle == (2 if (name, side) == ("cifar10", 32) else 4), "presets stay"
+    assert config.unshuffle == 4
     _, config, _ = m5.read_settings(["--dataset", name, "--image-size", "48", "--scales", "1,4,12",
                                      "--multipliers", "1", "--unshuffle", "4"])
     assert config.scales == (1, 4, 12)

@@ -1,0 +1,114 @@
+"""From nothing to the CIFAR-10 figures and pictures of the README, in one line.
+
+    python tests/study_cifar10.py                                         on one GPU
+    python tests/study_cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 4000 \
+        --tokenizer-batch-size 16 --steps 700 --batch-size 16 --views 1   on a CPU, much too short
+
+Trains both stages with chapter 5, samples and edits with chapter 6, and asks chapter 6 for its
+judge's verdict at several strengths of guidance. All but --n, --cfg and --out goes to 05_train.py,
+--export FILE too. The same line goes on where it was stopped; seconds are then those since.
+"""
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import BadInput, plumbing  # noqa: E402
+
+
+def call(script, *options):
+    """Run a chapter and show what it prints. -> (what it printed, seconds)"""
+    begin, lines = time.time(), []
+    command = [sys.executable, "-u", str(ROOT / script), *map(str, options)]
+    print("$", " ".join(["python", script, *map(str, options)]), flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise BadInput(f"{script} ended with exit status {process.returncode}, see above")
+    return "".join(lines), time.time() - begin
+
+
+def held_out(folder, stage):
+    """The last evaluation of a stage."""
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [e["held_out"] for e in entries if e["stage"] == stage and "held_out" in e][-1]
+
+
+def train(folder, options):
+    """Both stages. -> lines about them"""
+    lines = []
+    for stage in ("tokenizer", "transformer"):
+        out, seconds = call("05_train.py", "--dataset", "cifar10", *options, "--stage", stage,
+                            "--out", folder)
+        took = re.search(f"{stage}: (steps .* in .*|trained for .*)", out)
+        pace = re.findall(r"([\d,.]+) img/s", out)
+        lines.append(f"{stage}: {took[1]}; {f'{pace[-1]} pictures/s, ' if pace else ''}"
+                     f"{seconds:.0f} s with all that goes with it")
+    return lines
+
+
+def figures(folder):
+    """Tokenizer and transformer, scale by scale, as a table."""
+    settings = json.loads((folder / "settings.json").read_text())
+    tokenizer, transformer = held_out(folder, "tokenizer"), held_out(folder, "transformer")
+    rows = {"": [f"{side}x{side}" for side in settings["scales"]] + ["all"],
+            "codes used": [f"{x:.0%}" for x in
+                           [*tokenizer["used"], tokenizer["used_overall"]]],
+            "perplexity": [f"{x:.0f}" for x in
+                           [*tokenizer["perplexity"], tokenizer["perplexity_overall"]]],
+            "PSNR after this scale, dB": [f"{x:.1f}" for x in tokenizer["psnr_after"]]
+            + [f"{tokenizer['psnr']:.2f}"],
+            "cross-entropy, nats a token": [f"{x:.2f}" for x in transformer["per_scale"]]
+            + [f"{transformer['loss']:.3f}"]}
+    return table(rows)
+
+
+def verdict(folder, cfgs, n, options):
+    """What the judge says of samples at each strength of guidance, beside real pictures."""
+    rows, notes = {"": ["in class", "Fréchet", "precision", "recall"]}, []
+    for cfg in cfgs:
+        out, seconds = call("06_sample_and_edit.py", "--run", folder, "--task", "evaluate", "--n",
+                            n, "--cfg", cfg, "--out", folder, *options)
+        notes = [line for line in out.splitlines() if line.startswith("judge: ")]
+        near = re.search("nearest of .*", out)
+        for name, numbers in re.findall(r"^(held-out.*?|reconstr\w+|samples, cfg [\d.]+) +"
+                                        r"(\d.*)$", out, re.M):
+            rows[name.strip()] = numbers.split()
+    return [*table(rows), *notes, near[0]]
+
+
+def table(rows):
+    lines = ["| " + " | ".join([name, *numbers]) + " |" for name, numbers in rows.items()]
+    return [lines[0], "|" + " --- |" * lines[0].count(" | ") + " --- |", *lines[1:], ""]
+
+
+def main():
+    parser = plumbing.OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--n", type=int, default=10_000, help="samples to judge [10000]")
+    parser.add_argument("--cfg", type=float, nargs="+", default=[0, 1, 1.5, 2, 3])
+    parser.add_argument("--out", type=Path, default=Path("out/cifar10"))
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--device", default="auto")
+    ours, rest = parser.parse_known_args()
+    passed = ["--data-dir", ours.data_dir, "--device", ours.device]
+    lines = train(ours.out, [*rest, *passed])
+    lines += ["", *figures(ours.out), *verdict(ours.out, ours.cfg, ours.n, passed)]
+    device = plumbing.pick_device(ours.device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    print(f"\ntorch {torch.__version__}, {where}, {time.strftime('%Y-%m-%d')}\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    plumbing.one_line(main)
