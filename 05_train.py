@@ -108,7 +108,7 @@ PRESETS = {
     "cifar10": dict(LAYOUTS[32], image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
                     adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
                     width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
-                    batch_size=256, log_every=200, save_every=1000),
+                    batch_size=256, held_out=10_000, log_every=200, save_every=1000),
     "folder": dict(LAYOUTS[64], image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
                    steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
                    heads=6),

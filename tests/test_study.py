@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 benchmark, cost = import_module("tests.benchmark"), import_module("tests.study_cost")
+cifar = import_module("tests.study_cifar10")
 SCRIPT = "tests.study_tokenizer.py"
 ROWS = ["gradient", "EMA + revival", "L2-normalised", "LFQ", "independent scales", "adversarial"]
 SMALL = ("--dataset shapes --image-size 16 --scales 1,2,4 --multipliers 1,2 --unshuffle 2 "
@@ -103,3 +104,51 @@ def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
         assert set(times) >= {"float32", "plain"} and all(t > 0 for t in times.values())
     dense = import_module("03_block_causal_mask")
     assert dense.prefix_attention is not dense.dense_attention, "everything is put back"
+
+
+def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
+        cli, tiny, tmp_path, monkeypatch):
+    """With the tiny run in place of CIFAR-10, whose two chapters are really called."""
+    judge, commands = import_module("data.judge"), []
+    real = import_module("data.batches").load_data
+    torch.manual_seed(0)
+    network = judge.Judge(3, 16).eval()
+    network.body[-2].weight.data.mul_(300)                 # distances with digits before the point
+    monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
+    monkeypatch.setattr(import_module("data.studio"), "load_data",   # three held out are too few
+                        lambda name, split, *how: real(name, "train", *how))
+
+    def call(script, *options):
+        commands.append([script, *map(str, options)])
+        if script.startswith("05"):                        # the tiny data set instead
+            at = options.index("cifar10")
+            options = [*options[:at], tiny.options[1], *options[at + 1:], *tiny.options[2:]]
+        result = cli(script, *options)
+        assert result.status == 0, result.err
+        return result.out, 1.0
+    monkeypatch.setattr(cifar, "call", call)
+    result = cli("tests.study_cifar10.py", "--n", 12, "--cfg", 0, 2.5, "--device", "cpu", "--out",
+                 run := tmp_path / "run", "--export", exported := tmp_path / "both.pt")
+    assert result.status == 0, result.err
+    log = (run / "log.jsonl").read_text()
+    assert '"stage": "transformer", "step": 24' in log and exported.exists()
+    assert [c[c.index("--cfg") + 1] for c in commands if "--cfg" in c] == ["0.0", "2.5"]
+    assert re.search(r"^tokenizer: steps 0 to 24 in \d+ s; [\d,]+ pictures/s, ", result.out, re.M)
+    lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
+             for line in result.out.splitlines() if line.startswith("| ")}
+    held = cifar.held_out(run, "transformer")
+    assert lines["cross-entropy, nats a token"][-1] == f"{held['loss']:.3f}"
+    usage = cifar.held_out(run, "tokenizer")
+    assert lines["codes used"] == [f"{x:.0%}" for x in [*usage["used"], usage["used_overall"]]]
+    judged = [lines[name] for name in ("held-out pictures (floor)", "reconstructions",
+                                       "samples, cfg 0", "samples, cfg 2.5")]
+    assert all(len(numbers) == 4 for numbers in judged)
+    assert "nearest of 57 training pictures" in result.out
+    again = cli("tests.study_cifar10.py", "--n", 12, "--cfg", 0, "--device", "cpu", "--out", run)
+    assert "tokenizer: trained for 24 steps; 1 s with" in again.out
+
+
+def test_the_cifar10_study_stops_where_a_chapter_does(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "05_train.py ended with exit status 2" in refused(
+        "tests.study_cifar10.py", "--data-dir", tmp_path, "--device", "cpu", "--out", tmp_path)
