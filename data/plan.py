@@ -43,8 +43,9 @@ def show(settings, processes, config, tokenizer_class, var_config, var_class):
               f"{per_picture * batch / 1e12:>12.3g}{bytes_ / 1e9:>12.1f}{time_of(days[-1]):>11}")
     L = sum(side * side for side in config.scales)
     print("GB: weights, gradients and optimizer in float32, copies of the weights in "
-          f"{half(settings)}, and what a step keeps\nfor its backward pass; torch needs some more\ntime: arithmetic; or asking for its kernels, "
-          f"{LAUNCH * 1e6:.0f} us each, where that takes longer")
+          f"{half(settings)}, and what a step keeps\nfor its backward pass; torch needs some more\n"
+          f"time: arithmetic; or asking for its kernels, {LAUNCH * 1e6:.0f} us each, where that "
+          "takes longer")
     if settings.dataset == "imagenet":
         *_, encode = TokenizerWork(settings, config, tokenizer_class).flops()
         size = settings.views * IMAGENET * L * (2 if config.vocab_size < 65536 else 4)

@@ -4,9 +4,11 @@
     tokens_train.json    whose tokens these are: data set, pictures, tokenizer
 
 View 0 is the picture (of a file: its middle). Further views of files are random crops; of pictures
-in memory every other view is mirrored, and those after the first two are shifted. While it is being made the cache lies beside, under names
-that end in .tmp, its rows filled with ones (no code has all bits set): a run that was stopped half
-way finds the rows that are missing, and makes only those.
+in memory every other view is mirrored, and those after the first two are shifted.
+
+While it is being made the cache lies beside, under names that end in .tmp, its rows filled with
+ones (no code has all bits set): a run that was stopped half way finds the rows that are missing,
+and makes only those.
 """
 import contextlib
 import json

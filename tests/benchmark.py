@@ -170,8 +170,8 @@ def half_precision(count=500):
 def small_sizes(device, repeats):
     """Training steps per second of both stages at the presets for shapes and CIFAR-10; on a GPU
     with torch.compile too: does it pay within the 15 minutes that such a training takes?"""
-    print("\n| preset | stage | batch | parameters | precision | compile | ms a step | pictures/s |\n"
-          + "| --- " * 8 + "|")
+    print("\n| preset | stage | batch | parameters | precision | compile | ms a step | "
+          "pictures/s |\n" + "| --- " * 8 + "|")
     for name in ("shapes", "cifar10"):
         options = ["--dataset", name, "--device", device.type]
         settings, config, var_fields = training.read_settings(options)
