@@ -104,6 +104,13 @@ def load_or_train(path, images_uint8, labels, num_classes, *, steps, seed, devic
     return judge.to(device)
 
 
+def judge_of(dataset, images, labels, num_classes, device="cpu"):
+    """The judge of a data set: trained when it is first wanted, then kept in out/."""
+    path = Path("out") / f"judge_{Path(dataset).name}_{fingerprint(images)}.pt"
+    return load_or_train(path, images, labels, num_classes, seed=0, device=device,
+                         steps=100 if dataset == "shapes" else 2000)
+
+
 def _take(images, rows):
     """The pictures at `rows` as floats (n, 3, H, W) in [0, 1]; `images` is such a tensor already,
     or uint8 (N, H, W, 3): an array, or whatever reads picture i when asked for images[i].
@@ -217,9 +224,7 @@ def evaluate(studio):
     if count < 4:
         raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
                        f"on, {len(test)} held out and {studio.args.n or 1000} to sample")
-    path = Path("out") / f"judge_{Path(studio.dataset).name}_{fingerprint(real)}.pt"
-    judge = load_or_train(path, real, labels, len(studio.names), seed=0, device=studio.device,
-                          steps=100 if studio.dataset == "shapes" else 2000)
+    judge = judge_of(studio.dataset, real, labels, len(studio.names), studio.device)
     print(f"judge: {accuracy(judge, test, test_labels):.2%} right on {len(test):,} held-out "
           "pictures; the figures below are on its features and are no Inception FID")
     at, first = rows_of(len(test), count), []

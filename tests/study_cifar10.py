@@ -8,7 +8,6 @@ Trains both stages with chapter 5, samples and edits with chapter 6, and asks ch
 judge's verdict at several strengths of guidance. All but --n, --cfg and --out goes to 05_train.py,
 --export FILE too. The same line goes on where it was stopped; seconds are then those since.
 """
-import argparse
 import json
 import platform
 import re

@@ -4,10 +4,12 @@
     python tests/study_tokenizer.py --dataset cifar10 --vocab-size 1024
     python tests/study_tokenizer.py --dataset FOLDER --image-size 256 --rows "EMA + revival"
     python tests/study_tokenizer.py --dataset cifar10 --rows "EMA + revival" adversarial
+    python tests/study_tokenizer.py --dataset cifar10 --rows "EMA + revival" "V = 512" --judge 2000
 
 Every row is a short training with chapter 5's own loop, then its evaluation on held-out pictures.
 Prints a table for the README and writes side_by_side.png; keeps runs in out/study/, so rows that
-are there are not run again. All other options go to 05_train.py.
+are there are not run again. --judge N adds the Frechet distance of N reconstructions from N
+pictures to train on, by the judge of chapter 6. All other options go to 05_train.py.
 """
 import argparse
 import json
@@ -15,12 +17,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, health, pictures, plumbing  # noqa: E402
-from data.batches import sample_of, to_float  # noqa: E402
+from data import BadInput, health, judge, pictures, plumbing  # noqa: E402
+from data.batches import in_parts, rows_of, sample_of, to_float  # noqa: E402
 
 vq, training = import_module("01_vq"), import_module("05_train")
 
@@ -64,11 +67,29 @@ ROWS = {
     "AdamW alone": (["--optimizer", "adamw"], []),
     "C = 16": (["--latent-dim", "16"], []),
     "adversarial": (["--adversarial", "1"], []),
+    "adversarial 0.5": (["--adversarial", "0.5"], []),
+    "adversarial 0.2": (["--adversarial", "0.2"], []),
+    "V = 512": (["--vocab-size", "512"], []),
+    "scales 1, 2, 4, 8": (["--scales", "1,2,4,8"], []),
 }
 ABLATION = list(ROWS)[:7]
 
 
-def run_row(name, options):
+@torch.no_grad()
+def frechet(tokenizer, images, labels, held_out, dataset, count):
+    """Frechet distance of reconstructions, and of the same held-out pictures themselves, from as
+    many pictures to train on."""
+    network = judge.judge_of(dataset, images, labels, len(np.unique(labels)))
+    known = judge.extract_all(network, in_parts(images, rows_of(len(images), count)))[0]
+    at = rows_of(len(held_out), count)
+    truth = judge.extract_all(network, in_parts(held_out, at))[0]
+    made = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(to_float(part)))
+            for part in in_parts(held_out, at))
+    made = judge.extract_all(network, ((image + 1) / 2 for image in made))[0]
+    return judge.frechet_distance(known, made), judge.frechet_distance(known, truth)
+
+
+def run_row(name, options, count):
     """Train one row. -> its last evaluation (see data/health.py), pictures, reconstructions"""
     more, changes = ROWS[name]
     settings, config, _ = training.read_settings([*options, *more, "--stage", "tokenizer"])
@@ -77,8 +98,8 @@ def run_row(name, options):
                                         settings.data_dir)
     run = plumbing.Run(settings)
     run.everything = vars(settings)
-    images, _, names = training.load_data(settings.dataset, "train", config.image_size,
-                                          settings.data_dir)
+    images, labels, names = training.load_data(settings.dataset, "train", config.image_size,
+                                               settings.data_dir)
     stage = training.TokenizerStage(run, config, images, held_out, names)
     for change in changes:
         change(stage.model.quantizer)
@@ -88,7 +109,13 @@ def run_row(name, options):
         change(tokenizer.quantizer)
     image = to_float(sample_of(held_out, 1000)[::max(1, min(1000, len(held_out)) // 10)][:10])
     rebuilt = tokenizer.tokens_to_image(tokenizer.image_to_tokens(image))
-    return finished(log, settings.tokenizer_steps), image, rebuilt
+
+    result = finished(log, settings.tokenizer_steps)
+    if count:
+        result["frechet"], floor = frechet(tokenizer, images, labels, held_out, settings.dataset,
+                                           count)
+        print(f"Frechet distance {result['frechet']:.3f}, of the originals {floor:.3f}")
+    return result, image, rebuilt
 
 
 def finished(log, steps):
@@ -103,6 +130,7 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=512)
     parser.add_argument("--tokenizer-steps", type=int, default=3000)
     parser.add_argument("--out", type=Path, default=Path("out/study"))
+    parser.add_argument("--judge", type=int, default=0, metavar="N")
     ours, rest = parser.parse_known_args()
     if "LFQ" in ours.rows and ours.vocab_size & (ours.vocab_size - 1):
         raise BadInput(f"LFQ needs a power of two: --vocab-size {ours.vocab_size} is none")
@@ -115,14 +143,18 @@ def main():
         if name == "LFQ":                                  # V = 2**C: as many signs as log2(V)
             options += ["--latent-dim", str(ours.vocab_size.bit_length() - 1)]
         print(f"== {name}", flush=True)
-        result, image, rebuilt = run_row(name, options)
+        result, image, rebuilt = run_row(name, options, ours.judge)
         rows += [rebuilt] if rows else [image, rebuilt]
         scales = training.read_settings(options)[1].scales
-        lines.append([name, f"{result['psnr']:.2f}", f"{result['used_overall']:.0%}",
+        own = training.read_settings([*options, *ROWS[name][0]])[1].scales
+        each = {side: f"{used:.0%} / {perplexity:.0f}" for side, used, perplexity in
+                zip(own, result["used"], result["perplexity"])}
+        judged = [f"{result['frechet']:.3f}"] if ours.judge else []
+        lines.append([name, f"{result['psnr']:.2f}", *judged, f"{result['used_overall']:.0%}",
                       f"{result['perplexity_overall']:.0f}",
-                      *[f"{result['used'][k]:.0%} / {result['perplexity'][k]:.0f}"
-                        for k in range(len(scales))]])
-    head = ["codes", "PSNR, dB", "used", "perplexity", *[f"{s}x{s}" for s in scales]]
+                      *[each.get(side, "") for side in scales]])
+    head = ["codes", "PSNR, dB", *["Frechet"] * bool(ours.judge), "used", "perplexity",
+            *[f"{s}x{s}" for s in scales]]
     print(f"\n{ours.dataset}, V = {ours.vocab_size}, {ours.tokenizer_steps} steps, torch "
           f"{torch.__version__}; per scale: codes used / perplexity; sides above 4 should use half")
     for line in [head, ["---"] * len(head), *lines]:

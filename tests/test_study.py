@@ -37,6 +37,27 @@ def test_every_row_is_trained_its_own_way_and_only_once(cli, few_shapes):
         line for line in again.out.splitlines() if line.startswith("| ")]
 
 
+def test_the_judge_of_reconstructions_is_an_option_and_rows_may_have_other_scales(
+        cli, few_shapes, monkeypatch):
+    judge = import_module("data.judge")
+    torch.manual_seed(0)
+    network = judge.Judge(10, 16).eval()
+    network.body[-2].weight.data.mul_(300)                 # distances with digits before the point
+    monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
+    small = [x for x in SMALL if x not in ("--scales", "1,2,4")] + ["--scales", "1,2,3,4"]
+    monkeypatch.setitem(import_module("tests.study_tokenizer").ROWS, "fewer",
+                        (["--scales", "1,2,4"], []))
+    result = cli(SCRIPT, "--rows", "EMA + revival", "fewer", "--judge", 10, *small)
+    assert result.status == 0, result.err
+    found = re.findall(r"Frechet distance ([\d.]+), of the originals ([\d.]+)", result.out)
+    assert len({mine for mine, _ in found}) == 2 and len({floor for _, floor in found}) == 1
+    assert all(0 < float(floor) < float(mine) for mine, floor in found)
+    head, _, one, two = [[cell.strip() for cell in line.strip("|").split("|")]
+                         for line in result.out.splitlines() if line.startswith("| ")]
+    assert head[2] == "Frechet" and [one[2], two[2]] == [mine for mine, _ in found]
+    assert head[-4:] == ["1x1", "2x2", "3x3", "4x4"] and two[-2] == "" and "%" in one[-2] + two[-1]
+
+
 def test_l2_normalised_codes_compare_directions_and_stay_on_the_sphere():
     study = import_module("tests.study_tokenizer")
     torch.manual_seed(0)
