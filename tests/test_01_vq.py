@@ -214,6 +214,9 @@ def test_small_groups_get_as_many_codes_as_large_ones():
     quantizer.start_on_data([torch.ones(1, 1, 2), torch.full((10, 30, 2), 3.)])
     share = float((quantizer.codebook[:, 0] < 2).float().mean())
     assert 0.4 < share < 0.6                          # one vector in 301, half of the codes
+    quantizer = vq.VectorQuantizer(40, 2)             # enough vectors: none is taken twice
+    quantizer.start_on_data([torch.ones(50, 2), torch.full((5000, 2), 3.)])
+    assert 10 <= (quantizer.codebook[:, 0] < 2).sum() <= 28, "by chance it would be 0.4 of 40"
 
 
 # ---------------------------------------------------------------------------- moving averages
