@@ -30,6 +30,8 @@ import torch.nn.functional as F
 
 from data import pictures
 
+MASKS = {}                                                 # (device, scales) -> (L, L) bool
+
 
 def scale_of_token(scales):
     """Which scale each of the L tokens belongs to. (1, 2) -> 0 1 1 1 1, shape (L,) int64"""
@@ -42,14 +44,27 @@ def block_causal_mask(scales):
     return scale[:, None] >= scale[None, :]
 
 
+def mask_on(device, scales):
+    """The mask where it is needed, made once: a GPU would wait for every copy."""
+    if (device, scales) not in MASKS:
+        MASKS[device, scales] = block_causal_mask(scales).to(device)
+    return MASKS[device, scales]
+
+
 def dense_attention(q, k, v, scales, scale=None):
     """The reference: every product is computed, then the forbidden ones are masked away. `scale`
     multiplies q.k (None: 1/sqrt(d)). The softmax is written out because on a CPU its backward pass
     is faster than that of the fused kernel for short sequences. -> (B, heads, L, d)"""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    hidden = ~block_causal_mask(scales).to(q.device)
+    hidden = ~mask_on(q.device, tuple(scales))
     scores = (q * scale) @ k.transpose(-2, -1)             # (B, heads, L, L)
     return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+def masked_attention(q, k, v, scales, scale=None):
+    """The same numbers from one fused kernel. -> (B, heads, L, d)"""
+    allowed = mask_on(q.device, tuple(scales))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
 
 
 def prefix_attention(q, k, v, scales, scale=None):
@@ -64,11 +79,13 @@ def prefix_attention(q, k, v, scales, scale=None):
 
 
 def block_causal_attention(q, k, v, scales, scale=None):
-    """Attention under block_causal_mask(scales), exact, by the faster of the two ways above.
+    """Attention under block_causal_mask(scales), exact, by a fast way. Short sequences are trained
+    under the mask: computing what is hidden costs less than asking for many small products.
     q, k, v (B, heads, L, d), scale: factor on q.k (None: 1/sqrt(d)) -> (B, heads, L, d)"""
-    short = q.shape[2] <= 256 and len(scales) <= 16
-    if q.device.type == "cpu" and short and torch.is_grad_enabled():
-        return dense_attention(q, k, v, scales, scale)
+    if q.shape[2] <= 256 and len(scales) <= 16 and torch.is_grad_enabled():
+        if q.device.type == "cpu":
+            return dense_attention(q, k, v, scales, scale)
+        return masked_attention(q, k, v, scales, scale)
     if len(scales) == q.shape[2]:                          # blocks of one token: plain causal
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return prefix_attention(q, k, v, scales, scale)

@@ -22,7 +22,6 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -243,10 +242,9 @@ def kernels(device, batch, repeats, scales=SCALES, heads=16):
     L = sum(side * side for side in scales)
     q, k, v = torch.randn(3, batch, heads, L, 64, device=device, dtype=torch.bfloat16)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    allowed = mask.block_causal_mask(scales).to(device)
     ways = {"prefix": lambda: mask.prefix_attention(q, k, v, scales),
             "written out, masked": lambda: mask.dense_attention(q, k, v, scales),
-            "SDPA, dense mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)}
+            "SDPA, dense mask": lambda: mask.masked_attention(q, k, v, scales)}
     if device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         scale = mask.scale_of_token(scales).to(device)

@@ -10,7 +10,7 @@ mask = import_module("03_block_causal_mask")
 seeds = st.integers(0, 10_000)
 # Any order of sides: a mask does not care whether scales grow.
 schedules = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple)
-ways = ["dense_attention", "prefix_attention", "block_causal_attention"]
+ways = ["dense_attention", "masked_attention", "prefix_attention", "block_causal_attention"]
 
 
 def length(scales):
@@ -160,3 +160,28 @@ def test_the_first_token_of_a_block_sees_the_last_of_its_block(way, grad):
         with torch.set_grad_enabled(grad):
             moved = attend(q, k, changed, scales) - attend(q, k, v, scales)
         assert (moved[:, :, begin:end].abs() > 1e-4).all(), f"side {side} is blind inside its block"
+
+
+@pytest.mark.parametrize("device, grad, scales, way", [
+    ("cpu", True, (1, 2, 3), "dense_attention"), ("meta", True, (1, 2, 3), "masked_attention"),
+    ("meta", True, (1, 2, 16), "prefix_attention"), ("meta", False, (1, 2, 3), "prefix_attention"),
+    ("cpu", False, (1, 2, 3), "prefix_attention")])
+def test_which_way_is_taken(monkeypatch, device, grad, scales, way):
+    """Short sequences are trained under the mask; "meta" stands for a GPU."""
+    taken = []
+    for name in ways[:3]:
+        def spy(*args, name=name, real=getattr(mask, name)):
+            taken.append(name)
+            return real(*args)
+        monkeypatch.setattr(mask, name, spy)
+    q = torch.empty(1, 2, length(scales), 4, device=device)
+    with torch.set_grad_enabled(grad):
+        assert mask.block_causal_attention(q, q, q, scales).shape == q.shape
+    assert taken == [way]
+
+
+def test_the_mask_is_made_once_and_where_it_is_needed():
+    first, elsewhere = [mask.mask_on(torch.device(name), (1, 2, 5)) for name in ("cpu", "meta")]
+    assert torch.equal(first, mask.block_causal_mask((1, 2, 5))) and elsewhere.device.type == "meta"
+    assert mask.mask_on(torch.device("cpu"), (1, 2, 5)) is first
+    assert mask.mask_on(torch.device("cpu"), (1, 5, 2)) is not first
