@@ -55,7 +55,9 @@ def picture_batches(images, batches, workers):
     workers."""
     if torch.is_tensor(images):
         for batch in batches:
-            yield images[torch.tensor([i for i, _ in batch]).to(images.device, non_blocking=True)]
+            rows = torch.tensor([i for i, _ in batch])
+            rows = rows.pin_memory() if images.is_cuda else rows     # or the GPU is waited for
+            yield images[rows.to(images.device, non_blocking=True)]
     elif isinstance(images, np.ndarray):
         for batch in batches:
             yield torch.from_numpy(images[[i for i, _ in batch]])

@@ -146,12 +146,14 @@ def _augment(images, generator):
 
 @torch.no_grad()
 def extract(judge, images, batch_size=500):
-    """(features (N, F), logits (N, classes)) on the CPU, of uint8 or float images (see _take)."""
+    """(features (N, F), logits (N, classes)) of uint8 or float images (see _take). Logits on the
+    CPU; features stay on a CUDA GPU, which compares them in float64 faster."""
     device, found = next(judge.parameters()).device, []
+    kept = device if device.type == "cuda" else "cpu"
     for start in range(0, len(images), batch_size):
         batch = _take(images, range(start, min(start + batch_size, len(images)))).to(device)
         features = judge.features(batch)
-        found.append((features.float().cpu(), judge.head(features).float().cpu()))
+        found.append((features.float().to(kept), judge.head(features).float().cpu()))
     features, logits = zip(*found)
     return torch.cat(features), torch.cat(logits)
 
@@ -272,7 +274,7 @@ def neighbours(studio, judge, real, shown, floor, fake):
     print(f"nearest of {len(known):,} training pictures: samples are {near[1].median():.2f} away "
           f"(median), held-out pictures {near[0].median():.2f}; {closer:.1%} of the samples are "
           "nearer than the nearest 1 % of held-out pictures")
-    by_features = nearest_neighbours(fake[:len(shown)], known)
+    by_features = nearest_neighbours(fake[:len(shown)], known).cpu()
     flat = shown.flatten(1).double()                       # float32 cannot tell near copies apart
     by_pixels = torch.cat([torch.cdist(flat, to_float(part).add(1).div(2).flatten(1).double())
                            for part in real.split(2000)], 1).argmin(1)

@@ -20,17 +20,20 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                g = torch.where(good, p.grad, momentum)    # lerp from x to x: x stays
-                momentum.lerp_(g, 1 - group["momentum"])
-                update = g.lerp(momentum, group["momentum"])               # Nesterov
-                by_shape.setdefault(p.flatten(1).shape, []).append((p, update.flatten(1)))
-            for (rows, columns), pairs in by_shape.items():
-                size = group["lr"] * max(1, rows / columns) ** 0.5
-                updates = orthogonal(torch.stack([update for _, update in pairs]), self.dtype)
-                for (p, _), update in zip(pairs, updates):
-                    step = size * update.view_as(p) + group["lr"] * group["weight_decay"] * p
-                    p.sub_(torch.where(good, step, 0.0))
+                self.state[p].setdefault("momentum", torch.zeros_like(p))
+                by_shape.setdefault((len(p), p[0].numel()), []).append(p)
+            for (rows, columns), like in by_shape.items():           # a stack (n, rows, columns)
+                kept = [self.state[p]["momentum"] for p in like]
+                weight, momentum, g = [torch.stack([x.flatten(1) for x in tensors]) for tensors in
+                                       (like, kept, [p.grad for p in like])]
+                g = torch.where(good, g, momentum)         # lerp from x to x: x stays
+                momentum = momentum.lerp(g, 1 - group["momentum"])
+                update = orthogonal(g.lerp(momentum, group["momentum"]), self.dtype)   # Nesterov
+                step = group["lr"] * (max(1, rows / columns) ** 0.5 * update
+                                      + group["weight_decay"] * weight)
+                weight = torch.where(good, weight - step, weight)
+                for tensors, new in ((kept, momentum), (like, weight)):
+                    torch._foreach_copy_(tensors, [x.view(p.shape) for x, p in zip(new, like)])
 
 
 def orthogonal(g, dtype=torch.float32):

@@ -135,6 +135,7 @@ def pick_device(name, rank=0):
         raise BadInput("--device cuda: this machine has no CUDA GPU that torch can use; try cpu")
     if name == "mps" and not torch.backends.mps.is_available():
         raise BadInput("--device mps: this machine has no Apple GPU; try cpu")
+    torch.backends.cudnn.allow_tf32 = False                # float32 means float32
     return torch.device(name, rank) if name == "cuda" else torch.device(name)
 
 

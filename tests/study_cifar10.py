@@ -74,16 +74,16 @@ def figures(folder):
 
 def verdict(folder, cfgs, n, options):
     """What the judge says of samples at each strength of guidance, beside real pictures."""
-    rows, notes = {"": ["in class", "Fréchet", "precision", "recall"]}, []
+    rows, notes = {"": ["in class", "Fréchet", "precision", "recall"]}, {}
     for cfg in cfgs:
         out, seconds = call("06_sample_and_edit.py", "--run", folder, "--task", "evaluate", "--n",
                             n, "--cfg", cfg, "--out", folder, *options)
-        notes = [line for line in out.splitlines() if line.startswith("judge: ")]
-        near = re.search("nearest of .*", out)
+        notes["judge"] = re.search("^judge: (.*)", out, re.M)[1]
+        notes[f"cfg {cfg:g}"] = re.search("nearest of .*", out)[0]
         for name, numbers in re.findall(r"^(held-out.*?|reconstr\w+|samples, cfg [\d.]+) +"
                                         r"(\d.*)$", out, re.M):
             rows[name.strip()] = numbers.split()
-    return [*table(rows), *notes, near[0]]
+    return [*table(rows), *[f"{what}: {note}" for what, note in notes.items()]]
 
 
 def table(rows):

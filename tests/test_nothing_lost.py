@@ -418,6 +418,8 @@ def test_a_run_with_skipped_steps_is_the_run_without_them_to_the_last_bit(optimi
                 assert take(run, stage, batch, 9, spoilt=True)
                 for name, value in stage.model.named_buffers():
                     value.copy_(buffers[name])             # usage counts saw a batch more
+                if kind == "tokenizer" and step == 0:
+                    stage.model.quantizer.started = False  # and its codes are to be placed again
             earlier = state_of(stage)
             assert not take(run, stage, batch, step) and not same(earlier, state_of(stage))
         ends.append(state_of(stage))

@@ -164,7 +164,7 @@ def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
     judged = [lines[name] for name in ("held-out pictures (floor)", "reconstructions",
                                        "samples, cfg 0", "samples, cfg 2.5")]
     assert all(len(numbers) == 4 for numbers in judged)
-    assert "nearest of 57 training pictures" in result.out
+    assert all(f"\n{cfg}: nearest of 57 training" in result.out for cfg in ("cfg 0", "cfg 2.5"))
     again = cli("tests.study_cifar10.py", "--n", 12, "--cfg", 0, "--device", "cpu", "--out", run)
     assert "tokenizer: trained for 24 steps; 1 s with" in again.out
 
