@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import BadInput, batches, checkpoints, muon, shapes
+from data import BadInput, batches, checkpoints, muon, plumbing, shapes
 
 m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")
@@ -92,6 +92,12 @@ def test_sizes_that_cannot_be_built_are_refused_before_anything_is_trained(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_refused(refused, tmp_path):
     assert "cuda" in refused(SCRIPT, "--device", "cuda", "--out", tmp_path / "run")
+
+
+def test_float32_convolutions_of_a_gpu_are_not_rounded_to_19_bits():
+    torch.backends.cudnn.allow_tf32 = True                 # torch's default
+    plumbing.pick_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_an_empty_folder_and_a_file_are_refused(refused, tmp_path):
