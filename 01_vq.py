@@ -304,7 +304,7 @@ def main():
         print(f"  {depth} levels of the same 8 codes, {3 * depth:>2} bits"
               f"{1000 * errors[-1]:>14.3f}")
     assert all(b < a for a, b in zip(errors, errors[1:])), "every level must shrink the error"
-    print("  (levels save codes, not bits: 8 codes, learned once, name 8 ** 4 colours)")
+    print("  (levels save codes, not bits: a book of 8 ** 4 codes would round better)")
     sign = LookupFreeQuantizer(8)
     print(f"  signs of 8 channels: {sign.vocab_size} codes for free, "
           f"usage {usage(sign.nearest(torch.randn(9999, 8)), 256)[0]:.0%} on white noise")

@@ -47,7 +47,7 @@ class TokenizerConfig:
     vocab_size: int = 512                        # V, codes shared by all scales
     latent_dim: int = 32                         # C, length of a code
     channels: int = 64                           # width of the first convolution
-    multipliers: tuple = (1,)                    # widths of the levels, as 1,2; each halves
+    multipliers: tuple = (1,)                    # widths of levels, as 1,2; the last keeps the side
     blocks: int = 1                              # residual blocks per level (decoder: one more)
     unshuffle: int = 4                           # fold 4x4 pixels into channels first (1: do not)
     groups: int = 8                              # of GroupNorm
@@ -57,7 +57,7 @@ class TokenizerConfig:
     quantizer: str = "vq"                        # "vq" learned codes, "lfq" signs (V = 2**C)
     learn: str = "ema"                           # "ema" or "gradient": how learned codes move
     beta: float = 0.25                           # weight of the commitment loss
-    coarse: float = 0.2                          # weight of coarser f_hats in the loss, 1: equal
+    coarse: float = 0.2                          # weight of each coarser f_hat; the last has the rest
 
     def __post_init__(self):
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)

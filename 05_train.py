@@ -64,8 +64,8 @@ class Settings:
     log_every: int = 50                   # steps between log lines
     fresh: bool = False                   # train again what --stage names, instead of going on
     export: str = ""                      # also write both models, in half precision, to this file
-    flip: bool = False                    # mirror half of the pictures
-    views: int = 1                        # cached versions per picture: mirrored, shifted, cropped
+    flip: bool = False                    # stage 1 mirrors half of the pictures
+    views: int = 1                        # stage 2: versions of a picture, mirrored, shifted, cropped
     tokenizer_steps: int = 2000           # steps of stage 1
     tokenizer_batch_size: int = 16        # pictures per step of stage 1, over all processes
     tokenizer_lr: float = 3e-3            # peak learning rate of stage 1
@@ -75,7 +75,7 @@ class Settings:
     vgg_file: str = ""                    # its VGG-16 weights, if they cannot be downloaded
     lpips_file: str = ""                  # its LPIPS weights, likewise
     adversarial: float = 0.0              # weight of the adversarial loss (PatchGAN); 0: off
-    held_out: int = 1000                  # pictures, at most, that each evaluation looks at
+    held_out: int = 1000                  # pictures that stage 1 is judged by (stage 2: 2,000)
     steps: int = 1600                     # steps of stage 2
     batch_size: int = 16                  # pictures per step of stage 2, over all processes
     accumulate: int = 1                   # compute a batch in so many parts, to save memory
@@ -105,6 +105,8 @@ LAYOUTS = {
 }
 PRESETS = {
     "shapes": dict(LAYOUTS[32], image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
+    # Ten minutes planned on one H100: 64 epochs of stage 1; stage 2 sees each of 800,000 views ten
+    # times. What was measured, and what is a guess: README, "CIFAR-10 on one GPU".
     "cifar10": dict(LAYOUTS[32], image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
                     adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
                     width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
@@ -219,7 +221,7 @@ def train(run, stage, total):
             group["lr"] = peak * learning_rate(step / total, stage.final_lr)
         stage.model.train()
         taken.append(take_step(run, stage, wrapped, batch, step / total))
-        in_a_row = (in_a_row + 1) * taken[-1].skipped
+        in_a_row = (in_a_row + 1) * taken[-1].skipped      # a tensor: back to 0 by a good step
         step += 1
         if step % often == 0 and in_a_row >= 10:
             raise BadInput(f"{stage.name}: no finite loss or gradient in {int(in_a_row)} steps, "
@@ -299,7 +301,8 @@ def report(run, stage, step, total, taken, pace):
 # -- Stage 1: the tokenizer ------------------------------------------------------------------------
 
 class TokenizerStage:
-    name, spoils = "tokenizer", "transformer.pt"           # which knows other tokens
+    name = "tokenizer"
+    spoils = "transformer.pt"                              # --fresh deletes it: of other tokens
     final_lr = 0.0
 
     def __init__(self, run, config, train_images, test_images, class_names):
@@ -327,10 +330,10 @@ class TokenizerStage:
 
     def batches(self, start):
         seed = self.settings.seed
-        plan = ([(int(i), seed * 10 ** 9 + step) for i in self.run.share(
+        wanted = ([(int(i), seed * 10 ** 9 + step) for i in self.run.share(
                     batch_indices(step, len(self.images), self.batch_size, seed))]
                 for step in range(start, self.settings.tokenizer_steps))
-        return zip(picture_batches(self.images, plan, self.settings.workers))
+        return zip(picture_batches(self.images, wanted, self.settings.workers))      # tuples of one
 
     def loss(self, model, batch, progress):
         settings, image = self.settings, to_float(self.run.to_device(batch[0]))

@@ -76,7 +76,7 @@ def soften(logits, ratio, codebook, generator=None):
 @torch.no_grad()
 def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temperature=1.0,
                   smooth=False, generator=None, choose=None):
-    """The loop. choose(k, tokens_k, f_hat) may replace drawn tokens. labels (B,) -> K tokens maps
+    """The loop. choose(k, tokens_k, f_hat) may replace drawn tokens. labels (B,) -> K token maps
     (B, n), or with `smooth` mixtures of codes (B, n, C), which do as well.
 
     Guidance: logits = (1 + t) conditional - t unconditional, t = cfg * k / (K - 1). It ramps up

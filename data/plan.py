@@ -53,6 +53,8 @@ def show(settings, processes, config, tokenizer_class, var_config, var_class):
                     / (processes * settings.gpu_tflops * 1e12 * settings.mfu) / 86400)
         print(f"token cache  {settings.views} views of {IMAGENET:,} pictures: {size / 1e9:.1f} GB "
               f"on disk, {time_of(days[-1])} (if decoding the pictures keeps up)")
+    else:
+        print("             and what it takes to tokenize all pictures, to evaluate and to draw")
     print(f"together     {time_of(sum(days))}")
 
 
@@ -76,7 +78,7 @@ class Kernels(TorchDispatchMode):
 class Work:
     """One picture's share of a training step: its arithmetic, and what it keeps in memory."""
     shards = False                                         # does --shard spread its weights?
-    all_kernels = 1.5                                      # beside 1 for forward and backward pass
+    all_kernels = 1.5     # those of a whole step over those of forward and backward pass, counted
 
     def __init__(self, settings, config, model_class):
         self.settings, self.config, self.model_class = settings, config, model_class
@@ -100,7 +102,7 @@ class Work:
         return self.all_kernels * counter.count * self.settings.accumulate
 
     def state_bytes(self, parameters, processes):
-        """Weights 4, gradients 4, AdamW 8, copies in half precision 2 bytes each."""
+        """Weights 4, gradients 4, AdamW 8 (Muon 4), copies in half precision 2 bytes each."""
         each = 16 if half(self.settings) == "float32" else 18
         return each * parameters / (processes if self.settings.shard and self.shards else 1)
 

@@ -79,7 +79,7 @@ def encode(run, tokenizer, images, path, split):
             view, rows = jobs[done]
             image = batches.to_float(run.to_device(pixels))
             if isinstance(images, np.ndarray):
-                image = view_of(image, view, rows)
+                image = view_of(image, view, rows, len(images))
             with run.autocast():
                 found = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
             file.seek(cache.offset + (view * len(images) + rows[0]) * cache[0, 0].nbytes)
@@ -96,16 +96,17 @@ def encode(run, tokenizer, images, path, split):
         os.fsync(file.fileno())
 
 
-def view_of(image, view, rows):
-    """Pictures in memory (B, 3, H, W), rows (B,) of their data set, as this view shows them: odd
-    ones mirrored; from the third on shifted, each picture by its own number of pixels, up to a
-    sixteenth of its side, what is missing at the border reflected. -> (B, 3, H, W)"""
+def view_of(image, view, rows, n):
+    """Pictures in memory (B, 3, H, W), rows (B,) of the n of their data set, as this view shows
+    them: odd ones mirrored; from the third on shifted, each picture by its own number of pixels, up
+    to a sixteenth of its side, what is missing at the border reflected. -> (B, 3, H, W)"""
     if view % 2:
         image = image.flip(3)
     reach, side = image.shape[-1] // 16, image.shape[-1]
     if view < 2 or not reach:
         return image
-    by = np.random.default_rng(view).integers(0, 2 * reach + 1, (rows.max() + 1, 2))[rows]
+    # Drawn for all of them, so that it does not matter which are encoded together.
+    by = np.random.default_rng(view).integers(0, 2 * reach + 1, (n, 2))[rows]
     down, right = torch.from_numpy(by).to(image.device).unbind(1)
     windows = F.pad(image, (reach,) * 4, "reflect").unfold(2, side, 1).unfold(3, side, 1)
     return windows[torch.arange(len(rows), device=image.device), :, down, right]

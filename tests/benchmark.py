@@ -168,7 +168,7 @@ def half_precision(count=500):
 
 def small_sizes(device, repeats):
     """Training steps per second of both stages at the presets for shapes and CIFAR-10; on a GPU
-    with torch.compile too: does it pay within the 15 minutes that such a training takes?"""
+    with torch.compile too: does it pay within ten minutes of training?"""
     print("\n| preset | stage | batch | parameters | precision | compile | ms a step | "
           "pictures/s |\n" + "| --- " * 8 + "|")
     for name in ("shapes", "cifar10"):

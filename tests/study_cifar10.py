@@ -1,16 +1,17 @@
 """From nothing to the CIFAR-10 figures and pictures of the README, in one line.
 
     python tests/study_cifar10.py                                         on one GPU
-    python tests/study_cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 4000 \
-        --tokenizer-batch-size 16 --steps 700 --batch-size 16 --views 1   on a CPU, much too short
+    python tests/study_cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 3400 \
+        --tokenizer-batch-size 16 --steps 1350 --batch-size 16 --views 1 --held-out 2000
 
-Trains both stages with chapter 5, samples and edits with chapter 6, and asks chapter 6 for its
+The second is much too short, and for a CPU. Trains both stages with chapter 5, samples and edits with chapter 6, and asks chapter 6 for its
 judge's verdict at several strengths of guidance. All but --n, --cfg and --out goes to 05_train.py,
 --export FILE too. The same line goes on where it was stopped; seconds are then those since.
 """
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ def call(script, *options):
     """Run a chapter and show what it prints. -> (what it printed, seconds)"""
     begin, lines = time.time(), []
     command = [sys.executable, "-u", str(ROOT / script), *map(str, options)]
-    print("$", " ".join(["python", script, *map(str, options)]), flush=True)
+    print("$", shlex.join(["python", script, *map(str, options)]), flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -50,6 +51,8 @@ def train(folder, options):
         out, seconds = call("05_train.py", "--dataset", "cifar10", *options, "--stage", stage,
                             "--out", folder)
         took = re.search(f"{stage}: (steps .* in .*|trained for .*)", out)
+        if not took:
+            raise BadInput(f"05_train.py said nothing of the {stage}: leave out --dry-run or --help")
         pace = re.findall(r"([\d,.]+) img/s", out)
         lines.append(f"{stage}: {took[1]}; {f'{pace[-1]} pictures/s, ' if pace else ''}"
                      f"{seconds:.0f} s with all that goes with it")
@@ -67,14 +70,14 @@ def figures(folder):
                            [*tokenizer["perplexity"], tokenizer["perplexity_overall"]]],
             "PSNR after this scale, dB": [f"{x:.1f}" for x in tokenizer["psnr_after"]]
             + [f"{tokenizer['psnr']:.2f}"],
-            "cross-entropy, nats a token": [f"{x:.2f}" for x in transformer["per_scale"]]
+            "cross-entropy, nats a token (2,000 pictures)": [f"{x:.2f}" for x in transformer["per_scale"]]
             + [f"{transformer['loss']:.3f}"]}
     return table(rows)
 
 
 def verdict(folder, cfgs, n, options):
     """What the judge says of samples at each strength of guidance, beside real pictures."""
-    rows, notes = {"": ["in class", "Fréchet", "precision", "recall"]}, {}
+    rows, notes = {"": ["in class", "Frechet", "precision", "recall"]}, {}
     for cfg in cfgs:
         out, seconds = call("06_sample_and_edit.py", "--run", folder, "--task", "evaluate", "--n",
                             n, "--cfg", cfg, "--out", folder, *options)
@@ -92,14 +95,21 @@ def table(rows):
 
 
 def main():
-    parser = plumbing.OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--n", type=int, default=10_000, help="samples to judge [10000]")
-    parser.add_argument("--cfg", type=float, nargs="+", default=[0, 1, 1.5, 2, 3])
-    parser.add_argument("--out", type=Path, default=Path("out/cifar10"))
-    parser.add_argument("--data-dir", default="")
-    parser.add_argument("--device", default="auto")
+    parser = plumbing.OneLineParser(
+        description=__doc__.splitlines()[0], allow_abbrev=False,
+        epilog="All other options go to 05_train.py (see its --help).")
+    parser.add_argument("--n", type=plumbing.number(int, 4), default=10_000,
+                        help="samples to judge [10000]")
+    parser.add_argument("--cfg", type=plumbing.number(float, 0), nargs="+",
+                        default=[0.0, 1.0, 1.5, 2.0, 3.0], help="guidance [0 1 1.5 2 3]")
+    parser.add_argument("--out", type=Path, default=Path("out/cifar10"),
+                        help="folder of the run [out/cifar10]")
+    parser.add_argument("--data-dir", help="where the data lies, if not in the usual place")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
     ours, rest = parser.parse_known_args()
-    passed = ["--data-dir", ours.data_dir, "--device", ours.device]
+    passed = ["--device", ours.device]
+    if ours.data_dir:
+        passed += ["--data-dir", ours.data_dir]
     lines = train(ours.out, [*rest, *passed])
     lines += ["", *figures(ours.out), *verdict(ours.out, ours.cfg, ours.n, passed)]
     device = plumbing.pick_device(ours.device)

@@ -136,7 +136,7 @@ def main():
         raise BadInput(f"LFQ needs a power of two: --vocab-size {ours.vocab_size} is none")
     lines, rows = [], []
     for name in ours.rows:
-        out = Path(ours.out, f"{Path(ours.dataset).name}-{ours.vocab_size}",
+        out = Path(ours.out, f"{Path(ours.dataset).name}-{ours.vocab_size}-{ours.tokenizer_steps}",
                    name.replace(" ", "-"))
         options = ["--dataset", ours.dataset, "--vocab-size", str(ours.vocab_size), "--out",
                    str(out), "--tokenizer-steps", str(ours.tokenizer_steps), *rest]

@@ -158,7 +158,7 @@ def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
     lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
              for line in result.out.splitlines() if line.startswith("| ")}
     held = cifar.held_out(run, "transformer")
-    assert lines["cross-entropy, nats a token"][-1] == f"{held['loss']:.3f}"
+    assert lines["cross-entropy, nats a token (2,000 pictures)"][-1] == f"{held['loss']:.3f}"
     usage = cifar.held_out(run, "tokenizer")
     assert lines["codes used"] == [f"{x:.0%}" for x in [*usage["used"], usage["used_overall"]]]
     judged = [lines[name] for name in ("held-out pictures (floor)", "reconstructions",
@@ -167,6 +167,12 @@ def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
     assert all(f"\n{cfg}: nearest of 57 training" in result.out for cfg in ("cfg 0", "cfg 2.5"))
     again = cli("tests.study_cifar10.py", "--n", 12, "--cfg", 0, "--device", "cpu", "--out", run)
     assert "tokenizer: trained for 24 steps; 1 s with" in again.out
+
+
+@pytest.mark.parametrize("options", ["--n 3", "--n -5", "--cfg -1", "--cfg nan", "--dry-run"])
+def test_a_wrong_option_of_the_cifar10_study_is_one_line(refused, monkeypatch, options):
+    monkeypatch.setattr(cifar, "call", lambda *_: ("a plan", 1.0))
+    refused("tests.study_cifar10.py", *options.split())
 
 
 def test_the_cifar10_study_stops_where_a_chapter_does(refused, tmp_path, monkeypatch):

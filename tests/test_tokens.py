@@ -98,11 +98,11 @@ def test_further_views_of_pictures_in_memory_are_shifted_each_by_its_own_pixels(
 def test_a_view_does_not_depend_on_which_pictures_are_encoded_together():
     image, rows = torch.rand(20, 3, 32, 32), np.arange(20)
     for view in (0, 1, 2, 3, 7):
-        whole = tokens.view_of(image, view, rows)
-        parts = [tokens.view_of(image[part], view, part) for part in np.split(rows, [3, 11])]
+        whole = tokens.view_of(image, view, rows, 20)
+        parts = [tokens.view_of(image[part], view, part, 20) for part in np.split(rows, [3, 11])]
         assert torch.equal(whole, torch.cat(parts)) and whole.shape == image.shape
     tiny = torch.rand(2, 3, 8, 8)
-    assert torch.equal(tokens.view_of(tiny, 4, rows[:2]), tiny), "no room to shift eight pixels"
+    assert torch.equal(tokens.view_of(tiny, 4, rows[:2], 20), tiny), "no room to shift eight pixels"
 
 
 def test_pictures_in_files_get_a_crop_for_each_view_and_are_known_by_their_names(
