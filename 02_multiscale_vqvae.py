@@ -57,7 +57,7 @@ class TokenizerConfig:
     quantizer: str = "vq"                        # "vq" learned codes, "lfq" signs (V = 2**C)
     learn: str = "ema"                           # "ema" or "gradient": how learned codes move
     beta: float = 0.25                           # weight of the commitment loss
-    coarse: float = 0.2                          # weight of each coarser f_hat; the last has the rest
+    coarse: float = 0.2                          # weight of coarser f_hats; the last has the rest
 
     def __post_init__(self):
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)

@@ -65,7 +65,7 @@ class Settings:
     fresh: bool = False                   # train again what --stage names, instead of going on
     export: str = ""                      # also write both models, in half precision, to this file
     flip: bool = False                    # stage 1 mirrors half of the pictures
-    views: int = 1                        # stage 2: versions of a picture, mirrored, shifted, cropped
+    views: int = 1                        # stage 2: versions of pictures (mirrored, shifted, ...)
     tokenizer_steps: int = 2000           # steps of stage 1
     tokenizer_batch_size: int = 16        # pictures per step of stage 1, over all processes
     tokenizer_lr: float = 3e-3            # peak learning rate of stage 1

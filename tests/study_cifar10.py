@@ -4,9 +4,10 @@
     python tests/study_cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 3400 \
         --tokenizer-batch-size 16 --steps 1350 --batch-size 16 --views 1 --held-out 2000
 
-The second is much too short, and for a CPU. Trains both stages with chapter 5, samples and edits with chapter 6, and asks chapter 6 for its
-judge's verdict at several strengths of guidance. All but --n, --cfg and --out goes to 05_train.py,
---export FILE too. The same line goes on where it was stopped; seconds are then those since.
+The second is for a CPU, and much too short. Trains both stages with chapter 5, samples and edits with
+chapter 6, and asks chapter 6 for its judge's verdict at several strengths of guidance. All but --n,
+--cfg and --out goes to 05_train.py, --export FILE too. The same line goes on where it was stopped;
+seconds are then those since.
 """
 import json
 import platform
@@ -52,7 +53,7 @@ def train(folder, options):
                             "--out", folder)
         took = re.search(f"{stage}: (steps .* in .*|trained for .*)", out)
         if not took:
-            raise BadInput(f"05_train.py said nothing of the {stage}: leave out --dry-run or --help")
+            raise BadInput(f"05_train.py trained no {stage}: leave out --dry-run and --help")
         pace = re.findall(r"([\d,.]+) img/s", out)
         lines.append(f"{stage}: {took[1]}; {f'{pace[-1]} pictures/s, ' if pace else ''}"
                      f"{seconds:.0f} s with all that goes with it")
@@ -70,8 +71,8 @@ def figures(folder):
                            [*tokenizer["perplexity"], tokenizer["perplexity_overall"]]],
             "PSNR after this scale, dB": [f"{x:.1f}" for x in tokenizer["psnr_after"]]
             + [f"{tokenizer['psnr']:.2f}"],
-            "cross-entropy, nats a token (2,000 pictures)": [f"{x:.2f}" for x in transformer["per_scale"]]
-            + [f"{transformer['loss']:.3f}"]}
+            "cross-entropy, nats a token (2,000 pictures)":
+                [f"{x:.2f}" for x in transformer["per_scale"]] + [f"{transformer['loss']:.3f}"]}
     return table(rows)
 
 
