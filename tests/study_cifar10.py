@@ -4,10 +4,10 @@
     python tests/study_cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 3400 \
         --tokenizer-batch-size 16 --steps 1350 --batch-size 16 --views 1 --held-out 2000
 
-The second is for a CPU, and much too short. Trains both stages with chapter 5, samples and edits with
-chapter 6, and asks chapter 6 for its judge's verdict at several strengths of guidance. All but --n,
---cfg and --out goes to 05_train.py, --export FILE too. The same line goes on where it was stopped;
-seconds are then those since.
+The second is for a CPU, and much too short. Trains both stages with chapter 5, samples and edits
+with chapter 6, and asks chapter 6 for its judge's verdict at several strengths of guidance. All but
+--n, --cfg and --out goes to 05_train.py, --export FILE too. The same line goes on where it was
+stopped; seconds are then those since.
 """
 import json
 import platform
