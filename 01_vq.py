@@ -27,7 +27,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import pictures, shapes
+from data import shapes
+from report import plots
 
 
 # -- Numbers: where to put the buckets ------------------------------------------------------------
@@ -308,7 +309,7 @@ def main():
     sign = LookupFreeQuantizer(8)
     print(f"  signs of 8 channels: {sign.vocab_size} codes for free, "
           f"usage {usage(sign.nearest(torch.randn(9999, 8)), 256)[0]:.0%} on white noise")
-    pictures.save_grid("out/01_vq.png", torch.cat(rows).permute(0, 3, 1, 2), columns=12,
+    plots.save_grid("out/01_vq.png", torch.cat(rows).permute(0, 3, 1, 2), columns=12,
                        row_labels=["original"] + [f"{v} colours" for v in (2, 4, 8, 16, 64)])
     print("wrote out/01_vq.png")
 

@@ -34,7 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BadInput, pictures, shapes
+from data import BadInput, shapes
+from report import plots
 
 vq = import_module("01_vq")
 
@@ -236,7 +237,7 @@ class MultiScaleVQVAE(nn.Module):
         self.phi_index = phi_of_scale(self.K, cfg.phis)
         for i, phi in enumerate(self.phis):                # with few scales some serve none of them
             phi.requires_grad_(i in self.phi_index)
-        self.to(memory_format=torch.channels_last)         # tests/benchmark.py measures it
+        self.to(memory_format=torch.channels_last)         # experiments/benchmark.py measures it
 
     # Pictures and feature maps
 
@@ -397,7 +398,7 @@ def main():
     *_, (_, _, running) = tokenizer._rounds(f)
     assert torch.allclose(tokenizer.features(tokens), running), "Algorithm 2 undoes Algorithm 1"
     rows = (torch.cat([shown] + decoded) + 1) / 2
-    pictures.save_grid("out/02_multiscale_vqvae.png", rows, columns=8,
+    plots.save_grid("out/02_multiscale_vqvae.png", rows, columns=8,
                        row_labels=["original"] + [f"{s}x{s}" for s in tokenizer.scales])
     print("wrote out/02_multiscale_vqvae.png (soft after so few steps; chapter 5 trains on)")
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import pictures
+from report import plots
 
 MASKS = {}                                                 # (device, scales) -> (L, L) bool
 
@@ -121,8 +121,8 @@ def main():
     assert torch.equal(raster, torch.ones(L, L).tril().bool())
     print(f"products: next-scale {int(mask.sum())}, raster {int(raster.sum())}, all {L * L}; "
           f"one after the other: next-scale {len(scales)} steps, raster {L}")
-    images = [pictures.heat_map(m.float().numpy()) for m in (mask, raster)]
-    pictures.save_grid("out/03_block_causal_mask.png", np.stack(images), columns=2,
+    images = [plots.heat_map(m.float().numpy()) for m in (mask, raster)]
+    plots.save_grid("out/03_block_causal_mask.png", np.stack(images), columns=2,
                        scale=9, column_labels=["next scale: 1 4 9 16", "raster: 30 blocks of 1"])
     print("wrote out/03_block_causal_mask.png: row looks at column where it is yellow")
 

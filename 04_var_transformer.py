@@ -32,7 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import BadInput, pictures
+from data import BadInput
+from report import plots
 
 mask = import_module("03_block_causal_mask")
 
@@ -292,9 +293,9 @@ def show_influence():
             p.add_(0.1 * torch.randn_like(p))
         moved = influence(small)
         assert bool((moved[~mask.block_causal_mask(scales)] == 0).all())
-        maps.append(pictures.heat_map((moved + 1e-3).log().numpy()))
+        maps.append(plots.heat_map((moved + 1e-3).log().numpy()))
     print("changing an input moves no output of a coarser scale (raster: no earlier output)")
-    pictures.save_grid("out/04_var_transformer.png", np.stack(maps), columns=2, scale=9,
+    plots.save_grid("out/04_var_transformer.png", np.stack(maps), columns=2, scale=9,
                        column_labels=["next scale: 1 4 9 16", "raster: 30 blocks of 1"])
     print("wrote out/04_var_transformer.png: row output, column input, bright: moves more")
 

@@ -16,8 +16,9 @@ Sources: VAR (Tian et al. 2024), section 4 and the released training code for th
 Muon (Jordan et al. 2024) for small models. Every random decision of step s is drawn from (seed,
 stage, s, process): nothing about randomness has to be saved to go on bit for bit.
 
-Differs from the original VAR code: stage 1 exists, its losses are those of VQGAN (data/vqgan.py),
-its health is measured scale by scale (data/health.py); tokens are computed once, not every step.
+Differs from the original VAR code: stage 1 exists, its losses are those of VQGAN
+(engine/perceptual.py), its health is measured scale by scale (report/health.py);
+tokens are computed once, not every step.
 """
 import os
 import re
@@ -33,13 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, health, plan, released, vqgan
+from data import BadInput
+from engine import plan, released, perceptual
+from report import health
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
-from data.checkpoints import export, fingerprint, load_checkpoint, resume, save
-from data.muon import Muon
-from data.plumbing import OneLineParser, Run, add_options, clock, launch, one_line, pick_device
-from data.tokens import cache_tokens
+from engine.checkpoints import export, fingerprint, load_checkpoint, resume, save
+from engine.muon import Muon
+from engine.plumbing import OneLineParser, Run, add_options, clock, launch, one_line, pick_device
+from engine.token_cache import cache_tokens
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -315,9 +318,10 @@ class TokenizerStage:
         self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
-        self.perceptual = vqgan.perceptual_of(run) if settings.perceptual else None
+        self.perceptual = perceptual.perceptual_of(run) if settings.perceptual else None
         if settings.adversarial:
-            critic = self.parts["critic"] = vqgan.Discriminator(config.image_size).to(run.device)
+            critic = perceptual.Discriminator(config.image_size).to(run.device)
+            self.parts["critic"] = critic
             self.critic = run.wrap(critic)
             self.optimizers.append(torch.optim.AdamW(
                 critic.parameters(), lr=min(settings.tokenizer_lr, 3e-4), betas=(0.5, 0.9),
@@ -349,7 +353,7 @@ class TokenizerStage:
             if self.perceptual:
                 picture = picture + settings.perceptual * self.perceptual(rebuilt, image).mean()
         loss = picture + settings.vq_weight * (losses["vq"] + losses["extra"])
-        if share := settings.adversarial * vqgan.start_late(progress):
+        if share := settings.adversarial * perceptual.start_late(progress):
             loss = loss + share * self.criticise(image, rebuilt, picture)
         return loss, (losses["reconstruction"].detach(), tokens)
 
@@ -358,13 +362,13 @@ class TokenizerStage:
         -> what the tokenizer adds to its loss to please the critic, as heavy as `picture`"""
         with self.run.autocast():
             scores = self.critic(torch.cat([image, rebuilt.detach()]))
-        (vqgan.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
+        (perceptual.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
         critic = self.parts["critic"].requires_grad_(False)      # the next pass teaches it nothing
         with self.run.autocast():
             displeased = -critic(rebuilt).float().mean()
         critic.requires_grad_(True)
         last = self.model.decoder.conv_out.weight
-        return vqgan.adaptive_weight(picture, displeased, last) * displeased
+        return perceptual.adaptive_weight(picture, displeased, last) * displeased
 
     def summary(self, memories):
         error = self.run.mean(torch.stack([error for error, _ in memories]).mean())

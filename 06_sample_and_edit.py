@@ -19,8 +19,8 @@ the whole picture, and hidden pixels leak into the tokens that are kept); the 1x
 always kept; kept tokens are rounded again as f_hat grows, not replayed from another picture; the
 likelihood, which training minimised all along, can be asked for.
 
-The command line is in data/studio.py; the pictures and tables made of all this are in
-data/gallery.py, data/density.py and data/judge.py.
+The command line is in report/studio.py; the pictures and tables made of all this are in
+report/gallery.py, report/density.py and report/judge.py.
 
     python 06_sample_and_edit.py                        newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
@@ -32,9 +32,10 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from data import BadInput, released
-from data.plumbing import one_line
-from data.studio import Studio, read_arguments
+from data import BadInput
+from engine import released
+from engine.plumbing import one_line
+from report.studio import Studio, read_arguments
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")

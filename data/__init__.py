@@ -1,4 +1,4 @@
-"""The data sets of this project, one loader each, with what shows and judges their pictures."""
+"""Pictures in: one reader per data set, their registry, and batches."""
 
 
 class BadInput(ValueError):

@@ -77,7 +77,7 @@ def tiny(picture_folder, tmp_path_factory):
 def cli(monkeypatch, capsys, tmp_path):
     """cli(script, *options) runs a script's main() here, in an empty folder, as if it had been
     started: -> .status .out .err, and .started, the commands it would have started itself."""
-    plumbing = import_module("data.plumbing")
+    plumbing = import_module("engine.plumbing")
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
 

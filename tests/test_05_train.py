@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import BadInput, batches, checkpoints, muon, plumbing, shapes
+from data import BadInput, batches, shapes
+from engine import checkpoints, muon, plumbing
 
 m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")

@@ -15,7 +15,9 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, checkpoints, gallery, pictures, plumbing, studio
+from data import BadInput
+from engine import checkpoints, plumbing
+from report import gallery, plots, studio
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
@@ -441,7 +443,7 @@ def watched(models, monkeypatch):
     the heat maps as (matrix, low, high), .sheets: what was saved."""
     stage = SimpleNamespace(tokenizer=models[0], var=models[1], side=16, maps=[], sheets={},
                             names=["ant", "bee", "cat"])
-    heat_map = pictures.heat_map
+    heat_map = plots.heat_map
 
     def spy(matrix, low, high):
         stage.maps.append((np.array(matrix), low, high))
@@ -495,7 +497,7 @@ def test_square_cuts_the_middle_without_touching_its_pixels(width, height, chann
     wanted = np.empty((short, short, *photo.shape[2:]), np.uint8)
     for y, x in np.ndindex(short, short):                  # an odd row too many stays below
         wanted[y, x] = photo[y + (height - short) // 2, x + (width - short) // 2]
-    cut = pictures.square(Image.fromarray(photo), short)
+    cut = plots.square(Image.fromarray(photo), short)
     assert cut.dtype == np.uint8 and np.array_equal(cut, wanted)
 
 
@@ -503,9 +505,9 @@ def test_square_cuts_the_middle_without_touching_its_pixels(width, height, chann
 def test_square_resizes_as_cutting_first_would_but_for_the_rim(width, height, side):
     """The filter of a pixel at the rim may look a little over the cut."""
     photo = Image.fromarray(noise_photo(width, height))
-    cut = pictures.square(photo, min(width, height))
+    cut = plots.square(photo, min(width, height))
     wanted = np.array(Image.fromarray(cut).resize((side, side), Image.LANCZOS)).astype(int)
-    ours, rim = pictures.square(photo, side), -(-3 * side // min(width, height, side))
+    ours, rim = plots.square(photo, side), -(-3 * side // min(width, height, side))
     assert ours.shape == (side, side, 3)
     assert (abs(ours - wanted)[rim:-rim, rim:-rim] <= 1).all()
 
@@ -517,7 +519,7 @@ def test_enlarge_shows_at_every_place_the_pixel_it_lies_in(height, width, side):
     for y, x in product(range(side), repeat=2):
         wanted[:, :, y, x] = images[:, :, math.floor(y * height / side),
                                     math.floor(x * width / side)]
-    assert torch.equal(pictures.enlarge(images, side), wanted)
+    assert torch.equal(plots.enlarge(images, side), wanted)
 
 
 def test_read_gives_an_upright_rgb_picture_on_white(tmp_path):
@@ -527,12 +529,12 @@ def test_read_gives_an_upright_rgb_picture_on_white(tmp_path):
     on_white = clear[..., :3] * share + 255 * (1 - share)
     for pixels, wanted in ((colour, colour), (grey, np.stack([grey] * 3, 2)), (clear, on_white)):
         Image.fromarray(pixels).save(tmp_path / "photo.png")
-        found = pictures.read(tmp_path / "photo.png")
+        found = plots.read(tmp_path / "photo.png")
         assert found.mode == "RGB" and abs(np.array(found) - wanted.astype(float)).max() <= 1
     turned = Image.Exif()
     turned[0x0112] = 6                                     # "the camera was held upright"
     Image.fromarray(colour).save(tmp_path / "photo.png", exif=turned)
-    assert np.array_equal(np.array(pictures.read(tmp_path / "photo.png")), np.rot90(colour, 3))
+    assert np.array_equal(np.array(plots.read(tmp_path / "photo.png")), np.rot90(colour, 3))
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"0" * 40,
@@ -541,7 +543,7 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "photo.png").write_bytes(content)
     for path in (tmp_path / "photo.png", tmp_path / "none.png", tmp_path):
         with pytest.raises(BadInput, match="not a readable picture") as error:
-            pictures.read(path)
+            plots.read(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -585,14 +587,14 @@ def test_progress_takes_no_more_than_it_is_asked_for():
 @pytest.fixture
 def sheets(monkeypatch):
     """name -> what was last saved under it: .images (N, 3, H, W), .columns, .row_labels, ..."""
-    found, save = {}, pictures.save_grid
+    found, save = {}, plots.save_grid
 
     def spy(path, images, columns, **labels):
         save(path, images, columns, **labels)
         if not torch.is_tensor(images):                    # uint8 (N, H, W, 3)
             images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
         found[path.stem] = SimpleNamespace(images=images, columns=columns, **labels)
-    monkeypatch.setattr(pictures, "save_grid", spy)
+    monkeypatch.setattr(plots, "save_grid", spy)
     return found
 
 

@@ -14,7 +14,8 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, judge, shapes, studio
+from data import BadInput, batches, shapes
+from report import judge, studio
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")

@@ -16,7 +16,8 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, density, folder, pictures, shapes, studio
+from data import BadInput, batches, folder, shapes
+from report import density, plots, studio
 
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
 SCRIPT = "06_sample_and_edit.py"
@@ -244,7 +245,7 @@ def charted(studio, chosen, nats, after, curve=None):
     with pytest.MonkeyPatch.context() as patch:
         if curve:
             patch.setattr(density, "codec_curve", lambda images, **how: curve(how))
-        patch.setattr(pictures, "save_curve", lambda path, series, **_: seen.update(series))
+        patch.setattr(plots, "save_curve", lambda path, series, **_: seen.update(series))
         out = printed(density.rate_distortion, studio, chosen, nats, after)
     return out, seen
 
@@ -306,7 +307,7 @@ def test_the_codecs_get_the_pictures_as_eight_bits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(density, "codec_curve",
                       lambda images, **how: seen.append((images, how)) or (1.0, 1, 1))
-        patch.setattr(pictures, "save_curve", lambda *args, **how: None)
+        patch.setattr(plots, "save_curve", lambda *args, **how: None)
         printed(density.rate_distortion, make_studio(), pictures_in, -torch.ones(2, 2),
                 torch.ones(2, 2))
     assert {how["format"] for _, how in seen} == {"JPEG", "WEBP"}

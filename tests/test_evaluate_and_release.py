@@ -2,7 +2,6 @@
 the judge's table and neighbours, --export-npz, downloads, precision, and the study of editing."""
 import contextlib
 import http.server
-import importlib.util
 import io
 import json
 import math
@@ -22,7 +21,9 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, folder, judge, pictures, plumbing, released, shapes
+from data import BadInput, batches, folder, shapes
+from engine import plumbing, released
+from report import judge, plots
 
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
 HERE = Path(__file__).parent
@@ -299,7 +300,7 @@ def test_exported_pixels_are_those_of_a_png_and_classes_take_turns(export, tmp_p
     assert [len(part) for part in export.parts] == [4, 4, 4, 3]
     assert export.labels == [0, 1, 2] * 5
     drawn = torch.cat(export.parts)
-    pictures.save_grid(tmp_path / "a.png", drawn, 1, scale=1, gap=0)
+    plots.save_grid(tmp_path / "a.png", drawn, 1, scale=1, gap=0)
     with Image.open(tmp_path / "a.png") as sheet:
         assert (found.reshape(15 * 16, 16, 3) == np.array(sheet)).all()
     slow = [[[[int(255 * v + 0.5) for v in pixel] for pixel in row] for row in picture]
@@ -443,7 +444,7 @@ def hub(monkeypatch, tmp_path):
     hub = Hub()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(released, "URL", hub.url)
-    monkeypatch.setattr(released, "__file__", str(tmp_path / "data" / "released.py"))
+    monkeypatch.setattr(released, "__file__", str(tmp_path / "engine" / "released.py"))
     hub.folder = tmp_path / "data" / "downloads"
     yield hub
     hub.server.shutdown()
@@ -692,7 +693,7 @@ def gpu(total, free):
 def test_half_precision_is_for_large_models_where_it_is_fast_unless_asked_for(
         options, dtype, fast, monkeypatch):
     answers = iter([fast])                                 # asked once: timing it may vary
-    monkeypatch.setattr(import_module("data.studio"), "fast_bfloat16", lambda _: next(answers))
+    monkeypatch.setattr(import_module("report.studio"), "fast_bfloat16", lambda _: next(answers))
     studio = make_studio(**options)
     for _ in range(2):
         assert studio.precision is getattr(torch, dtype)
@@ -759,10 +760,7 @@ def test_what_is_loaded_is_said_in_millions_and_gigabytes(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("study_editing", HERE / "study_editing.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("experiments.editing")
 
 
 def test_a_seam_by_hand(study):

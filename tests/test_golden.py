@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import released
+from engine import released
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import health, pictures, shapes
+from data import shapes
+from report import health, plots
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
 KINDS = dict(three={}, one={"scales": (4,)}, apart={"residual": False}, signs={"quantizer": "lfq"})
@@ -154,9 +155,9 @@ def test_the_picture_shows_every_scale_and_where_the_last_one_errs(kind, tmp_pat
     health.save_picture(tmp_path / "x.png", model, images)
     steps = model.pyramid(model.image_to_tokens(images))
     rebuilt = [model.decode(f_hat).clamp(-1, 1) for f_hat in steps]
-    rows = [pictures.to_uint8((row + 1) / 2) for row in (images, *rebuilt)]
+    rows = [plots.to_uint8((row + 1) / 2) for row in (images, *rebuilt)]
     error = ((rebuilt[-1] - images).abs().mean(1) / 2).numpy()
-    rows.append([pictures.heat_map(part, 0, 0.2) for part in error])
+    rows.append([plots.heat_map(part, 0, 0.2) for part in error])
     sheet = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
     assert len(sheet) == 2 + (model.K + 2) * 98, "K + 2 rows of 16 pixels, six times as large"
     for r, row in enumerate(rows):

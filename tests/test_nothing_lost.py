@@ -29,7 +29,8 @@ import pytest
 import torch
 from conftest import ROOT, same
 
-from data import batches, checkpoints, plumbing
+from data import batches
+from engine import checkpoints, plumbing
 
 resource = pytest.importorskip("resource")                 # not on Windows
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
@@ -297,7 +298,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_nothing_is_lost(
         run, command, tiny, tmp_path):
     for count, owner, name, size, file, step in [
             (8, "05_train", "take_step", 20_000, "tokenizer.pt", 5),
-            (1, "data.tokens", "fill", 4000, "tokens_train.npy", 24),
+            (1, "engine.token_cache", "fill", 4000, "tokens_train.npy", 24),
             (8, "05_train", "take_step", 30_000, "transformer.pt", 5),
             (8, "05_train", "report", -9, "log.jsonl", 10)]:
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)

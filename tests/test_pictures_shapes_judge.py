@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, judge, pictures, shapes
+from data import BadInput, shapes
+from report import judge, plots
 
 INDEX = st.integers(0, 10**6)
 
@@ -75,7 +76,7 @@ def test_bad_requests_get_one_line(wrong):
 
 def test_to_uint8_rounds_and_clips():
     images = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
-    assert pictures.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert plots.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 @given(count=st.integers(1, 7), columns=st.integers(1, 4), side=st.integers(1, 5),
@@ -84,7 +85,7 @@ def test_every_pixel_of_a_grid_lands_where_it_should(tmp_path_factory, count, co
                                                      gap):
     images = np.random.default_rng(count).integers(0, 255, (count, side, side, 3), np.uint8)
     path = tmp_path_factory.mktemp("grid") / "new" / "grid.png"
-    pictures.save_grid(path, images, columns, scale=scale, gap=gap)
+    plots.save_grid(path, images, columns, scale=scale, gap=gap)
     sheet, step = np.array(Image.open(path)), side * scale + gap
     expected = np.full((gap + -(-count // columns) * step, gap + columns * step, 3), 255, np.uint8)
     for i in range(count):
@@ -97,13 +98,13 @@ def test_every_pixel_of_a_grid_lands_where_it_should(tmp_path_factory, count, co
 
 def test_grid_scales_small_pictures_and_leaves_large_ones(tmp_path):
     for side, shown in [(8, 96), (32, 96), (64, 128), (256, 256)]:
-        pictures.save_grid(tmp_path / "g.png", torch.zeros(1, 3, side, side), 1, gap=0)
+        plots.save_grid(tmp_path / "g.png", torch.zeros(1, 3, side, side), 1, gap=0)
         assert Image.open(tmp_path / "g.png").size == (shown, shown)
 
 
 def test_labels_are_never_cut_off(tmp_path):
     path, text = tmp_path / "g.png", "a long label, with more words than pictures"
-    pictures.save_grid(path, np.full((2, 4, 4, 3), 255, np.uint8), 2, scale=1,
+    plots.save_grid(path, np.full((2, 4, 4, 3), 255, np.uint8), 2, scale=1,
                        row_labels=[text], column_labels=[text, "short"])
     sheet = np.array(Image.open(path))
     edge = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
@@ -111,37 +112,37 @@ def test_labels_are_never_cut_off(tmp_path):
 
 
 def test_heat_map_rises_and_clips():
-    colours = pictures.heat_map(np.linspace(0, 1, 64)[None])[0].astype(float)
+    colours = plots.heat_map(np.linspace(0, 1, 64)[None])[0].astype(float)
     brightness = colours @ [0.299, 0.587, 0.114]
     assert (np.diff(brightness) > 0).all()
-    ends = pictures.heat_map(np.array([[-5.0, 0, 1, 9]]), low=0, high=1)[0]
+    ends = plots.heat_map(np.array([[-5.0, 0, 1, 9]]), low=0, high=1)[0]
     assert (ends[0] == ends[1]).all() and (ends[2] == ends[3]).all()
-    assert (pictures.heat_map(np.ones((2, 2))) == pictures.heat_map(np.zeros((2, 2)))).all()
+    assert (plots.heat_map(np.ones((2, 2))) == plots.heat_map(np.zeros((2, 2)))).all()
 
 
 def test_token_colours_are_stable_and_spread():
-    colours = pictures.token_colours(torch.arange(64)[None], 8, 64)
+    colours = plots.token_colours(torch.arange(64)[None], 8, 64)
     assert colours.shape == (1, 3, 8, 8) and 0 <= colours.min() and colours.max() <= 1
-    later = pictures.token_colours(torch.full((2, 1), 5), 1, 512)[1, :, 0, 0]
+    later = plots.token_colours(torch.full((2, 1), 5), 1, 512)[1, :, 0, 0]
     assert torch.equal(later, colours[0, :, 0, 5])
     assert torch.pdist(colours[0].reshape(3, -1).T).min() > 0.08
 
 
 def test_gif_and_curve_can_be_opened(tmp_path):
     frames = [np.full((8, 8, 3), level, np.uint8) for level in (0, 120, 250)]
-    pictures.save_gif(tmp_path / "a" / "x.gif", frames, 200)
+    plots.save_gif(tmp_path / "a" / "x.gif", frames, 200)
     assert Image.open(tmp_path / "a" / "x.gif").n_frames == 3
     series = {"loss": [(0, 3.0), (10, 2.0), (20, math.nan)], "flat": [(0, 1.0)], "none": []}
-    pictures.save_curve(tmp_path / "c.png", series, title="t", x_label="step", y_label="loss")
+    plots.save_curve(tmp_path / "c.png", series, title="t", x_label="step", y_label="loss")
     chart = np.array(Image.open(tmp_path / "c.png")).reshape(-1, 3)
-    assert (chart == pictures.LINES[0]).all(axis=1).any()
+    assert (chart == plots.LINES[0]).all(axis=1).any()
     with pytest.raises(ValueError):
-        pictures.save_curve(tmp_path / "c.png", {"none": [(0, math.inf)]})
+        plots.save_curve(tmp_path / "c.png", {"none": [(0, math.inf)]})
 
 
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6))
 def test_ticks_enclose_the_range(low, span):
-    ticks = pictures._ticks(low, low + span)
+    ticks = plots._ticks(low, low + span)
     assert 4 <= len(ticks) <= 13
     assert ticks[0] <= low + 1e-6 * span and ticks[-1] >= low + span - 1e-6 * span
 

@@ -8,7 +8,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import plan
+from engine import plan
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5 = import_module("05_train")

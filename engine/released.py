@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from data import BadInput
-from data.checkpoints import load_checkpoint
-from data.plumbing import progress
+from engine.checkpoints import load_checkpoint
+from engine.plumbing import progress
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.
@@ -171,7 +171,7 @@ def fill(model, state):
 
 def fetch(name, given=None):
     """A state dict: of the file `given`, or of `name`, downloaded once into data/downloads/."""
-    path = Path(given) if given else Path(__file__).parent / "downloads" / name
+    path = Path(given) if given else Path(__file__).parents[1] / "data" / "downloads" / name
     if not path.exists() and not given:
         try:
             download(URL + name, path)

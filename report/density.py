@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import BadInput, health, pictures
+from data import BadInput
+from report import health, plots
 from data.batches import per_pass, rows_of, stack, to_float
-from data.plumbing import progress
+from engine.plumbing import progress
 
 
 def density(studio):
@@ -154,7 +155,7 @@ def rate_distortion(studio, chosen, nats, after):
     ideal = ((-nats.double().mean(0) / math.log(2)).cumsum(0) + math.log2(len(studio.names))) / 8
     ideal, db = ideal.tolist(), after.double().mean(0).tolist()
     some = torch.arange(0, len(chosen), max(1, len(chosen) // 200))      # of all classes
-    images = pictures.to_uint8((chosen[some] + 1) / 2)
+    images = plots.to_uint8((chosen[some] + 1) / 2)
     steps = (1, 3, 6, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
     jpeg = [codec_curve(images, format="JPEG", quality=q, subsampling=colour)
             for q in steps for colour in (0, 2)]           # 4:4:4 and 4:2:0, whichever is better
@@ -180,6 +181,6 @@ def rate_distortion(studio, chosen, nats, after):
     series = {"tokens, ideal code": list(zip(ideal, db)), "fixed length": list(zip(fixed, db))}
     series |= {name: [point for point in line if point[0] < limit] for name, line in lines.items()}
     path = studio.out / "rate_distortion.png"
-    pictures.save_curve(path, series, size=(900, 480), y_label="PSNR, dB",
+    plots.save_curve(path, series, size=(900, 480), y_label="PSNR, dB",
                         title="quality of the decoded picture", x_label="bytes per picture")
     print(f"wrote {path}")

@@ -1,7 +1,7 @@
 """How fast is it? Prints the README's tables; nothing is asserted, nothing is trained for real.
 
-    python tests/benchmark.py                    on a CPU, about 10 minutes
-    python tests/benchmark.py --device cuda      depth 16 and 30, attention kernels, torch.compile
+    python experiments/benchmark.py                    on a CPU, about 10 minutes
+    python experiments/benchmark.py --device cuda  depth 16 and 30, attention kernels, torch.compile
 
 On a CPU: the work of the original code's sizes (256 px, its tokenizer of 109 M parameters, a
 transformer of depth 8, 4 pictures, float32), in seconds and in units of U, the time of one float32
@@ -25,9 +25,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import plan, released, shapes  # noqa: E402
+from data import shapes  # noqa: E402
+from engine import plan, released  # noqa: E402
 from data.batches import to_float  # noqa: E402
-from data.plumbing import Run, fast_bfloat16  # noqa: E402
+from engine.plumbing import Run, fast_bfloat16  # noqa: E402
 
 vqvae, mask = import_module("02_multiscale_vqvae"), import_module("03_block_causal_mask")
 transformer, training = import_module("04_var_transformer"), import_module("05_train")

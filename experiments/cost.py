@@ -1,6 +1,6 @@
 """What does one picture cost, by next scale and by next token? Makes the README's figure.
 
-    python tests/study_cost.py       minutes on a CPU; writes out/cost.png and prints a table
+    python experiments/cost.py       minutes on a CPU; writes out/cost.png and prints a table
 
 The same transformer draws n x n tokens in both ways, both with cached keys and values, without
 guidance and without the tokenizer's decoder: scale by scale (sides grow by about a third), and
@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import pictures  # noqa: E402
+from report import plots  # noqa: E402
 
 transformer, sampling = import_module("04_var_transformer"), import_module("06_sample_and_edit")
 
@@ -98,7 +98,7 @@ def draw(path, sides, scale, raster):
     """Both curves, logarithmic in both directions."""
     lines = {f"raster order, n^{exponent(sides, raster):.1f}": list(zip(sides, raster)),
              f"next scale, n^{exponent(sides, scale):.1f}": list(zip(sides, scale))}
-    pictures.save_curve(path, lines, log=True, y_label="seconds per picture",
+    plots.save_curve(path, lines, log=True, y_label="seconds per picture",
                         x_label="n, side of the token map")
 
 

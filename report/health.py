@@ -11,7 +11,7 @@ codebook collapse, which training alone never mends.
 """
 import torch
 
-from data import pictures
+from report import plots
 
 
 def psnr(image, other):
@@ -115,7 +115,7 @@ def save_picture(path, tokenizer, image):
     names = ["real"] + [f"after {side}x{side}, {psnr(image, row).mean():.1f} dB"
                         for side, row in zip(tokenizer.scales, rows[1:])]
     error = (rows[-1] - image).abs().mean(1).cpu() / 2               # 1 is black for white
-    heat = torch.from_numpy(pictures.heat_map(error.flatten(0, 1).numpy(), 0, 0.2))
+    heat = torch.from_numpy(plots.heat_map(error.flatten(0, 1).numpy(), 0, 0.2))
     heat = heat.unflatten(0, error.shape[:2]).permute(0, 3, 1, 2).float() / 255
-    pictures.save_grid(path, torch.cat([(row.cpu() + 1) / 2 for row in rows] + [heat]), len(image),
+    plots.save_grid(path, torch.cat([(row.cpu() + 1) / 2 for row in rows] + [heat]), len(image),
                        row_labels=names + ["error, 0 to 20 %"])

@@ -1,7 +1,7 @@
 """From nothing to the CIFAR-10 figures and pictures of the README, in one line.
 
-    python tests/study_cifar10.py                                         on one GPU
-    python tests/study_cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 3400 \
+    python experiments/cifar10.py                                         on one GPU
+    python experiments/cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 3400 \
         --tokenizer-batch-size 16 --steps 1350 --batch-size 16 --views 1 --held-out 2000 --top-p 0
 
 The second is for a CPU, and much too short. Trains both stages with chapter 5, samples and edits
@@ -22,7 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import BadInput, plumbing  # noqa: E402
+from data import BadInput  # noqa: E402
+from engine import plumbing  # noqa: E402
 
 
 def call(script, *options):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import batches, folder, shapes, tokens
+from data import batches, folder, shapes
+from engine import token_cache
 
 m2 = import_module("02_multiscale_vqvae")
 
@@ -47,7 +48,7 @@ def studio(tmp_path, monkeypatch):
 
 def build(s, limit=10 ** 9):
     s.limit, s.encoded = limit, 0
-    return tokens.cache_tokens(s.run, s.tokenizer, s.images, "train", s.views)
+    return token_cache.cache_tokens(s.run, s.tokenizer, s.images, "train", s.views)
 
 
 def interrupt(s, after=20):
@@ -98,11 +99,13 @@ def test_further_views_of_pictures_in_memory_are_shifted_each_by_its_own_pixels(
 def test_a_view_does_not_depend_on_which_pictures_are_encoded_together():
     image, rows = torch.rand(20, 3, 32, 32), np.arange(20)
     for view in (0, 1, 2, 3, 7):
-        whole = tokens.view_of(image, view, rows, 20)
-        parts = [tokens.view_of(image[part], view, part, 20) for part in np.split(rows, [3, 11])]
+        whole = token_cache.view_of(image, view, rows, 20)
+        parts = [token_cache.view_of(image[part], view, part, 20)
+                 for part in np.split(rows, [3, 11])]
         assert torch.equal(whole, torch.cat(parts)) and whole.shape == image.shape
     tiny = torch.rand(2, 3, 8, 8)
-    assert torch.equal(tokens.view_of(tiny, 4, rows[:2], 20), tiny), "no room to shift eight pixels"
+    unmoved = token_cache.view_of(tiny, 4, rows[:2], 20)
+    assert torch.equal(unmoved, tiny), "no room to shift eight pixels"
 
 
 def test_pictures_in_files_get_a_crop_for_each_view_and_are_known_by_their_names(
@@ -199,7 +202,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(
     resource, run = pytest.importorskip("resource"), tmp_path / "run"
     limits, kernel = resource.getrlimit(resource.RLIMIT_FSIZE), "kernel" in full
     if full == "for tokens":
-        monkeypatch.setattr(tokens, "open", FullDisk, raising=False)
+        monkeypatch.setattr(token_cache, "open", FullDisk, raising=False)
     elif full == "for the note":
         monkeypatch.setattr(Path, "write_text", lambda path, _: FullDisk(path, "w").write(b"{"))
     command = only_cache(tiny, run)

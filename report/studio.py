@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadInput, gallery, imagenet, pictures, released
+from data import BadInput, imagenet
+from engine import released
+from report import gallery, plots
 from data.batches import load_data, stack, to_float
-from data.checkpoints import fingerprint
-from data.plumbing import OneLineParser, fast_bfloat16, number, pick_device, progress
+from engine.checkpoints import fingerprint
+from engine.plumbing import OneLineParser, fast_bfloat16, number, pick_device, progress
 
 
 class Studio:
@@ -19,7 +21,7 @@ class Studio:
         self.args, self.chapter, self.device = args, chapter, pick_device(args.device)
         torch.manual_seed(args.seed)
         for path in filter(None, (args.image, args.mask)):
-            pictures.read(path)                            # fail before anything is loaded or drawn
+            plots.read(path)                            # fail before anything is loaded or drawn
         self.sampling = dict(cfg=1.5, top_k=900, top_p=0.96)
         where = self.load_released() if args.released or args.var_file else self.load_run()
         if self.var is not None:
@@ -145,7 +147,7 @@ class Studio:
         """Pictures to work on: --image, else held-out ones of the classes asked for, else ones the
         model draws itself. -> image (n, 3, H, W) in [-1, 1], labels list"""
         if self.args.image:
-            photo = pictures.square(pictures.read(self.args.image).convert("RGB"), self.side)
+            photo = plots.square(plots.read(self.args.image).convert("RGB"), self.side)
             return to_float(torch.from_numpy(photo)[None]).to(self.device), [self.classes[0]]
         try:
             images, every = self.load("test")
@@ -179,7 +181,7 @@ class Studio:
         """(H, W) bool, True where not --mask is white or --box reaches: the part to keep."""
         keep = torch.ones(self.side, self.side, dtype=torch.bool, device=self.device)
         if self.args.mask:
-            grey = pictures.square(pictures.read(self.args.mask).convert("L"), self.side)
+            grey = plots.square(plots.read(self.args.mask).convert("L"), self.side)
             keep &= torch.from_numpy(grey <= 127).to(self.device)
         else:
             x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or default)
@@ -199,7 +201,7 @@ class Studio:
 
     def save(self, name, images, columns, **labels):
         path = self.out / f"{name}.png"
-        pictures.save_grid(path, images, columns, **labels)
+        plots.save_grid(path, images, columns, **labels)
         print(f"wrote {path}")
 
 
@@ -210,7 +212,7 @@ def find_run(given):
             raise BadInput(f"--run {given}: no such folder or file")
         return Path(given)
     runs = sorted(Path("out").glob("*/transformer.pt"), key=lambda path: path.stat().st_mtime)
-    shipped = sorted((Path(__file__).parent / "pretrained").glob("*.pt"))
+    shipped = sorted((Path(__file__).parents[1] / "data" / "pretrained").glob("*.pt"))
     if not runs and not shipped:
         raise BadInput("no run in out/: train one with `python 05_train.py`, or use --run")
     return runs[-1].parent if runs else shipped[-1]

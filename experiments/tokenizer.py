@@ -1,10 +1,10 @@
 """Which way of learning codes wins? One tokenizer per row, everything else equal.
 
-    python tests/study_tokenizer.py --tokenizer-steps 2000              built-in shapes, V = 512
-    python tests/study_tokenizer.py --dataset cifar10 --vocab-size 1024
-    python tests/study_tokenizer.py --dataset FOLDER --image-size 256 --rows "EMA + revival"
-    python tests/study_tokenizer.py --dataset cifar10 --rows "EMA + revival" adversarial
-    python tests/study_tokenizer.py --dataset cifar10 --rows "EMA + revival" "V = 512" --judge 2000
+    python experiments/tokenizer.py --tokenizer-steps 2000              built-in shapes, V = 512
+    python experiments/tokenizer.py --dataset cifar10 --vocab-size 1024
+    python experiments/tokenizer.py --dataset FOLDER --image-size 256 --rows "EMA + revival"
+    python experiments/tokenizer.py --dataset cifar10 --rows "EMA + revival" adversarial
+    python experiments/tokenizer.py --dataset cifar10 --rows "EMA + revival" "V = 512" --judge 2000
 
 Every row is a short training with chapter 5's own loop, then its evaluation on held-out pictures.
 Prints a table for the README and writes side_by_side.png; keeps runs in out/study/, so rows that
@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, health, judge, pictures, plumbing  # noqa: E402
+from data import BadInput  # noqa: E402
+from engine import plumbing  # noqa: E402
+from report import health, judge, plots  # noqa: E402
 from data.batches import in_parts, rows_of, sample_of, to_float  # noqa: E402
 
 vq, training = import_module("01_vq"), import_module("05_train")
@@ -90,7 +92,7 @@ def frechet(tokenizer, images, labels, held_out, dataset, count):
 
 
 def run_row(name, options, count):
-    """Train one row. -> its last evaluation (see data/health.py), pictures, reconstructions"""
+    """Train one row. -> its last evaluation (see report/health.py), pictures, reconstructions"""
     more, changes = ROWS[name]
     settings, config, _ = training.read_settings([*options, *more, "--stage", "tokenizer"])
     log = Path(settings.out) / "log.jsonl"
@@ -159,7 +161,7 @@ def main():
           f"{torch.__version__}; per scale: codes used / perplexity; sides above 4 should use half")
     for line in [head, ["---"] * len(head), *lines]:
         print("| " + " | ".join(line) + " |")
-    pictures.save_grid(out.parent / "side_by_side.png", (torch.cat(rows) + 1) / 2, len(image),
+    plots.save_grid(out.parent / "side_by_side.png", (torch.cat(rows) + 1) / 2, len(image),
                        row_labels=["original"] + [
                            f"{name}, {health.psnr(image, row).mean():.1f} dB"
                            for name, row in zip(ours.rows, rows[1:])])

@@ -1,6 +1,6 @@
 """Kept stays kept? How true the kept part of an edited picture stays, and whether the seam shows.
 
-    python tests/study_editing.py                       the table of the README, and a picture
+    python experiments/editing.py                       the table of the README, and a picture
 
 Same pictures, classes, masks and random numbers for every way. "True" is the PSNR of the kept
 region; "seam" the step across the mask's edge divided by the steps one pixel beside it, where 1 is
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import pictures                                               # noqa: E402
+from report import plots                                               # noqa: E402
 from data.batches import load_data, sample_of, rows_of, to_float        # noqa: E402
 
 MASKS = {"right half": (0.5, 0, 1, 1), "middle": (0.125, 0.125, 0.875, 0.875),
@@ -101,7 +101,7 @@ def main():
                 shown.setdefault("kept", torch.where(keep, original[:8], 0.5))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     rows = ["original", "kept", *[name for name in shown if name not in ("original", "kept")]]
-    pictures.save_grid("out/editing.png", torch.cat([shown[name] for name in rows]), 8,
+    plots.save_grid("out/editing.png", torch.cat([shown[name] for name in rows]), 8,
                        row_labels=rows)
     print("wrote out/editing.png")
 

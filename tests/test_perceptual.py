@@ -17,7 +17,8 @@ from conftest import TINY, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import BadInput, checkpoints, vqgan
+from data import BadInput
+from engine import checkpoints, perceptual
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
 SCRIPT = "05_train.py"
@@ -62,7 +63,7 @@ def pictures(n, *size, seed=0):
 @pytest.fixture
 def narrow(monkeypatch):
     """VGG-16 and LPIPS with a few channels only. -> their state dicts"""
-    monkeypatch.setattr(vqgan, "GROUPS", NARROW)
+    monkeypatch.setattr(perceptual, "GROUPS", NARROW)
     return random_weights(NARROW)
 
 
@@ -82,7 +83,7 @@ def offline(monkeypatch, tmp_path):
     def fail(url, path, hash_prefix=None, progress=True):
         net.asked.append((url, hash_prefix))
         raise net.error
-    monkeypatch.setattr(vqgan, "__file__", str(tmp_path / "data" / "vqgan.py"))
+    monkeypatch.setattr(perceptual, "__file__", str(tmp_path / "engine" / "perceptual.py"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     return net
 
@@ -108,7 +109,7 @@ def test_lpips_is_equation_1_one_position_at_a_time(narrow, seed):
     weights = random_weights(NARROW, seed)
     x, y = pictures(2, 16, 32, seed=seed), pictures(2, 16, 32, seed=seed + 9)
     slow = [slow_lpips(*weights, *pair) for pair in zip(x, y)]
-    assert vqgan.Perceptual().load(*weights)(x, y).tolist() == pytest.approx(slow, rel=1e-4)
+    assert perceptual.Perceptual().load(*weights)(x, y).tolist() == pytest.approx(slow, rel=1e-4)
 
 
 def test_at_full_size_it_is_vgg_16_under_torchvisions_numbers(tmp_path):
@@ -117,12 +118,13 @@ def test_at_full_size_it_is_vgg_16_under_torchvisions_numbers(tmp_path):
     for name, state in zip(("vgg", "lpips"), weights):
         torch.save(state, tmp_path / name)
     x, y = pictures(2, 16, 16)
-    fast = vqgan.load_perceptual(tmp_path / "vgg", tmp_path / "lpips")(x[None], y[None])
+    fast = perceptual.load_perceptual(tmp_path / "vgg", tmp_path / "lpips")(x[None], y[None])
     assert fast.item() == pytest.approx(slow_lpips(*weights, x, y), rel=1e-4)
 
 
 def test_lpips_is_0_for_equal_pictures_symmetric_and_of_each_picture_alone(narrow):
-    lpips, x, y = vqgan.Perceptual().load(*narrow), pictures(5, 16, 16), pictures(5, 16, 16, seed=1)
+    lpips = perceptual.Perceptual().load(*narrow)
+    x, y = pictures(5, 16, 16), pictures(5, 16, 16, seed=1)
     far = lpips(x, y)
     assert far.shape == (5,) and (far > 0).all() and (lpips(x, x) == 0).all()
     assert torch.equal(lpips(y, x), far)
@@ -133,7 +135,7 @@ def test_lpips_is_0_for_equal_pictures_symmetric_and_of_each_picture_alone(narro
 def test_every_picture_has_a_finite_gradient_and_the_weights_have_none(narrow, dead):
     if dead:                                               # behind this ReLU all is 0: no length 1
         narrow[0][f"features.{dead}.bias"] -= 100
-    lpips, noise = vqgan.Perceptual().load(*narrow), pictures(1, 16, 16)
+    lpips, noise = perceptual.Perceptual().load(*narrow), pictures(1, 16, 16)
     black = torch.full_like(noise, -1)
     for x, y in ((noise, black), (black, noise), (noise, noise), (black, black)):
         x = x.clone().requires_grad_()
@@ -153,7 +155,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(narrow, part, name, val
     if value is None:
         del narrow[part][name]
     with pytest.raises(BadInput, match="VGG-16") as error:
-        vqgan.Perceptual().load(*narrow)
+        perceptual.Perceptual().load(*narrow)
     assert "\n" not in str(error.value) and len(str(error.value)) < 160
 
 
@@ -161,43 +163,43 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(narrow, part, name, val
 def test_without_network_the_reason_names_the_address(offline, tmp_path, error):
     offline.error = error
     with pytest.raises(BadInput) as refusal:
-        vqgan.load_perceptual()
-    assert offline.asked == [vqgan.VGG] and vqgan.VGG[1].startswith("397923af")
-    assert vqgan.VGG[0] in str(refusal.value) and "\n" not in str(refusal.value)
+        perceptual.load_perceptual()
+    assert offline.asked == [perceptual.VGG] and perceptual.VGG[1].startswith("397923af")
+    assert perceptual.VGG[0] in str(refusal.value) and "\n" not in str(refusal.value)
     (tmp_path / "data" / "downloads").rmdir()
     (tmp_path / "data" / "downloads").write_text("not a folder to write into")
     with pytest.raises(BadInput, match="could not download"):
-        vqgan.load_perceptual()
+        perceptual.load_perceptual()
 
 
 def test_a_download_is_checked_and_made_once(files, monkeypatch, tmp_path):
-    monkeypatch.setattr(vqgan, "__file__", str(tmp_path / "data" / "vqgan.py"))
+    monkeypatch.setattr(perceptual, "__file__", str(tmp_path / "engine" / "perceptual.py"))
     for name, path in (("VGG", files[1]), ("LPIPS", files[3])):
         url, checksum = path.as_uri(), hashlib.sha256(path.read_bytes()).hexdigest()
-        monkeypatch.setattr(vqgan, name, (url, "0" * 64))
+        monkeypatch.setattr(perceptual, name, (url, "0" * 64))
         with pytest.raises(BadInput, match=f"{url} .*hash"):
-            vqgan.load_perceptual()
-        monkeypatch.setattr(vqgan, name, (url, checksum))
-    found = vqgan.load_perceptual()
+            perceptual.load_perceptual()
+        monkeypatch.setattr(perceptual, name, (url, checksum))
+    found = perceptual.load_perceptual()
     downloads = (tmp_path / "data" / "downloads").iterdir()
     assert sorted(path.name for path in downloads) == ["lpips_lpips.pth", "vgg.pth"]
     for path in (files[1], files[3]):
         path.unlink()                                      # nowhere to load from any more
-    assert same(vqgan.load_perceptual().state_dict(), found.state_dict())
+    assert same(perceptual.load_perceptual().state_dict(), found.state_dict())
 
 
 # -- The critic ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("image_size, side", [(16, 4), (32, 8), (64, 8), (256, 32)])
 def test_the_critic_gives_one_score_per_patch(image_size, side):
-    critic = vqgan.Discriminator(image_size, width=8)
+    critic = perceptual.Discriminator(image_size, width=8)
     assert critic(pictures(2, image_size, image_size)).shape == (2, 1, side, side)
 
 
 @pytest.mark.parametrize("image_size, patch", [(32, 26), (128, 54)])
 def test_but_for_the_norms_a_score_sees_a_patch_only(image_size, patch):
     """GroupNorm also shows it mean and spread of each group of channels in the whole picture."""
-    critic = vqgan.Discriminator(image_size, width=8)
+    critic = perceptual.Discriminator(image_size, width=8)
     critic.net = torch.nn.Sequential(*[layer for layer in critic.net
                                        if not isinstance(layer, torch.nn.GroupNorm)])
     x = pictures(1, 2 * patch, 2 * patch).requires_grad_()
@@ -211,13 +213,13 @@ def test_but_for_the_norms_a_score_sees_a_patch_only(image_size, patch):
 def test_hinge_by_hand():
     real, fake = torch.tensor([2, 0.5, -1]), torch.tensor([-3, 0, 1.0])
     by_hand = ((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3) / 2
-    assert vqgan.hinge(real, fake).item() == pytest.approx(by_hand)
+    assert perceptual.hinge(real, fake).item() == pytest.approx(by_hand)
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.floats(-3, 3))
 def test_hinge_lifts_real_scores_up_to_1_and_lowers_the_others_down_to_minus_1(scores, other):
     real, fake = (torch.tensor(x, requires_grad=True) for x in (scores, [other]))
-    vqgan.hinge(real, fake).backward()
+    perceptual.hinge(real, fake).backward()
     assert torch.equal(real.grad < 0, real < 1) and (real.grad <= 0).all()
     assert torch.equal(fake.grad > 0, fake > -1) and (fake.grad >= 0).all()
 
@@ -225,19 +227,19 @@ def test_hinge_lifts_real_scores_up_to_1_and_lowers_the_others_down_to_minus_1(s
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     long, short = 3 * w[0] + 4 * w[1], 0.5 * w[1].square()       # gradients (3, 4) and (0, 2)
-    weight = vqgan.adaptive_weight(long, short, w)
+    weight = perceptual.adaptive_weight(long, short, w)
     assert weight.item() == pytest.approx(5 / 2, rel=1e-3) and not weight.requires_grad
-    assert w.grad is None and vqgan.adaptive_weight(long, 0 * short, w).item() == 1e4
+    assert w.grad is None and perceptual.adaptive_weight(long, 0 * short, w).item() == 1e4
     (long + weight * short).backward()                     # the graphs are still there
     assert w.grad.tolist() == pytest.approx([3, 4 + 2.5 * 2], rel=1e-3)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_the_critic_is_heard_late_and_then_ever_more(a, b):
-    assert vqgan.start_late(min(a, b)) <= vqgan.start_late(max(a, b))
-    assert (vqgan.start_late(a) > 0) == (a > 0.2)
+    assert perceptual.start_late(min(a, b)) <= perceptual.start_late(max(a, b))
+    assert (perceptual.start_late(a) > 0) == (a > 0.2)
     for progress, share in ((0, 0), (0.2, 0), (0.3, 0.5), (0.4, 1), (0.6, 1), (1, 1)):
-        assert vqgan.start_late(progress) == pytest.approx(share)
+        assert perceptual.start_late(progress) == pytest.approx(share)
 
 
 def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
@@ -268,7 +270,8 @@ def test_without_network_a_run_says_so_once_and_trains_on_without_lpips(train, o
     plain, run = (train(str(weight), "--perceptual", weight, "--tokenizer-steps", 3)
                   for weight in (0, 1))
     (line,) = [line for line in run.out.splitlines() if "perceptual loss" in line]
-    assert vqgan.VGG[0] in line and "no route" in line and "--vgg-file" in line and run.err == ""
+    assert perceptual.VGG[0] in line and "no route" in line and "--vgg-file" in line
+    assert run.err == ""
     assert run.log == plain.log and same(run.state, plain.state)
 
 
@@ -288,18 +291,18 @@ def test_lpips_files_that_were_named_are_needed(refused, offline, picture_folder
     options = ["--dataset", picture_folder, *TINY, "--perceptual", 1]
     line = refused(SCRIPT, *options, "--vgg-file", "nowhere.pth")
     assert "nowhere.pth: no such" in line and not offline.asked
-    assert vqgan.LPIPS[0] in refused(SCRIPT, *options, *files[:2])
+    assert perceptual.LPIPS[0] in refused(SCRIPT, *options, *files[:2])
     assert "VGG-16" in refused(SCRIPT, *options, *files[:3], files[1])
     assert "16 pixels" in refused(SCRIPT, *options, "--image-size", 8, "--multipliers", 1)
 
 
 def test_lpips_is_added_to_the_loss_with_its_weight(train, files, monkeypatch):
-    found, forward = [], vqgan.Perceptual.forward
+    found, forward = [], perceptual.Perceptual.forward
 
     def spy(self, rebuilt, image):
         found.append(forward(self, rebuilt, image))
         return found[-1]
-    monkeypatch.setattr(vqgan.Perceptual, "forward", spy)
+    monkeypatch.setattr(perceptual.Perceptual, "forward", spy)
     plain, run = ([e for e in train(str(weight), "--perceptual", weight, "--tokenizer-steps", 3,
                                     *files).log if "loss" in e] for weight in (0, 2))
     assert len(found) == len(run) == 3 and all(np.isfinite(e["loss"]) for e in run)
@@ -309,7 +312,7 @@ def test_lpips_is_added_to_the_loss_with_its_weight(train, files, monkeypatch):
 
 def test_the_critic_sleeps_for_a_fifth_of_the_steps_and_then_changes_the_run(train, monkeypatch):
     """Steps 0 to 4 of 24; what they say and save is that of a run without a critic."""
-    saved, made, save, build = {}, [], checkpoints.save_atomically, vqgan.Discriminator
+    saved, made, save, build = {}, [], checkpoints.save_atomically, perceptual.Discriminator
 
     def keep(state, path):
         saved[state["step"]] = copy.deepcopy(state)
@@ -319,7 +322,7 @@ def test_the_critic_sleeps_for_a_fifth_of_the_steps_and_then_changes_the_run(tra
         made.append(build(image_size))
         return copy.deepcopy(made[0])
     monkeypatch.setattr(checkpoints, "save_atomically", keep)
-    monkeypatch.setattr(vqgan, "Discriminator", make)
+    monkeypatch.setattr(perceptual, "Discriminator", make)
     without, plain = train("plain", "--save-every", 1), dict(saved)
     run = train("run", "--save-every", 1, "--adversarial", 0.5)
     for step in range(1, 25):
@@ -371,13 +374,13 @@ def test_all_processes_train_with_lpips_or_none_does_and_none_waits_in_vain(
     def load(*given):
         if fails:
             raise BadInput("no route")
-        return vqgan.Perceptual().load(*narrow)
-    monkeypatch.setattr(vqgan, "load_perceptual", load)
+        return perceptual.Perceptual().load(*narrow)
+    monkeypatch.setattr(perceptual, "load_perceptual", load)
     for others in (0, 1):                                  # how many of them failed
         met = []
         run = SimpleNamespace(rank=rank, world=2, device="cpu", settings=m5.Settings(perceptual=1),
                               barrier=lambda: met.append("barrier"), say=lambda line: None,
                               total=lambda value: met.append("total") or value + others)
-        found = vqgan.perceptual_of(run)
+        found = perceptual.perceptual_of(run)
         assert met == ["barrier", "barrier", "total"]
         assert (found is None) == (fails or others == 1)

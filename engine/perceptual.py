@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import BadInput
-from data.checkpoints import load_checkpoint
+from engine.checkpoints import load_checkpoint
 
 VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
@@ -85,7 +85,7 @@ def load_perceptual(vgg_file="", lpips_file=""):
     states = []
     for given, (url, checksum) in ((vgg_file, VGG), (lpips_file, LPIPS)):
         name = "lpips_" + Path(url).name if url == LPIPS[0] else Path(url).name
-        path = Path(given) if given else Path(__file__).parent / "downloads" / name
+        path = Path(given) if given else Path(__file__).parents[1] / "data" / "downloads" / name
         if not given and not path.exists():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

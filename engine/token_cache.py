@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from data import batches
-from data.checkpoints import fingerprint
-from data.plumbing import clock
+from engine.checkpoints import fingerprint
+from engine.plumbing import clock
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadInput, density, health, judge, pictures
+from data import BadInput
+from report import density, health, judge, plots
 
 
 def sample(studio):
@@ -19,7 +20,7 @@ def sample(studio):
     n, names, waiting = studio.args.n or 8, studio.names, list(studio.classes)
     sheet = np.zeros((0, studio.side, studio.side, 3), np.uint8)
     for batch in studio.batches([c for c in waiting for _ in range(n)]):
-        sheet = np.concatenate([sheet, pictures.to_uint8(batch)])
+        sheet = np.concatenate([sheet, plots.to_uint8(batch)])
         while n > 16 and len(sheet) >= n:                  # one class is complete
             c = waiting.pop(0)
             name = "".join(letter if letter.isalnum() else "_" for letter in names[c])
@@ -38,14 +39,14 @@ def coarse_to_fine(studio):
     cell, V = max(96, studio.side), studio.tokenizer.config.vocab_size
     frames = []
     for side, tokens_k, picture in zip(studio.tokenizer.scales, tokens, studio.pyramid(tokens)):
-        colours = pictures.token_colours(tokens_k, side, V)
-        both = pictures.enlarge(colours, cell), pictures.enlarge(picture, cell)
+        colours = plots.token_colours(tokens_k, side, V)
+        both = plots.enlarge(colours, cell), plots.enlarge(picture, cell)
         frames.append(torch.stack(both, 1).flatten(0, 1))            # map, picture, map, picture
     columns = [text for c in classes for text in (studio.names[c], "so far")]
     studio.save("coarse_to_fine", torch.cat(frames), 2 * len(classes), column_labels=columns,
                 row_labels=[f"{side}x{side}" for side in studio.tokenizer.scales], scale=1)
-    film = [pictures.to_uint8(torch.cat(list(frame), 2)[None])[0] for frame in frames]
-    pictures.save_gif(studio.out / "coarse_to_fine.gif", film + [film[-1]] * 3, 500)
+    film = [plots.to_uint8(torch.cat(list(frame), 2)[None])[0] for frame in frames]
+    plots.save_gif(studio.out / "coarse_to_fine.gif", film + [film[-1]] * 3, 500)
     print(f"wrote {studio.out / 'coarse_to_fine.gif'}")
 
 
@@ -144,11 +145,11 @@ def entropy(studio, image, tokens, labels):
     logp = studio.var(labels, shown).float().log_softmax(-1)
     bits = -(logp.exp() * logp).sum(-1).cpu() / math.log(2)              # (B, L)
     cell = max(96, studio.side)
-    rows, texts = [pictures.enlarge((image.cpu() + 1) / 2, cell)], ["picture"]
+    rows, texts = [plots.enlarge((image.cpu() + 1) / 2, cell)], ["picture"]
     for side, part in zip(scales, bits.split([s * s for s in scales], 1)):
-        colours = pictures.heat_map(part.numpy(), 0, math.log2(V))       # (B, n, 3)
+        colours = plots.heat_map(part.numpy(), 0, math.log2(V))       # (B, n, 3)
         maps = torch.from_numpy(colours).view(len(image), side, side, 3).permute(0, 3, 1, 2) / 255
-        rows.append(pictures.enlarge(maps, cell))
+        rows.append(plots.enlarge(maps, cell))
         texts.append(f"{side}x{side}: {float(part.mean()):.1f} bits")
     print(f"entropy of the predictions: dark 0 bits (sure) to yellow {math.log2(V):.1f} (no idea)")
     studio.save("entropy", torch.cat(rows), len(image), row_labels=texts, scale=1,
@@ -186,7 +187,7 @@ def attention(studio, image, tokens, labels):
                attention_weights(studio.var, labels, shown, slice(query, query + 1))]
     blocks = sorted({round(i) for i in np.linspace(0, len(weights) - 1, min(6, len(weights)))})
     cell = max(96, studio.side)
-    picture = pictures.enlarge((image.cpu() + 1) / 2, cell)[0]
+    picture = plots.enlarge((image.cpu() + 1) / 2, cell)[0]
     low, high = (last // 2) * cell // last, (last // 2 + 1) * cell // last
     frame = torch.zeros(cell, cell, dtype=torch.bool)
     frame[low - 1:high + 1, low - 1:high + 1] = True
@@ -198,8 +199,8 @@ def attention(studio, image, tokens, labels):
         for k, part in enumerate(weights[i].split([s * s for s in scales])):
             shares[k] += part.sum() / len(blocks)
             level = (part * L).clamp(min=1e-6).log2().view(scales[k], scales[k])
-            colours = torch.from_numpy(pictures.heat_map(level.numpy(), -4, 4))
-            cells.append(pictures.enlarge(colours.permute(2, 0, 1)[None] / 255, cell)[0])
+            colours = torch.from_numpy(plots.heat_map(level.numpy(), -4, 4))
+            cells.append(plots.enlarge(colours.permute(2, 0, 1)[None] / 255, cell)[0])
     print("attention of the marked cell: yellow, 16 times as much as if all tokens had the same "
           "share; teal, the same; dark, a sixteenth")
     studio.save("attention", torch.stack(cells), 1 + len(scales), scale=1,
@@ -230,7 +231,7 @@ def export(studio):
             with file.open("arr_0.npy", "w", force_zip64=True) as array:
                 np.lib.format.write_array_header_1_0(array, header)
                 for batch in studio.batches(labels):
-                    array.write(pictures.to_uint8(batch).tobytes())
+                    array.write(plots.to_uint8(batch).tobytes())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-benchmark, cost = import_module("tests.benchmark"), import_module("tests.study_cost")
-cifar = import_module("tests.study_cifar10")
-SCRIPT = "tests.study_tokenizer.py"
+benchmark, cost = import_module("experiments.benchmark"), import_module("experiments.cost")
+cifar = import_module("experiments.cifar10")
+SCRIPT = "experiments.tokenizer.py"
 ROWS = ["gradient", "EMA + revival", "L2-normalised", "LFQ", "independent scales", "adversarial"]
 SMALL = ("--dataset shapes --image-size 16 --scales 1,2,4 --multipliers 1,2 --unshuffle 2 "
          "--vocab-size 16 --latent-dim 4 --channels 8 --groups 4 --tokenizer-batch-size 2 "
@@ -39,13 +39,13 @@ def test_every_row_is_trained_its_own_way_and_only_once(cli, few_shapes):
 
 def test_the_judge_of_reconstructions_is_an_option_and_rows_may_have_other_scales(
         cli, few_shapes, monkeypatch):
-    judge = import_module("data.judge")
+    judge = import_module("report.judge")
     torch.manual_seed(0)
     network = judge.Judge(10, 16).eval()
     network.body[-2].weight.data.mul_(300)                 # distances with digits before the point
     monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
     small = [x for x in SMALL if x not in ("--scales", "1,2,4")] + ["--scales", "1,2,3,4"]
-    monkeypatch.setitem(import_module("tests.study_tokenizer").ROWS, "fewer",
+    monkeypatch.setitem(import_module("experiments.tokenizer").ROWS, "fewer",
                         (["--scales", "1,2,4"], []))
     result = cli(SCRIPT, "--rows", "EMA + revival", "fewer", "--judge", 10, *small)
     assert result.status == 0, result.err
@@ -59,7 +59,7 @@ def test_the_judge_of_reconstructions_is_an_option_and_rows_may_have_other_scale
 
 
 def test_l2_normalised_codes_compare_directions_and_stay_on_the_sphere():
-    study = import_module("tests.study_tokenizer")
+    study = import_module("experiments.tokenizer")
     torch.manual_seed(0)
     quantizer = study.DirectionQuantizer(8, 3).train()
     x = torch.randn(200, 3)
@@ -92,7 +92,7 @@ def test_the_cost_study_finds_exponents_and_draws_its_figure(monkeypatch, tmp_pa
     assert cost.exponent([8, 16, 32], [n ** 2.5 for n in (8, 16, 32)]) == pytest.approx(2.5)
     counted = [cost.products((1,) * n * n, cached=False) for n in (8, 16, 32)]
     assert cost.exponent([8, 16, 32], counted) == pytest.approx(6, abs=0.1), "the paper's O(n^6)"
-    monkeypatch.setattr(sys, "argv", ["study_cost.py", "--sides", "2", "3", "4", "--depth", "1",
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--sides", "2", "3", "4", "--depth", "1",
                                       "--width", "64", "--out", str(tmp_path / "out" / "c.png")])
     cost.main()
     out = capsys.readouterr().out
@@ -130,13 +130,13 @@ def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
 def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
         cli, tiny, tmp_path, monkeypatch):
     """With the tiny run in place of CIFAR-10, whose two chapters are really called."""
-    judge, commands = import_module("data.judge"), []
+    judge, commands = import_module("report.judge"), []
     real = import_module("data.batches").load_data
     torch.manual_seed(0)
     network = judge.Judge(3, 16).eval()
     network.body[-2].weight.data.mul_(300)                 # distances with digits before the point
     monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
-    monkeypatch.setattr(import_module("data.studio"), "load_data",   # three held out are too few
+    monkeypatch.setattr(import_module("report.studio"), "load_data",   # three held out are too few
                         lambda name, split, *how: real(name, "train", *how))
 
     def call(script, *options):
@@ -148,7 +148,7 @@ def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
         assert result.status == 0, result.err
         return result.out, 1.0
     monkeypatch.setattr(cifar, "call", call)
-    result = cli("tests.study_cifar10.py", "--n", 12, "--cfg", 0, 2.5, "--device", "cpu", "--out",
+    result = cli("experiments.cifar10.py", "--n", 12, "--cfg", 0, 2.5, "--device", "cpu", "--out",
                  run := tmp_path / "run", "--export", exported := tmp_path / "both.pt")
     assert result.status == 0, result.err
     log = (run / "log.jsonl").read_text()
@@ -165,17 +165,17 @@ def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
                                        "samples, cfg 0", "samples, cfg 2.5")]
     assert all(len(numbers) == 4 for numbers in judged)
     assert all(f"\n{cfg}: nearest of 57 training" in result.out for cfg in ("cfg 0", "cfg 2.5"))
-    again = cli("tests.study_cifar10.py", "--n", 12, "--cfg", 0, "--device", "cpu", "--out", run)
+    again = cli("experiments.cifar10.py", "--n", 12, "--cfg", 0, "--device", "cpu", "--out", run)
     assert "tokenizer: trained for 24 steps; 1 s with" in again.out
 
 
 @pytest.mark.parametrize("options", ["--n 3", "--n -5", "--cfg -1", "--cfg nan", "--dry-run"])
 def test_a_wrong_option_of_the_cifar10_study_is_one_line(refused, monkeypatch, options):
     monkeypatch.setattr(cifar, "call", lambda *_: ("a plan", 1.0))
-    refused("tests.study_cifar10.py", *options.split())
+    refused("experiments.cifar10.py", *options.split())
 
 
 def test_the_cifar10_study_stops_where_a_chapter_does(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "05_train.py ended with exit status 2" in refused(
-        "tests.study_cifar10.py", "--data-dir", tmp_path, "--device", "cpu", "--out", tmp_path)
+        "experiments.cifar10.py", "--data-dir", tmp_path, "--device", "cpu", "--out", tmp_path)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import vqgan
-from data.plumbing import clock
+from engine import perceptual
+from engine.plumbing import clock
 
 IMAGENET = 1_281_167                                       # pictures to train on
 LAUNCH = 10e-6                                             # seconds to ask for a kernel, assumed
@@ -141,10 +141,10 @@ class TokenizerWork(Work):
         rebuilt = model.decode(model.encode(image))
         loss = F.mse_loss(rebuilt, image)
         if self.settings.perceptual:
-            loss = loss + vqgan.Perceptual()(rebuilt, image).mean()
+            loss = loss + perceptual.Perceptual()(rebuilt, image).mean()
         if self.settings.adversarial:
-            critic = vqgan.Discriminator(config.image_size)
-            loss = loss + vqgan.hinge(*critic(torch.cat([image, rebuilt.detach()])).chunk(2))
+            critic = perceptual.Discriminator(config.image_size)
+            loss = loss + perceptual.hinge(*critic(torch.cat([image, rebuilt.detach()])).chunk(2))
             loss = loss - critic.requires_grad_(False)(rebuilt).mean()
         return loss
 

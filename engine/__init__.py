@@ -1,0 +1,1 @@
+"""What runs a training and is no idea of VAR: options, processes, files, checkpoints."""
