@@ -34,7 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BadInput, shapes
+from data import shapes
+from engine import BadInput
 from report import plots
 
 vq = import_module("01_vq")

@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import BadInput
+from engine import BadInput
 from report import plots
 
 mask = import_module("03_block_causal_mask")

@@ -34,14 +34,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import BadInput
-from engine import plan, released, perceptual
+from engine import BadInput, perceptual, plan, released
 from report import health
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
 from engine.checkpoints import export, fingerprint, load_checkpoint, resume, save
 from engine.muon import Muon
-from engine.plumbing import OneLineParser, Run, add_options, clock, launch, one_line, pick_device
+from engine.devices import pick_device
+from engine.options import OneLineParser, add_options, one_line
+from engine.progress import clock
+from engine.run import Run, launch
 from engine.token_cache import cache_tokens
 
 vqvae = import_module("02_multiscale_vqvae")

@@ -32,9 +32,8 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from data import BadInput
-from engine import released
-from engine.plumbing import one_line
+from engine import BadInput, released
+from engine.options import one_line
 from report.studio import Studio, read_arguments
 
 vqvae = import_module("02_multiscale_vqvae")

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data import BadInput, cifar10, folder, imagenet, shapes
+from data import cifar10, folder, imagenet, shapes
+from engine import BadInput
 
 
 def load_data(dataset, split, image_size, data_dir=""):

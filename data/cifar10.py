@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import BadInput
+from engine import BadInput
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE, ARCHIVE_BYTES = "cifar-10-binary.tar.gz", 170052171

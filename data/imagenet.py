@@ -8,7 +8,8 @@ ones: 0..999 for the whole, 0..n-1 in the same order for n of the classes.
 import difflib
 from pathlib import Path
 
-from data import BadInput, folder
+from data import folder
+from engine import BadInput
 
 TABLE = Path(__file__).resolve().parent / "imagenet_classes.txt"   # "wnid name", line 1 is label 0
 

@@ -14,7 +14,7 @@ every size: picture i at 256 pixels is picture i at 32 pixels, only sharper.
 
 import numpy as np
 
-from data import BadInput
+from engine import BadInput
 
 CLASS_NAMES = ["heart", "star", "moon", "ring", "flower", "house", "tree", "mushroom", "fish",
                "boat"]

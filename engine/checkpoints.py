@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from data import BadInput
+from engine import BadInput
 
 
 def save_atomically(value, path):

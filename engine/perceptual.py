@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import BadInput
+from engine import BadInput
 from engine.checkpoints import load_checkpoint
 
 VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",

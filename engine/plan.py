@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import perceptual
-from engine.plumbing import clock
+from engine.progress import clock
 
 IMAGENET = 1_281_167                                       # pictures to train on
 LAUNCH = 10e-6                                             # seconds to ask for a kernel, assumed

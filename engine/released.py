@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from data import BadInput
+from engine import BadInput
 from engine.checkpoints import load_checkpoint
-from engine.plumbing import progress
+from engine.progress import progress
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.

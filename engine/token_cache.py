@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from data import batches
 from engine.checkpoints import fingerprint
-from engine.plumbing import clock
+from engine.progress import clock
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 from data import shapes  # noqa: E402
 from engine import plan, released  # noqa: E402
 from data.batches import to_float  # noqa: E402
-from engine.plumbing import Run, fast_bfloat16  # noqa: E402
+from engine.devices import fast_bfloat16  # noqa: E402
+from engine.run import Run  # noqa: E402
 
 vqvae, mask = import_module("02_multiscale_vqvae"), import_module("03_block_causal_mask")
 transformer, training = import_module("04_var_transformer"), import_module("05_train")

@@ -22,8 +22,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import BadInput  # noqa: E402
-from engine import plumbing  # noqa: E402
+from engine import BadInput  # noqa: E402
+from engine.devices import pick_device  # noqa: E402
+from engine.options import OneLineParser, number, one_line  # noqa: E402
 
 
 def call(script, *options):
@@ -97,12 +98,12 @@ def table(rows):
 
 
 def main():
-    parser = plumbing.OneLineParser(
+    parser = OneLineParser(
         description=__doc__.splitlines()[0], allow_abbrev=False,
         epilog="All other options go to 05_train.py (see its --help).")
-    parser.add_argument("--n", type=plumbing.number(int, 4), default=10_000,
+    parser.add_argument("--n", type=number(int, 4), default=10_000,
                         help="samples to judge [10000]")
-    parser.add_argument("--cfg", type=plumbing.number(float, 0), nargs="+",
+    parser.add_argument("--cfg", type=number(float, 0), nargs="+",
                         default=[0.0, 1.0, 1.5, 2.0, 3.0], help="guidance [0 1 1.5 2 3]")
     parser.add_argument("--out", type=Path, default=Path("out/cifar10"),
                         help="folder of the run [out/cifar10]")
@@ -114,7 +115,7 @@ def main():
         passed += ["--data-dir", ours.data_dir]
     lines = train(ours.out, [*rest, *passed])
     lines += ["", *figures(ours.out), *verdict(ours.out, ours.cfg, ours.n, passed)]
-    device = plumbing.pick_device(ours.device)
+    device = pick_device(ours.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     print(f"\ntorch {torch.__version__}, {where}, {time.strftime('%Y-%m-%d')}\n")
@@ -122,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    plumbing.one_line(main)
+    one_line(main)

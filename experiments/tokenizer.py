@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput  # noqa: E402
-from engine import plumbing  # noqa: E402
+from engine import BadInput  # noqa: E402
+from engine.options import one_line  # noqa: E402
+from engine.run import Run  # noqa: E402
 from report import health, judge, plots  # noqa: E402
 from data.batches import in_parts, rows_of, sample_of, to_float  # noqa: E402
 
@@ -98,7 +99,7 @@ def run_row(name, options, count):
     log = Path(settings.out) / "log.jsonl"
     held_out, _, _ = training.load_data(settings.dataset, "test", config.image_size,
                                         settings.data_dir)
-    run = plumbing.Run(settings)
+    run = Run(settings)
     run.everything = vars(settings)
     images, labels, names = training.load_data(settings.dataset, "train", config.image_size,
                                                settings.data_dir)
@@ -169,4 +170,4 @@ def main():
 
 
 if __name__ == "__main__":
-    plumbing.one_line(main)
+    one_line(main)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import BadInput
+from engine import BadInput
 from report import health, plots
 from data.batches import per_pass, rows_of, stack, to_float
-from engine.plumbing import progress
+from engine.progress import progress
 
 
 def density(studio):

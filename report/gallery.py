@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadInput
+from engine import BadInput
 from report import density, health, judge, plots
 
 

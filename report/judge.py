@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import BadInput
+from engine import BadInput
 from data.batches import fingerprint, in_parts, rows_of, sample_of, to_float
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import BadInput, folder
+from data import folder
+from engine import BadInput
 
 INK, PALE = (40, 44, 52), (222, 225, 230)
 LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20), (90, 96, 106)]

@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import BadInput, imagenet
-from engine import released
+from data import imagenet
+from engine import BadInput, released
 from report import gallery, plots
 from data.batches import load_data, stack, to_float
 from engine.checkpoints import fingerprint
-from engine.plumbing import OneLineParser, fast_bfloat16, number, pick_device, progress
+from engine.devices import fast_bfloat16, pick_device
+from engine.options import OneLineParser, number
+from engine.progress import progress
 
 
 class Studio:

@@ -77,7 +77,7 @@ def tiny(picture_folder, tmp_path_factory):
 def cli(monkeypatch, capsys, tmp_path):
     """cli(script, *options) runs a script's main() here, in an empty folder, as if it had been
     started: -> .status .out .err, and .started, the commands it would have started itself."""
-    plumbing = import_module("engine.plumbing")
+    from engine.options import one_line
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
 
@@ -88,7 +88,7 @@ def cli(monkeypatch, capsys, tmp_path):
             patch.setattr(subprocess, "call", lambda command, **_: started.append(command) or 0)
             capsys.readouterr()
             with pytest.raises(SystemExit) as stop:
-                plumbing.one_line(module.main)
+                one_line(module.main)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=stop.value.code or 0, out=out, err=err, started=started)
     yield call

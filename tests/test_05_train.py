@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import BadInput, batches, shapes
-from engine import checkpoints, muon, plumbing
+from data import batches, shapes
+from engine import BadInput, checkpoints, devices, muon
 
 m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")
@@ -97,7 +97,7 @@ def test_cuda_without_a_gpu_is_refused(refused, tmp_path):
 
 def test_float32_convolutions_of_a_gpu_are_not_rounded_to_19_bits():
     torch.backends.cudnn.allow_tf32 = True                 # torch's default
-    plumbing.pick_device("cpu")
+    devices.pick_device("cpu")
     assert not torch.backends.cudnn.allow_tf32
 
 

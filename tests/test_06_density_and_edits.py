@@ -15,8 +15,7 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput
-from engine import checkpoints, plumbing
+from engine import BadInput, checkpoints, progress
 from report import gallery, plots, studio
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
@@ -448,7 +447,7 @@ def watched(models, monkeypatch):
     def spy(matrix, low, high):
         stage.maps.append((np.array(matrix), low, high))
         return heat_map(matrix, low, high)
-    monkeypatch.setattr(gallery.pictures, "heat_map", spy)
+    monkeypatch.setattr(gallery.plots, "heat_map", spy)
     stage.save = lambda name, images, columns, **labels: stage.sheets.update(
         {name: SimpleNamespace(images=images, columns=columns, **labels)})
     return stage
@@ -550,13 +549,13 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path, content):
 def hand_on(monkeypatch, parts, seconds, total, **how):
     """progress() over parts that take `seconds` each, on a clock of our own. -> what came out"""
     now = [100.0]
-    monkeypatch.setattr(plumbing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
 
     def slow():
         for part, takes in zip(parts, seconds, strict=True):
             now[0] += takes
             yield part
-    return list(plumbing.progress(slow(), total, **how))
+    return list(progress.progress(slow(), total, **how))
 
 
 def test_progress_speaks_after_three_seconds_and_again_after_three_more(monkeypatch, capsys):
@@ -578,7 +577,7 @@ def test_progress_is_silent_when_it_is_quick_and_counts_by_size(monkeypatch, cap
 
 def test_progress_takes_no_more_than_it_is_asked_for():
     taken = []
-    slowly = plumbing.progress((taken.append(i) or [i] for i in range(5)), 5)
+    slowly = progress.progress((taken.append(i) or [i] for i in range(5)), 5)
     assert next(slowly) == [0] and taken == [0]
 
 

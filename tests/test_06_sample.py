@@ -14,7 +14,8 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, shapes
+from data import batches, shapes
+from engine import BadInput
 from report import judge, studio
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")

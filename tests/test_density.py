@@ -16,7 +16,8 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, folder, shapes
+from data import batches, folder, shapes
+from engine import BadInput
 from report import density, plots, studio
 
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")

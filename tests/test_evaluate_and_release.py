@@ -21,8 +21,8 @@ from hypothesis import settings as few
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, batches, folder, shapes
-from engine import plumbing, released
+from data import batches, folder, shapes
+from engine import BadInput, progress, released
 from report import judge, plots
 
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
@@ -552,7 +552,7 @@ def test_a_long_download_says_how_far_it_is(hub, tmp_path, monkeypatch, capsys):
     hub.files["a.pth"] = body = some_bytes(5 << 20)
     (tmp_path / "a.pth.part").write_bytes(body[:2 << 20])
     now = iter(range(0, 1000, 4))
-    monkeypatch.setattr(plumbing, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
     fetch(hub, tmp_path / "a.pth")
     first, *lines = capsys.readouterr().out.splitlines()
     assert hub.url + "a.pth" in first and "5 MB" in first and "2 MB of it are here" in first

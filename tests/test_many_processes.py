@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from test_nothing_lost import (before, forked, log_of, run, server,  # noqa: F401  (fixtures)
                                stage_of, stop_myself)
 
-from data import BadInput
-from engine import checkpoints
+from engine import BadInput, checkpoints
 
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")
 SCRIPT = "05_train.py"

@@ -30,7 +30,9 @@ import torch
 from conftest import ROOT, same
 
 from data import batches
-from engine import checkpoints, plumbing
+from engine import checkpoints
+from engine import run as engine_run
+from engine.options import one_line
 
 resource = pytest.importorskip("resource")                 # not on Windows
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
@@ -60,7 +62,7 @@ def enter(argv, env, patch):
         subprocess.call = lambda command: 0                # chapter 6's pictures: not of interest
         sys.argv = argv
         patch()
-        plumbing.one_line(import_module(Path(argv[0]).stem).main)
+        one_line(import_module(Path(argv[0]).stem).main)
     except SystemExit as stop:
         status = stop.code or 0
     except BaseException:
@@ -260,7 +262,7 @@ def test_a_signal_is_obeyed_after_the_step_and_a_line_says_how_to_go_on(
 def asked_twice(seconds, owner, name, count):
     """Two Ctrl-C, so many seconds apart by this process's clock."""
     clock = iter((0, seconds))
-    plumbing.time = SimpleNamespace(monotonic=lambda: next(clock))
+    engine_run.time = SimpleNamespace(monotonic=lambda: next(clock))
 
     def ask(*_):
         stop_myself(name=signal.SIGINT)
@@ -375,7 +377,7 @@ def stage_of(kind, learn="gradient", **settings):
                           exchange=lambda model, now: nullcontext(), autocast=nullcontext,
                           to_device=lambda x: x, mean=lambda x: x, total=lambda x: x,
                           share=lambda x: x)
-    run.hold = partial(plumbing.Run.hold, run)
+    run.hold = partial(engine_run.Run.hold, run)
     sizes = dict(scales=(1, 2, 4), vocab_size=16, latent_dim=4)
     config = m2.TokenizerConfig(**sizes, image_size=16, channels=8, groups=4, unshuffle=2,
                                 multipliers=(1, 2), learn=learn)

@@ -17,8 +17,7 @@ from conftest import TINY, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import BadInput
-from engine import checkpoints, perceptual
+from engine import BadInput, checkpoints, perceptual
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
 SCRIPT = "05_train.py"

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import BadInput, shapes
+from data import shapes
+from engine import BadInput
 from report import judge, plots
 
 INDEX = st.integers(0, 10**6)

@@ -18,7 +18,8 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import EpsImagePlugin, Image
 
-from data import BadInput, cifar10, folder, imagenet
+from data import cifar10, folder, imagenet
+from engine import BadInput
 
 # ---------------------------------------------------------------------------- CIFAR-10
 

@@ -1,19 +1,13 @@
-"""What every script needs and no chapter explains: options, one-line errors, devices, files, and
-the folder, the processes and the signals of a run."""
-import argparse
+"""The folder, the processes and the signals of a run."""
 import contextlib
-import inspect
 import json
-import math
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import warnings
-from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,139 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import BadInput
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message} (see --help)")
-
-
-def number(kind, low):
-    """argparse type: an int or float that is finite, at least `low` and no larger than 64 bits."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < 2 ** 63:                     # nan is neither
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {what} of {low} or more that "
-                                             "fits in 64 bits")
-        return value
-    return parse
-
-
-def whole_numbers(text):
-    """argparse type: '1,2,3' -> (1, 2, 3)"""
-    return tuple(number(int, 1)(part) for part in text.split(","))
-
-
-def add_options(parser, classes, choices, zero_is_fine, left_out):
-    """One --option per dataclass field; its help is the comment beside the field.
-
-    choices: name -> allowed values; zero_is_fine: whole numbers that may be 0, the others start at
-    1; left_out: fields that are no options."""
-    done = set(left_out)
-    for cls in classes:
-        comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
-        for f in fields(cls):
-            if f.name in done:
-                continue
-            done.add(f.name)
-            kind = {int: number(int, 0 if f.name in zero_is_fine else 1), tuple: whole_numbers,
-                    float: number(float, -1 if f.name == "drop_path" else 0)}.get(f.type, f.type)
-            how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
-                   else dict(type=kind, choices=choices.get(f.name),
-                             metavar={int: "N", float: "X", tuple: "N,N"}.get(f.type)))
-            default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-            note = "" if default == "" else f" [{default}]"
-            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=(comments[f.name] + note).replace("%", "%%"), **how)
-
-
-def one_line(main):
-    """Run a script's main(); a user's mistake ends in one line and exit status 2. Of many processes
-    the first to fail speaks: the others wait, and whoever started them ends them meanwhile."""
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    try:
-        status = main()
-    except (BadInput, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":             # rank 0 may be about to say the same
-            give_way(3)
-        line = (str(error) or type(error).__name__).splitlines()[-1]
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    except torch.OutOfMemoryError as error:
-        print(f"{Path(sys.argv[0]).name}: the GPU's memory is full ({str(error).splitlines()[0]}) "
-              "use smaller batches, or in training --accumulate 2, --activation-checkpointing, "
-              "--shard", file=sys.stderr)
-        status = 2
-    except RuntimeError as error:                          # a lost connection is no news: another
-        if many and re.search("gloo|nccl|ncclcomm|socket|connection", str(error).lower()):
-            give_way(10)                                   # process failed first, let it be heard
-        raise
-    if dist.is_initialized() and not status:               # others may wait where this one failed
-        dist.destroy_process_group()
-    sys.exit(status)
-
-
-def give_way(seconds):
-    """Time for another process to speak, and for the launcher to end this one."""
-    run = getattr(signal.signal(signal.SIGTERM, signal.SIG_DFL), "__self__", None)
-    time.sleep(0 if run and run.stop else seconds)
-    if run and run.stop:                                   # it has been told to already
-        sys.exit(128 + run.stop)
-
-
-def clock(seconds):
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} m" if seconds < 5400 \
-        else f"{seconds / 3600:.1f} h"
-
-
-def progress(parts, total, what="pictures", size=len):
-    """Hand on `parts`, a generator or a list; `size` says how many things one holds. Whenever more
-    than 3 s have passed since the start or the last line, say how far it is."""
-    done, begin = 0, time.monotonic()
-    said = begin
-    for part in parts:
-        yield part
-        done, now = done + size(part), time.monotonic()
-        if now - said > 3 and done < total:
-            said, eta = now, clock((now - begin) / done * (total - done))
-            print(f"  {done:,} of {total:,} {what} | eta {eta}", flush=True)
-
-
-def pick_device(name, rank=0):
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: this machine has no CUDA GPU that torch can use; try cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise BadInput("--device mps: this machine has no Apple GPU; try cpu")
-    torch.backends.cudnn.allow_tf32 = False                # float32 means float32
-    return torch.device(name, rank) if name == "cuda" else torch.device(name)
-
-
-def fast_bfloat16(device):
-    """Does bfloat16 pay here? GPUs: ask. CPUs: some have units for it, others emulate it ten times
-    slower, so time one small product of each kind."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, tries = torch.randn(256, 256).to(dtype), []
-        for _ in range(5):
-            begin = time.perf_counter()
-            a @ a
-            tries.append(time.perf_counter() - begin)
-        seconds[dtype] = min(tries)
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+from engine import BadInput
+from engine.devices import fast_bfloat16, pick_device
+from engine.files import write_atomically
 
 
 class Run:
@@ -381,18 +245,3 @@ def launch(count):
                        f"{-status} (9: out of memory?); the same command goes on from the last "
                        "checkpoint, without --fresh")
     return 128 + passed_on[0] if status < 0 else status
-
-
-def write_atomically(text, path):
-    """Whoever reads `path` sees the old text or the new, never half."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())                        # on the disk before the name is
-        os.replace(temporary, path)
-    except OSError as error:                               # a full disk names no file
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

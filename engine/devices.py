@@ -1,0 +1,36 @@
+"""Which device to use, and whether it is fast in bfloat16."""
+import time
+
+import torch
+
+from engine import BadInput
+
+
+def pick_device(name, rank=0):
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this machine has no CUDA GPU that torch can use; try cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("--device mps: this machine has no Apple GPU; try cpu")
+    torch.backends.cudnn.allow_tf32 = False                # float32 means float32
+    return torch.device(name, rank) if name == "cuda" else torch.device(name)
+
+
+def fast_bfloat16(device):
+    """Does bfloat16 pay here? GPUs: ask. CPUs: some have units for it, others emulate it ten times
+    slower, so time one small product of each kind."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, tries = torch.randn(256, 256).to(dtype), []
+        for _ in range(5):
+            begin = time.perf_counter()
+            a @ a
+            tries.append(time.perf_counter() - begin)
+        seconds[dtype] = min(tries)
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
