@@ -264,10 +264,13 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
     """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
     the shapes; `scales` is needed only for schedules other than the paper's two, `heads` only for
     models without query/key normalisation. Raises BadInput for anything in another layout."""
-    return released.build(
-        tokenizer_state, var_state, scales=scales, heads=heads,
-        make_tokenizer=lambda sizes: vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes)),
-        make_var=lambda sizes: transformer.VAR(transformer.VARConfig(**sizes)))
+    sizes, weights = released.read_transformer(var_state, scales, heads)
+    tokenizer_sizes, tokenizer_weights = released.read_tokenizer(tokenizer_state, sizes["scales"])
+    with released.other_layouts_refused(), torch.device("meta"):    # no time for random weights
+        tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**tokenizer_sizes))
+        var = transformer.VAR(transformer.VARConfig(**sizes))
+    tokenizer = released.fill(tokenizer, tokenizer_weights).to(memory_format=torch.channels_last)
+    return tokenizer, released.fill(var, weights)
 
 
 def main():

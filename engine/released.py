@@ -1,4 +1,5 @@
 """The released checkpoints: where they lie, what is in them, how their entries are called here."""
+import contextlib
 import http.client
 import os
 import re
@@ -112,61 +113,71 @@ def var_sizes(state, scales, heads=None):
         shared_adaln="shared_ada_lin.1.weight" in state, qk_norm=temperature is not None)
 
 
-def unwrap(state, keys, what):
+def read_tokenizer(state, scales=None):
+    """A released tokenizer's state dict -> (fields of TokenizerConfig, state dict with our names).
+    `scales`: sides of the token maps, which no shape tells. Raises BadInput for other layouts."""
+    state = unwrap(state, ("trainer", "vae_local"), "tokenizer", "quantize.embedding.weight")
+    with other_layouts_refused():
+        return tokenizer_sizes(state, scales), renamed(state, tokenizer_name)
+
+
+def read_transformer(state, scales=None, heads=None):
+    """A released transformer's state dict -> (fields of VARConfig, state dict with our names).
+    `scales` and `heads` are needed where no shape tells them. Raises BadInput for other layouts."""
+    state = unwrap(state, ("trainer", "var_wo_ddp"), "transformer", "pos_1LC")
+    length = state["pos_1LC"].shape[1] if state["pos_1LC"].ndim == 3 else 0
+    scales = tuple(scales or SCALES.get(length, ()))
+    if sum(s * s for s in scales) != length:
+        raise BadInput(f"the transformer has {length} positions, the scales {scales} make "
+                       f"{sum(s * s for s in scales)}: give the scales it was trained with")
+    with other_layouts_refused():
+        return var_sizes(state, scales, heads), renamed(state, var_name)
+
+
+def unwrap(state, keys, what, entry):
     """Training checkpoints of the original hold the weights some levels down. Raises BadInput for
-    anything but names and tensors."""
+    anything but names and tensors, `entry` among them."""
     for key in keys:
         state = state.get(key, state) if isinstance(state, dict) else {}
     if not (isinstance(state, dict) and state and all(
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())):
         raise BadInput(f"not a released VAR {what}: it should hold names and tensors only")
+    if entry not in state:
+        raise BadInput(f"not a released VAR {what}: it has no entry {entry!r}")
     return state
 
 
-def build(tokenizer_state, var_state, make_tokenizer, make_var, scales=None, heads=None):
-    """State dicts -> (tokenizer, transformer) in eval mode. make_tokenizer and make_var turn the
-    sizes, a dict, into a model; `scales` and `heads` are what the shapes may not tell. Raises
-    BadInput for anything in another layout."""
-    tokenizer_state = unwrap(tokenizer_state, ("trainer", "vae_local"), "tokenizer")
-    var_state = unwrap(var_state, ("trainer", "var_wo_ddp"), "transformer")
-    for state, key, what in ((tokenizer_state, "quantize.embedding.weight", "tokenizer"),
-                             (var_state, "pos_1LC", "transformer")):
-        if key not in state:
-            raise BadInput(f"not a released VAR {what}: it has no entry {key!r}")
-    length = var_state["pos_1LC"].shape[1] if var_state["pos_1LC"].ndim == 3 else 0
-    scales = tuple(scales or SCALES.get(length, ()))
-    if sum(s * s for s in scales) != length:
-        raise BadInput(f"the transformer has {length} positions, the scales {scales} make "
-                       f"{sum(s * s for s in scales)}: give the scales it was trained with")
+def renamed(state, rename):
+    state = {rename(name): value.float() if value.is_floating_point() else value
+             for name, value in state.items()}
+    state.pop(None, None)                                  # derived buffers: not needed
+    return state
+
+
+@contextlib.contextmanager
+def other_layouts_refused():
+    """Turn what goes wrong with entries of other names or shapes into one line."""
     try:
-        with torch.device("meta"):                         # no time spent on random weights
-            tokenizer = make_tokenizer(tokenizer_sizes(tokenizer_state, scales))
-            var = make_var(var_sizes(var_state, scales, heads))
-        for model, state, rename in ((tokenizer, tokenizer_state, tokenizer_name),
-                                     (var, var_state, var_name)):
-            fill(model, {rename(name): value.float() if value.is_floating_point() else value
-                         for name, value in state.items()})
+        yield
     except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:250]
         raise BadInput(f"not in the released layout: {reason}") from None
-    return tokenizer.to(memory_format=torch.channels_last), var
 
 
 def fill(model, state):
-    """Give a model made on the meta device its weights; every name must be known and none missing,
-    but for what training alone uses."""
-    state.pop(None, None)
+    """Give a model that was built on the meta device, without memory, its weights. Every name must
+    be known and none missing, except what training alone uses. -> the model, in eval mode"""
     own = model.state_dict()
     unused = {"quantizer.hits", "quantizer.sums", "quantizer.initialised"} & set(own)
-    wrong = (set(own) - unused) ^ set(state)
-    if wrong:
-        raise KeyError(f"entries missing or unknown: {sorted(map(str, wrong))[:3]}")
-    state.update({name: torch.zeros_like(own[name], device="cpu") for name in unused})
-    model.load_state_dict(state, assign=True)
+    with other_layouts_refused():
+        if wrong := (set(own) - unused) ^ set(state):
+            raise KeyError(f"entries missing or unknown: {sorted(map(str, wrong))[:3]}")
+        zeros = {name: torch.zeros_like(own[name], device="cpu") for name in unused}
+        model.load_state_dict({**state, **zeros}, assign=True)
     if hasattr(model, "scale_of_token"):                   # not stored, so still without memory
         sides = torch.tensor([side * side for side in model.config.scales])
         model.scale_of_token = torch.arange(len(sides)).repeat_interleave(sides)
-    model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def fetch(name, given=None):
