@@ -141,10 +141,11 @@ def hinge(real, fake):
 
 def adaptive_weight(other, adversarial, weight):
     """Esser et al. 2021, eq. 7: how many times longer the other losses' gradient is, at the
-    decoder's last weights, than the adversarial loss's. -> (), no more than 10,000"""
+    decoder's last weights, than the adversarial loss's. -> (), no more than 10,000. A constant:
+    without create_graph nothing can go backward through it."""
     long, = torch.autograd.grad(other, weight, retain_graph=True)
     short, = torch.autograd.grad(adversarial, weight, retain_graph=True)
-    return (long.norm() / (short.norm() + 1e-4)).clamp(max=1e4).detach()
+    return (long.norm() / (short.norm() + 1e-4)).clamp(max=1e4)
 
 
 def start_late(progress, start=0.2, warm_up=0.2):

@@ -5,8 +5,10 @@ import pickle
 import re
 import shutil
 import signal
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,6 +318,33 @@ def test_optimizer_states_of_another_memory_layout_go_on_as_they_were():
     laid = {key: checkpoints.spread(value, model.weight) for key, value in saved.items()}
     assert same(laid, saved) and laid["exp_avg"].stride() == model.weight.stride()
     assert saved["exp_avg"].stride() != model.weight.stride()
+
+
+# -- The loss of stage 2 ---------------------------------------------------------------------------
+
+def test_the_loss_of_a_token_is_minus_the_log_of_its_softmax():
+    """Each token has its own, in nats, against a slow loop in float64."""
+    config = m2.TokenizerConfig(image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
+                                channels=8)
+    model, tokenizer = var_model().eval(), m2.MultiScaleVQVAE(config).eval()
+    for p in model.parameters():                           # unlike tokens must be unlike likely
+        p.data.add_(0.3 * torch.randn_like(p))
+    tokens, labels = torch.randint(16, (3, 21)), torch.tensor([0, 2, 3])
+    sizes = [1, 4, 16]
+    stage = SimpleNamespace(tokenizer=tokenizer, sizes=sizes, run=SimpleNamespace(
+        autocast=nullcontext))
+    loss, right = m5.TransformerStage.per_token(stage, model, tokens, labels)
+    logits = model(labels, tokenizer.teacher_inputs(list(tokens.split(sizes, 1))))
+    logits = logits.detach().double().numpy()
+    for b, t in np.ndindex(3, 21):
+        row, code = logits[b, t], int(tokens[b, t])
+        assert float(loss[b, t]) == pytest.approx(np.log(np.exp(row).sum()) - row[code], rel=1e-4)
+        assert bool(right[b, t]) == (code == row.argmax())
+    assert loss.shape == (3, 21) and loss.std() > 0.1
+    text, numbers = m5.TransformerStage.describe(stage, loss.mean(0), 0.5)
+    slow = [float(loss[:, a:b].mean()) for a, b in ((0, 1), (1, 5), (5, 21))]
+    assert numbers["per_scale"] == pytest.approx(slow, rel=1e-4)
+    assert text.startswith("per-scale " + " ".join(f"{x:.2f}" for x in slow))
 
 
 # -- A whole run -----------------------------------------------------------------------------------
