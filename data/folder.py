@@ -1,12 +1,17 @@
 """Any folder of class folders (an ImageNet subset, your own pictures), or one flat folder.
 
-    pictures/cat/*.jpg   pictures/dog/*.png      two classes; every 20th picture is held out
+    pictures/cat/*.jpg   pictures/dog/*.png      two classes; one picture in 20 is held out
     pictures/train/cat/*.jpg   pictures/val/cat/*.jpg      the splits as they stand
     pictures/*.jpg                               one class, named after the folder: unconditional
+
+A hash of its name decides whether a picture is held out, so it stays on its side on every machine,
+and when others are added. It cannot know that two pictures look alike: frames of one video belong
+together into train/ or into val/.
 
 Pictures are decoded when asked for: 1.28 million of them take the memory of their names. Embedded
 colour profiles are not applied.
 """
+import hashlib
 import os
 import sys
 from contextlib import suppress
@@ -21,14 +26,14 @@ from engine import BadInput
 # Formats are named, so that a disguised file can never reach decoders that start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
-HELD_OUT = 20   # one picture in so many is kept for testing
+HELD_OUT = 1 / 20   # share of the pictures that is kept for testing
 
 
 def load(split, *, data_dir, size=256):
     """One split: (FolderImages of N pictures, labels int64 (N,), class names).
 
     split: "train" or "test". Test pictures come from val/, valid/ or test/ if there is one beside
-    train/, else from every 20th picture of each class. size: side of the square crops, in pixels.
+    train/, else they are one in 20 of each class (see `held_out`). size: side of the square crops.
     Raises BadInput if the folder is missing, empty, or not laid out as above.
     """
     if split not in ("train", "test"):
@@ -86,15 +91,25 @@ def _split(root, split):
     paths = [path for name in classes for path in classes[name]]
     labels = [label_of[name] for name in classes for _ in classes[name]]
     if not (has_train and other):
-        counts = [len(names) for names in classes.values()]
-        if max(counts) == 1:          # no class has a picture to spare:
-            counts = [len(counts)]    # take every 20th of the whole list
-        held = np.concatenate([np.arange(n) % HELD_OUT == HELD_OUT - 1 for n in counts])
-        # Every class of several pictures gives one: its last, if it has no 20th.
-        held[[end - 1 for end, n in zip(np.cumsum(counts), counts) if 1 < n < HELD_OUT]] = True
+        groups = list(classes.values())
+        if max(map(len, groups)) == 1:   # no class has a picture to spare
+            groups = [paths]
+        held = np.concatenate([held_out(group) for group in groups])
         keep = np.flatnonzero(held == (split == "test"))
         paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
     return base, paths, labels, class_names
+
+
+def held_out(names):
+    """Which of the pictures with these names (paths below the folder) are held out: about one in
+    20, decided for each by a hash of its name; of two or more at least one, and never all. -> (n,)
+    bool"""
+    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
+                       for name in names], np.uint64)
+    held = hashes < HELD_OUT * 2 ** 64
+    if len(names) > 1:
+        held[hashes.argmin()], held[hashes.argmax()] = True, False
+    return held
 
 
 class FolderImages:
