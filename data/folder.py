@@ -29,11 +29,12 @@ EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .
 HELD_OUT = 1 / 20   # share of the pictures that is kept for testing
 
 
-def load(split, *, data_dir, size=256):
+def load(split, *, data_dir, size=256, classes_of=None):
     """One split: (FolderImages of N pictures, labels int64 (N,), class names).
 
     split: "train" or "test". Test pictures come from val/, valid/ or test/ if there is one beside
     train/, else they are one in 20 of each class (see `held_out`). size: side of the square crops.
+    classes_of(folder): how the pictures of train/ or val/ are sorted, if not by `classes_in`.
     Raises BadInput if the folder is missing, empty, or not laid out as above.
     """
     if split not in ("train", "test"):
@@ -42,7 +43,7 @@ def load(split, *, data_dir, size=256):
         raise BadInput("give --data-dir FOLDER, a folder of class folders of pictures")
     root = Path(data_dir).expanduser()
     try:
-        base, paths, labels, class_names = _split(root, split)
+        base, paths, labels, class_names = _split(root, split, classes_of or classes_in)
     except OSError as error:   # not there, a file, no permission
         raise BadInput(f"expected a folder of class folders of pictures: {error}") from error
     if not paths:
@@ -52,7 +53,7 @@ def load(split, *, data_dir, size=256):
     return images, images.labels, class_names
 
 
-def _scan(folder):
+def scan(folder):
     """Sorted names of the (sub-folders, pictures) in a folder; hidden entries do not count."""
     with os.scandir(folder) as entries:   # asks the disk about links only: quick for a million
         entries = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
@@ -60,34 +61,43 @@ def _scan(folder):
     return sorted(e.name for e in entries if e.is_dir()), sorted(pictures)
 
 
-def _classes(folder):
-    """{class folder: [picture paths relative to `folder`]}, sorted; {"": [...]} if it is flat."""
-    folders, loose = _scan(folder)
-    classes = {name: [f"{name}/{p}" for p in _scan(folder / name)[1]] for name in folders}
-    classes = {name: paths for name, paths in classes.items() if paths} or {"": loose}
-    if "" not in classes and loose:
+def classes_in(folder):
+    """{class folder: [picture paths relative to `folder`]}, sorted; {"": [...]} if it is flat. The
+    pictures of a class may lie in images/ inside its folder, as those of Tiny-ImageNet do."""
+    folders, loose = scan(folder)
+    classes = {}
+    for name in folders:
+        inside, pictures = scan(folder / name)
+        if not pictures and "images" in inside:
+            pictures = [f"images/{picture}" for picture in scan(folder / name / "images")[1]]
+        if pictures:
+            classes[name] = [f"{name}/{picture}" for picture in pictures]
+    if classes and loose:
         print(f"ignored pictures outside the folders of {folder}: {len(loose)}", file=sys.stderr)
-    if classes == {"": []}:
+    if not classes and not loose:
         raise BadInput(f"no pictures in {folder}: expected <class>/<picture>.jpg, .png or the like")
-    return classes
+    return classes or {"": loose}
 
 
-def _split(root, split):
+def _split(root, split, classes_of):
     """-> (folder, its chosen relative paths, their labels in rising order, class names)."""
-    folders, _ = _scan(root)
+    folders, _ = scan(root)
     other = next((name for name in ("val", "valid", "test") if name in folders), None)
     # A class may be called "train" (beside "car" and "bus"): a split has folders in or beside it.
-    has_train = "train" in folders and (other or _scan(root / "train")[0])
+    has_train = "train" in folders and (other or scan(root / "train")[0])
     base = root / "train" if has_train else root
-    classes = _classes(base)
+    classes = classes_of(base)
     label_of = {name: k for k, name in enumerate(classes)}
     class_names = [name or root.resolve().name for name in classes]
     if has_train and other and split == "test":
         base = root / other
-        classes = _classes(base)
+        classes = classes_of(base)
         for name in classes.keys() - label_of:
             what = f"the class folder {name!r}" if name else "pictures outside class folders"
             raise BadInput(f"{base} holds {what}: sort its pictures into those of {root}/train")
+        if missing := sorted(label_of.keys() - classes.keys()):
+            print(f"{base} lacks {len(missing)} of the {len(label_of)} classes of train: "
+                  f"{', '.join(missing[:3])}", file=sys.stderr)
     paths = [path for name in classes for path in classes[name]]
     labels = [label_of[name] for name in classes for _ in classes[name]]
     if not (has_train and other):

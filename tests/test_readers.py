@@ -7,9 +7,11 @@ import io
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 import tempfile
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -566,10 +568,6 @@ def test_imagenet_refuses_other_layouts(tmp_path):
     refused(lambda: imagenet.load("train", data_dir=None), "--data-dir", "train/<wnid>")
     write(tmp_path / "train" / "cats" / "x.png")
     refused(lambda: imagenet.load("train", data_dir=tmp_path), "'cats'", "n01440764", "--dataset")
-    shutil.rmtree(tmp_path / "train")
-    write(tmp_path / "train" / "n01440764" / "x.png")
-    write(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
-    refused(lambda: imagenet.load("test", data_dir=tmp_path), "val", "outside class folders")
 
 
 def test_find_class():
@@ -598,3 +596,67 @@ def test_which_side_a_picture_is_on_depends_on_its_name_and_not_on_its_neighbour
     moved = [name for name in names if before[name] != after[name]]
     assert len(moved) <= 1 and 0 < sum(before.values()) < len(names)
     assert dict(zip(names[::-1], folder.held_out(names[::-1]))) == before
+
+
+def validation_of(root, layout, names=("00000001", "00000002", "00000003"), **changes):
+    """ImageNet, two classes, whose validation pictures lie flat. -> {picture: label}"""
+    wnids, base, lists = ("n01443537", "n02099601"), root, root
+    for wnid in wnids:
+        inside = "images" if layout == "tiny" else ""
+        write(root / "train" / wnid / inside / f"{wnid}_0.JPEG", size=(8, 8))
+    if layout == "kaggle":
+        base = root / "ILSVRC" / "Data" / "CLS-LOC"
+        base.mkdir(parents=True)
+        (root / "train").rename(base / "train")
+    prefix = "val_" if layout == "tiny" else "ILSVRC2012_val_"
+    labels = {f"{prefix}{name}": int(name) % 2 for name in names}
+    for name in labels:
+        write(base / "val" / ("images" if layout == "tiny" else "") / f"{name}.JPEG", size=(8, 8))
+    if layout == "kaggle":
+        (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(
+            f"{name},{wnids[label]} 1 2 3 4 {wnids[label]} 5 6 7 8 \n"
+            for name, label in reversed(labels.items())))
+    elif layout == "tiny":
+        (base / "val" / "val_annotations.txt").write_text("".join(
+            f"{name}.JPEG\t{wnids[label]}\t0\t32\t44\t62\n" for name, label in labels.items()))
+    elif layout == "devkit":
+        devkit = root / "ILSVRC2012_devkit_t12" / "data"
+        devkit.mkdir(parents=True)
+        (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(
+            f"{(450, 125)[label]}\n" for label in labels.values()))
+        # As in the kit itself: 450 is the goldfish, 125 the golden retriever.
+        wnids = [wnid for wnid, _ in imagenet._table()]
+        for number, wnid in ((450, "n01443537"), (125, "n02099601")):
+            other = wnids.index(wnid)
+            wnids[number - 1], wnids[other] = wnids[other], wnids[number - 1]
+        block = zlib.compress(b"".join(b"\x10\0" + wnid.encode() + b"\0\1words" for wnid in wnids))
+        (devkit / "meta.mat").write_bytes(b"MATLAB 5.0 MAT-file".ljust(128)
+                                          + struct.pack("<II", 15, len(block)) + block)
+    return labels
+
+
+@pytest.mark.parametrize("layout", ["kaggle", "tiny", "devkit"])
+def test_flat_validation_pictures_get_their_labels_from_the_list_that_came_with_them(
+        tmp_path, layout):
+    expected = validation_of(tmp_path, layout)
+    images, labels, names = imagenet.load("test", data_dir=tmp_path, size=4)
+    assert names == ["goldfish", "golden retriever"]
+    assert {Path(images.path(i)).stem: k for i, k in enumerate(labels)} == expected
+    assert len(imagenet.load("train", data_dir=tmp_path, size=4)[0]) == 2
+
+
+def test_validation_pictures_without_labels_or_of_too_few_classes_are_refused(tmp_path):
+    validation_of(tmp_path / "no list", "none")
+    refused(lambda: imagenet.load("test", data_dir=tmp_path / "no list"), "LOC_val_solution.csv",
+            "ILSVRC2012_validation_ground_truth.txt", "val/<wnid>/")
+    validation_of(tmp_path / "few", "kaggle", names=["00000001", "00000003"])
+    refused(lambda: imagenet.load("test", data_dir=tmp_path / "few"), "1 of the 2 classes",
+            "goldfish")
+    validation_of(tmp_path / "more", "tiny")
+    write(tmp_path / "more" / "val" / "images" / "val_7.JPEG")
+    refused(lambda: imagenet.load("test", data_dir=tmp_path / "more"), "val_7", "val_annotations")
+    validation_of(tmp_path / "damaged", "devkit")
+    (tmp_path / "damaged" / "ILSVRC2012_devkit_t12" / "data" / "meta.mat").write_bytes(b"no" * 99)
+    refused(lambda: imagenet.load("test", data_dir=tmp_path / "damaged"), "meta.mat is missing or")
+    (tmp_path / "damaged" / "LOC_val_solution.csv").write_bytes(b"\xff\xfe")
+    refused(lambda: imagenet.load("test", data_dir=tmp_path / "damaged"), "LOC_val_solution.csv")
