@@ -6,10 +6,16 @@ import torch
 from engine import BadInput
 
 
+def best_device():
+    """What `--device auto` means on this machine."""
+    return ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def pick_device(name, rank=0):
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+    """auto, cpu, cuda or mps -> torch.device, of this process's GPU. Raises BadInput if it is not
+    there."""
+    name = best_device() if name == "auto" else name
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this machine has no CUDA GPU that torch can use; try cpu")
     if name == "mps" and not torch.backends.mps.is_available():

@@ -83,10 +83,11 @@ def original_sizes(device, repeats):
     """
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        stage = stage_of("--dataset imagenet --precision float32 --batch-size 4".split(),
-                         vqvae.TokenizerConfig(**released.TOKENIZER), var_config(8), 4, folder)
-    image, a = torch.rand(4, 3, PICTURE, PICTURE) * 2 - 1, torch.randn(2048, 2048)
-    batch, labels = stage.rows("train", torch.arange(4).numpy()), torch.arange(4)
+        options = "--dataset imagenet --precision float32 --batch-size 4 --device", device.type
+        stage = stage_of(" ".join(options).split(), vqvae.TokenizerConfig(**released.TOKENIZER),
+                         var_config(8), 4, folder)
+    image, labels = torch.rand(4, 3, PICTURE, PICTURE, device=device) * 2 - 1, torch.arange(4)
+    batch, a = stage.rows("train", torch.arange(4).numpy()), torch.randn(2048, 2048, device=device)
     tokens = stage.tokenizer.image_to_tokens(image)
 
     def train(tokenizer, how):

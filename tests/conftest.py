@@ -37,8 +37,19 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_automatic_device():
+    """A test says which device it means: on a machine with a GPU "auto" is another one than here,
+    and what is compared may lie elsewhere. One that is about "auto" replaces best_device itself."""
+    from engine import devices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "best_device", lambda: pytest.fail("a test leaves the device open"))
+        yield
+
+
 def start(script, *options, cwd):
     """The real script in a process of its own, as a user starts it; one thread, as here."""
+    assert script < "05" or "--device" in options, "see no_automatic_device"
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env.update(OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONWARNINGS="ignore")
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd,
