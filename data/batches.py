@@ -2,6 +2,7 @@
 import functools
 import hashlib
 import os
+import signal
 
 import numpy as np
 import torch
@@ -50,6 +51,13 @@ def stack(crops):
     return torch.from_numpy(np.stack(crops))
 
 
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM often reach every process at once. A loading worker leaves them to the
+    process that it works for, which still needs its pictures to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def picture_batches(images, batches, workers):
     """batches: lists of (picture, crop seed), any number -> uint8 tensors (B, H, W, 3), in order.
     Pictures in memory, a GPU's too, are simply indexed; pictures in files are decoded ahead by
@@ -64,7 +72,8 @@ def picture_batches(images, batches, workers):
             yield torch.from_numpy(images[[i for i, _ in batch]])
     else:
         yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
-                              num_workers=min(workers, os.cpu_count() or 1))
+                              num_workers=min(workers, os.cpu_count() or 1),
+                              worker_init_fn=ignore_signals)
 
 
 def to_float(images):
