@@ -1,12 +1,15 @@
 """Chapter 6: sample, in-paint, out-paint, change a class, and ask how likely a picture is.
 
-One loop does it all. Scale after scale: predict, choose tokens, add them to f_hat, show the result
-to the next scale. Editing differs in one line: where the picture is to be kept, the token is not
-drawn but computed, as the rounding of *what is still missing* between the picture and f_hat:
+One loop over the scales does it all: predict the logits of map k, draw its tokens, add them to
+f_hat, show f_hat to scale k+1. Editing adds one rule to this loop: where the picture is kept, the
+token is not drawn but computed, as the code nearest to what f_hat *still misses* of the picture:
 
     k        1x1     2x2        3x3          ...      8x8
-    keep      .      x .       x x .                 x x x x x . . .     x  rounded from picture
+    keep      .      x .       x x .                 x x x x x . . .     x  computed
                      x .       x x .                 x x x x x . . .     .  drawn by the model
+
+A coarse token covers both the kept and the new part, so one pass is not enough: edit() makes six
+with the same noise, each starting from the previous result, and then two without drawing.
 
 Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); image (B, 3, H, W) in
 [-1, 1] coming in, [0, 1] going out; keep (H, W) bool, True = leave as it is.
@@ -14,10 +17,10 @@ Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); im
 Sources: VAR (Tian et al. 2024), sections 3 and 5 (zero-shot editing); classifier-free guidance (Ho
 and Salimans 2022); top-p sampling (Holtzman et al. 2020); FID (Heusel et al. 2017).
 
-Differs from the original VAR code: what is hidden is hidden before encoding (there the encoder sees
-the whole picture, and hidden pixels leak into the tokens that are kept); the 1x1 token is not
-always kept; kept tokens are rounded again as f_hat grows, not replayed from another picture; the
-likelihood, which training minimised all along, can be asked for.
+Differs from the original VAR code: hidden pixels are replaced before encoding (there the encoder
+sees the whole picture, so hidden pixels leak into the tokens that are kept); the 1x1 token is not
+always kept; kept tokens are quantized again as f_hat grows, not replayed; an edit takes several
+passes; the likelihood, which training maximizes, can be asked for.
 
 The command line is in report/studio.py; the pictures and tables made of all this are in
 report/gallery.py, report/density.py and report/judge.py.
@@ -44,16 +47,17 @@ training = import_module("05_train")
 # -- Drawing tokens --------------------------------------------------------------------------------
 
 def keep_likely(logits, top_k=0, top_p=0.0):
-    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, also when
-    several are equally likely; 0 < top_p < 1 leaves the fewest that together hold top_p or more.
-    (..., V) -> (..., V)"""
+    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, ties or not;
+    0 < top_p < 1 leaves the fewest that together hold top_p or more. (..., V) -> (..., V)"""
     V, k = logits.shape[-1], top_k if top_k > 0 else logits.shape[-1]
     if k >= V and not 0 < top_p < 1:
         return logits
     value, order = logits.topk(min(k, V), dim=-1)          # likeliest first
     if 0 < top_p < 1:
-        less_likely = value.softmax(-1).flip(-1).cumsum(-1).flip(-1)       # this one included
-        drop = less_likely <= 1 - top_p
+        # The probability of this token and all less likely ones: a cumulative sum from the right.
+        # When it is 1 - top_p or less, the tokens to the left already hold top_p.
+        tail = value.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        drop = tail <= 1 - top_p
         drop[..., 0] = False                               # the likeliest always stays
         value = value.masked_fill(drop, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(-1, order, value)
@@ -65,19 +69,25 @@ def draw(logits, generator=None):
     return torch.multinomial(p, 1, replacement=True, generator=generator).view(logits.shape[:2])
 
 
-def soften(logits, ratio, codebook, generator=None):
-    """"Smooth" sampling of the original: a mixture of codes by Gumbel-softmax instead of one code;
-    pleasant to look at, not a sample from the model. -> code vectors (B, n, C)"""
-    noise = torch.empty_like(logits).exponential_(generator=generator).log()
-    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
-    return ((logits * (1 + ratio) - noise) / temperature).softmax(-1) @ codebook
+def soften(logits, progress, codebook, generator=None):
+    """"Smooth" sampling of the original code: a mixture of codes by Gumbel-softmax instead of one
+    code. It looks pleasant but is no sample from the model. logits (B, n, V) -> codes (B, n, C)
+
+    progress is k / (K - 1). The temperature falls from 0.27 at the first scale, where codes mix, to
+    5 % of that at the last, where nearly one code is chosen; meanwhile the logits double. The
+    original code picked these numbers and gives no reason for them."""
+    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    temperature = 0.27 * (1 - 0.95 * progress)
+    # -ln of exponential noise is Gumbel noise: the largest sum is a draw from the softmax.
+    noisy = logits * (1 + progress) - exponential.log()
+    return (noisy / temperature).softmax(-1) @ codebook
 
 
 @torch.no_grad()
 def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temperature=1.0,
                   smooth=False, generator=None, choose=None):
     """The loop. choose(k, tokens_k, f_hat) may replace drawn tokens. labels (B,) -> K token maps
-    (B, n), or with `smooth` mixtures of codes (B, n, C), which do as well.
+    (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
 
     Guidance: logits = (1 + t) conditional - t unconditional, t = cfg * k / (K - 1). It ramps up
     with the scale because the coarse scales decide *what* is drawn: strong guidance there makes all
@@ -86,23 +96,24 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
         raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
                        f"({var.config.num_classes}: no class)")
     K, B = tokenizer.K, len(labels)
-    if cfg > 0:                                            # second half: "no class", a learnt row
+    if cfg > 0:
+        # The second half of the batch has no class: the row that label dropout trained.
         labels = torch.cat([labels, torch.full_like(labels, var.config.num_classes)])
     conditioning, cache = var.conditioning(labels), var.new_cache()
     f_hat, inputs, tokens = 0, None, []
     for k in range(K):
-        ratio = k / max(K - 1, 1)
+        progress = k / max(K - 1, 1)                       # 0 at the first scale, 1 at the last
         if inputs is not None:
             inputs = inputs.to(conditioning[0].dtype).repeat(2 if cfg > 0 else 1, 1, 1)
-        logits = var.step(k, inputs, conditioning, cache).float()
+        logits = var.step(k, inputs, conditioning, cache).float()                 # (B or 2B, n, V)
         if cfg > 0:
-            t = cfg * ratio
+            t = cfg * progress
             logits = (1 + t) * logits[:B] - t * logits[B:]
-        logits = keep_likely(logits / temperature, top_k, top_p)
+        logits = keep_likely(logits / temperature, top_k, top_p)                  # (B, n, V)
         if smooth:
-            tokens_k = soften(logits, ratio, tokenizer.quantizer.codebook, generator)
+            tokens_k = soften(logits, progress, tokenizer.quantizer.codebook, generator)
         else:
-            tokens_k = draw(logits, generator)
+            tokens_k = draw(logits, generator)                                    # (B, n)
         if choose is not None:
             tokens_k = choose(k, tokens_k, f_hat)
         f_hat, inputs = tokenizer.next_input(k, f_hat, tokens_k)
@@ -110,10 +121,10 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
     return tokens
 
 
+@torch.no_grad()
 def to_picture(tokenizer, f_hat):
     """f_hat -> image (B, 3, H, W) in [0, 1]"""
-    with torch.no_grad():
-        return (tokenizer.decode(f_hat).float().clamp(-1, 1) + 1) / 2
+    return (tokenizer.decode(f_hat).float().clamp(-1, 1) + 1) / 2
 
 
 def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0, smooth=False,
@@ -121,8 +132,7 @@ def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature
     """Sample pictures of the classes in labels (B,). -> (B, 3, H, W) in [0, 1]
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given token is
-    replayed instead of drawn. Raises BadInput for a label the model does not know."""
-
+    replayed instead of drawn. Raises BadInput for a label that the model does not know."""
     if (tokens is None) != (keep is None) or (smooth and tokens is not None):
         raise BadInput("tokens and keep go together, and without smooth")
 
@@ -136,126 +146,154 @@ def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature
 
 @torch.no_grad()
 def log_likelihood(tokenizer, var, tokens, labels):
-    """ln p(tokens | class), exactly: the sum over scales, and over the positions of each, of
-    ln p(token | coarser scales, class). One pass through the transformer has them all.
+    """ln p(tokens | class), exactly: the sum of ln p(token | coarser maps, class) over all
+    positions of a scale, for each scale. One pass through the transformer gives them all.
 
-    tokens: list of K (B, n); labels (B,), num_classes: no class -> (B, K) nats, per scale"""
+    tokens: list of K (B, n); labels (B,), num_classes: no class -> (B, K) nats"""
     inputs = tokenizer.teacher_inputs(tokens).to(var.start.dtype)
     logits = var(labels, inputs).float()                                 # (B, L, V)
     wanted = torch.cat(tokens, 1)[..., None]                             # (B, L, 1)
     each = logits.log_softmax(-1).gather(-1, wanted)[..., 0]             # (B, L)
-    return torch.stack([part.sum(1) for part in each.split([t.shape[1] for t in tokens], 1)], 1)
+    sizes = [tokens_k.shape[1] for tokens_k in tokens]
+    return torch.stack([scale.sum(1) for scale in each.split(sizes, 1)], 1)
 
 
 # -- Editing ---------------------------------------------------------------------------------------
 
 def hide(image, keep):
     """Replace hidden pixels by a smooth continuation of the kept ones, so that the encoder meets no
-    edge that is not in the picture. Reads kept pixels only. image (B, 3, H, W), keep (H, W)"""
-    weight = keep.to(image.dtype)[None, None]
-    value, levels = torch.where(keep, image, 0.0), []
-    while max(value.shape[2:]) > 1:                        # averages over ever larger windows ...
+    edge that the picture does not have. Only kept pixels are read. image (B, 3, H, W), keep (H, W)
+
+    Pull-push: halve the picture until one pixel is left, averaging kept pixels only; then go back
+    up and fill each gap from the next coarser level."""
+    weight = keep.to(image.dtype)[None, None]              # (1, 1, H, W): how much of it is kept
+    value, levels = torch.where(keep, image, 0.0), []      # sum of kept pixels / pixels in a cell
+    while max(value.shape[2:]) > 1:
         levels.append((value, weight))
         value, weight = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (value, weight))
     filled = value / weight.clamp(min=1e-6)
-    for value, weight in reversed(levels):                 # ... give way to finer ones where known
+    for value, weight in reversed(levels):
         filled = F.interpolate(filled, value.shape[2:], mode="bilinear")
         filled = torch.where(weight > 0, value / weight.clamp(min=1e-6), filled)
     return filled
 
 
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0,
-         generator=None, paste=False, soft=0, replay=False, looks=(6, 2)):
+         generator=None, soft=None, paint_passes=6, settle_passes=2):
     """Repaint the part of a picture where keep is False, as class labels (B,).
 
     image (B, 3, H, W) in [-1, 1], keep (H, W) bool -> (B, 3, H, W) in [0, 1]. Hidden pixels are
-    replaced before anything reads the picture: they cannot change the result.
-
-    paste: put the kept pixels themselves back over the tokenizer's rendering of them, over `soft`
-    pixels from the edge ever more. looks: how often to paint, and then to look without painting.
-    replay, with looks=(1, 0): keep the picture's tokens whatever is drawn around them, as the
-    paper's demo does (but for its leak), for comparison."""
+    replaced before anything reads the picture, so they cannot change the result. paint_passes: how
+    often the hidden part is drawn, at least once; settle_passes: how often the tokenizer alone then
+    encodes and decodes the result. soft: None leaves the kept part as the tokenizer renders it, 0
+    puts the kept pixels themselves back, n fades them in over n pixels from the edge. Raises
+    BadInput for a wrong size or label."""
     side = tokenizer.config.image_size
-    if not tuple(image.shape[-2:]) == tuple(keep.shape) == (side, side):
+    if tuple(image.shape[-2:]) != (side, side) or tuple(keep.shape) != (side, side):
         raise BadInput(f"picture and mask must be {side}x{side}, not {tuple(image.shape[-2:])} and "
                        f"{tuple(keep.shape)}")
     keep = keep.to(image.device)
     if generator is None:
         generator = torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
-    start, shown = generator.get_state(), hide(image, keep)
-    # Cells of which half or more is kept count as known; the rest of such a cell is continued.
-    whole = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
-    known = (whole >= 0.5).to(image.dtype)
-
-    def choose(k, tokens_k, f_hat):
-        """Half of a cell known is enough to fix its token: what it gets wrong of the kept part, the
-        finer scales put right, since they round what is still missing."""
-        missing = target - f_hat if tokenizer.config.residual else target
-        filled = torch.ones_like(known) if look else known               # a painting counts too
-        r = tokenizer.look_at(missing * filled, k) / tokenizer.look_at(filled, k).clamp(min=1e-6)
-        kept = seen[k] if replay else tokenizer.quantizer.nearest(r)
-        return torch.where(tokenizer.look_at(known, k)[..., 0] >= 0.5, kept, tokens_k)
-
-    # At first the hidden part is a blur, and coarse maps, a few tokens for the whole picture, know
-    # half of it. So paint again beside what was painted, with the same random numbers, until both
-    # parts agree. Last, the tokenizer alone looks at kept and painted as at any picture.
-    for look in range(sum(looks) if keep.any() else 1):
+    if not keep.any():
+        paint_passes, settle_passes = 1, 0                 # plain sampling: nothing has to agree
+    # A cell of the last map is kept if half of its pixels are; the rest of such a cell is filled.
+    share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
+    kept_cells = (share >= 0.5).to(image.dtype)            # (1, 1, h, w), 0 or 1
+    trusted_cells = kept_cells
+    composite = hide(image, keep)                          # (B, 3, H, W): kept pixels and a guess
+    noise = generator.get_state()
+    for _ in range(paint_passes):
+        # Every pass repeats the same noise: new noise would draw another figure each time, and the
+        # coarse tokens would never come to agree with both parts.
+        generator.set_state(noise)
+        tokens = paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, cfg=cfg,
+                       top_k=top_k, top_p=top_p, temperature=temperature, generator=generator)
+        painted = to_picture(tokenizer, tokenizer.features(tokens))      # (B, 3, H, W) in [0, 1]
+        composite = torch.where(keep, image, 2 * painted - 1)
+        trusted_cells = torch.ones_like(kept_cells)        # a painting counts, a blur does not
+    for _ in range(settle_passes):
         with torch.no_grad():
-            target = tokenizer.encode(shown)
-        tokens = seen = tokenizer.quantize(target)
-        if look < looks[0]:
-            generator.set_state(start)
-            tokens = sample_tokens(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p,
-                                   temperature=temperature, generator=generator, choose=choose)
-        result = to_picture(tokenizer, tokenizer.features(tokens))
-        shown = torch.where(keep, image, 2 * result - 1)
-    if paste or soft:
-        weight = fade(keep, soft)
-        result = weight * ((shown + 1) / 2) + (1 - weight) * result
-    return result
+            tokens = tokenizer.image_to_tokens(composite)
+        painted = to_picture(tokenizer, tokenizer.features(tokens))
+        composite = torch.where(keep, image, 2 * painted - 1)
+    if soft is None:
+        return painted
+    weight = fade(keep, soft)
+    return weight * ((composite + 1) / 2) + (1 - weight) * painted
+
+
+@torch.no_grad()
+def paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, **sampling):
+    """One pass: sample every scale, but compute the tokens that are kept. -> K token maps (B, n)
+
+    composite (B, 3, H, W) in [-1, 1]: the picture with its hidden part filled in. kept_cells and
+    trusted_cells (1, 1, h, w), 0 or 1: cells of the last map that must stay, and cells whose
+    features may be averaged into a coarser token."""
+    target = tokenizer.encode(composite)                                           # (B, C, h, w)
+
+    def choose(k, drawn, f_hat):
+        """Half of a coarse cell kept is enough to compute its token: what this token then gets
+        wrong in the kept part, finer scales correct, as they quantize what is still missing."""
+        missing = target - f_hat if tokenizer.config.residual else target
+        covered = tokenizer.look_at(trusted_cells, k).clamp(min=1e-6)              # (1, n, 1)
+        mean = tokenizer.look_at(missing * trusted_cells, k) / covered             # (B, n, C)
+        kept = tokenizer.look_at(kept_cells, k)[..., 0] >= 0.5                     # (1, n)
+        return torch.where(kept, tokenizer.quantizer.nearest(mean), drawn)         # (B, n)
+    return sample_tokens(tokenizer, var, labels, choose=choose, **sampling)
 
 
 def fade(keep, soft):
-    """How much a kept pixel counts: 1 from `soft` pixels off the edge on, less nearer to it, 0
-    where hidden. keep (H, W) bool -> (H, W)"""
+    """The weight of kept pixels in a blend: 0 where hidden, 1 from `soft` pixels inside the edge
+    on, and a straight ramp between. keep (H, W) bool -> (H, W)"""
     hidden = (~keep).float()[None, None]
-    deep = 1 - hidden
-    for _ in range(soft):                                  # one pixel further in
-        hidden = F.max_pool2d(hidden, 3, 1, 1)
-        deep = deep + 1 - hidden
-    return deep[0, 0] / (soft + 1)
+    depth = 1 - hidden
+    for _ in range(soft):
+        hidden = F.max_pool2d(hidden, 3, 1, 1)             # the hidden part grows by one pixel
+        depth = depth + 1 - hidden
+    return depth[0, 0] / (soft + 1)
 
 
-def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, **how):
-    """Let the canvas grow by (left, top, right, bottom) pixels around the picture. Window after
-    window of the model's size is edited, always the one of which most is known, an eighth further
-    (or a cell of the last map: half a cell would count as known and nothing be drawn).
+def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, paint_passes=2,
+             settle_passes=2, **options):
+    """Let the canvas grow by (left, top, right, bottom) pixels around the picture. One window of
+    the model's size after another is edited, always the unfinished one of which most is known.
 
     image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1]. What is
-    known stays as it is but for a blend over `soft` pixels from its edge (S/8; 0: none); `how`:
-    cfg, top_k, ... of edit()."""
+    known stays as it is, but for a blend over `soft` pixels from its edge (default S/8; 0: none).
+    Fewer passes than in edit(), since there are many windows. options: cfg, top_k, ... of edit()"""
     (left, top, right, bottom), S = grow, tokenizer.config.image_size
     if tuple(image.shape[-2:]) != (S, S):
         raise BadInput(f"the picture must be {S}x{S}, not {tuple(image.shape[-2:])}")
-    soft, cell = S // 8 if soft is None else soft, S // tokenizer.scales[-1]
+    soft = S // 8 if soft is None else soft
+    # Windows move by an eighth of their side, in whole cells of the last map: a cell of which half
+    # is known counts as kept, so after half a cell's move nothing would be drawn.
+    cell = S // tokenizer.scales[-1]
     step = max(cell, S // 8 // cell * cell)
-    canvas = F.pad(image, (left, right, top, bottom))
-    known = F.pad(torch.ones(S, S, dtype=torch.bool, device=image.device),
-                  (left, right, top, bottom))
-
-    def outwards(room):
-        return [n for n in range(room, 0, -step) if n >= step or n == room]
-    ys, xs = (sorted([a, *[a - n for n in outwards(a)], *[a + n for n in outwards(b)]])
-              for a, b in ((top, bottom), (left, right)))
-    windows = [(slice(y, y + S), slice(x, x + S)) for y in ys for x in xs]
+    windows = [(slice(y, y + S), slice(x, x + S)) for y in window_starts(top, bottom, step)
+               for x in window_starts(left, right, step)]
+    canvas = F.pad(image, (left, right, top, bottom))                    # (B, 3, H, W) in [-1, 1]
+    known = F.pad(torch.ones_like(image[0, 0], dtype=torch.bool), (left, right, top, bottom))
     while not known.all():
-        at = max((at for at in windows if not known[at].all()), key=lambda at: int(known[at].sum()))
-        before, weight = canvas[(..., *at)], fade(known[at], soft)
-        painted = edit(tokenizer, var, before, known[at], labels, generator=generator,
-                       **{"looks": (2, 2), **how})
-        canvas[(..., *at)] = weight * before + (1 - weight) * (2 * painted - 1)
-        known[at] = True
+        unfinished = [window for window in windows if not known[window].all()]
+        rows, columns = max(unfinished, key=lambda window: int(known[window].sum()))
+        before, keep = canvas[:, :, rows, columns], known[rows, columns]
+        painted = edit(tokenizer, var, before, keep, labels, generator=generator,
+                       paint_passes=paint_passes, settle_passes=settle_passes, **options)
+        weight = fade(keep, soft)
+        canvas[:, :, rows, columns] = weight * before + (1 - weight) * (2 * painted - 1)
+        known[rows, columns] = True
     return (canvas + 1) / 2
+
+
+def window_starts(before, after, step):
+    """Where windows start along an axis that grows by `before` and `after` pixels: at the picture
+    itself, and in whole steps inwards from both ends of the canvas, but no nearer to the picture
+    than a step unless the end is. (5, 4, 2) -> [0, 2, 5, 7, 9]"""
+    def distances(room):
+        return [n for n in range(room, 0, -step) if n >= step or n == room]
+    return sorted([before - n for n in distances(before)] + [before]
+                  + [before + n for n in distances(after)])
 
 
 # -- The paper's weights, and the command line -----------------------------------------------------

@@ -1,10 +1,10 @@
-"""Kept stays kept? How true the kept part of an edited picture stays, and whether the seam shows.
+"""Does an edit keep what it should, and does the seam show?
 
-    python experiments/editing.py                       the table of the README, and a picture
+    python experiments/editing.py                       the table of README.md, and out/editing.png
 
-Same pictures, classes, masks and random numbers for every way. "True" is the PSNR of the kept
-region; "seam" the step across the mask's edge divided by the steps one pixel beside it, where 1 is
-invisible (real pictures: the row "original").
+All ways to edit get the same pictures, classes, masks and noise. "dB" is the PSNR of the kept
+region. "Seam" is the mean step across the edge of the mask over the mean step one pixel beside it:
+1 is invisible (the row "original" shows how close real pictures come to 1).
 """
 import argparse
 import sys
@@ -19,14 +19,52 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from report import plots                                               # noqa: E402
 from data.batches import load_data, sample_of, rows_of, to_float        # noqa: E402
 
+m6 = import_module("06_sample_and_edit")
+# What is repainted: x0, y0, x1, y1 in fractions of the side.
 MASKS = {"right half": (0.5, 0, 1, 1), "middle": (0.125, 0.125, 0.875, 0.875),
          "lower 40 %": (0, 0.6, 1, 1), "off the grid": (0.28, 0.22, 0.69, 0.66)}
-WAYS = {"replay (the paper's way, without its leak)": dict(replay=True, looks=(1, 0)),
-        "rounded again, one look": dict(looks=(1, 0)),
-        "rounded again, six looks": dict(looks=(6, 0)),
-        "six looks, tokens replayed": dict(replay=True, looks=(6, 0)),
-        "replay, then two looks of the tokenizer": dict(replay=True, looks=(1, 2)),
-        "default: six looks, then two of the tokenizer": dict()}
+
+
+@torch.no_grad()
+def replay(tokenizer, var, image, keep, labels, *, generator, paint_passes=1, settle_passes=0,
+           leak=False, **sampling):
+    """As edit(), but kept tokens are those of the picture, whatever is drawn around them: with one
+    pass and the leak (the encoder sees the hidden part) this is the paper's demo."""
+    share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
+    kept_cells = (share >= 0.5).float()
+    kept = [tokenizer.look_at(kept_cells, k)[0, :, 0] >= 0.5 for k in range(tokenizer.K)]
+    composite, noise = image if leak else m6.hide(image, keep), generator.get_state()
+    for _ in range(paint_passes):
+        generator.set_state(noise)
+        tokens = tokenizer.image_to_tokens(composite)
+        painted = m6.generate(tokenizer, var, labels, tokens=tokens, keep=kept,
+                              generator=generator, **sampling)
+        composite = torch.where(keep, image, 2 * painted - 1)
+    for _ in range(settle_passes):
+        tokens = tokenizer.image_to_tokens(composite)
+        painted = (tokenizer.tokens_to_image(tokens) + 1) / 2
+        composite = torch.where(keep, image, 2 * painted - 1)
+    return painted
+
+
+ONE, SIX = dict(paint_passes=1, settle_passes=0), dict(paint_passes=6, settle_passes=0)
+WAYS = {"replay, with the leak (the paper's demo)": (replay, dict(leak=True)),
+        "replay, without the leak": (replay, {}),
+        "replay in six passes": (replay, SIX),
+        "replay, then two settling passes": (replay, dict(settle_passes=2)),
+        "edit() in one pass": (m6.edit, ONE),
+        "edit() in six passes": (m6.edit, SIX),
+        "edit(), default: six passes and two settling": (m6.edit, {})}
+SHOWN = {"replay, with the leak (the paper's demo)": "the paper's demo",
+         "edit(), default: six passes and two settling": "edit() of chapter 6"}
+
+
+def box_mask(box, side):
+    """-> (side, side) bool, False inside the box"""
+    keep = torch.ones(side, side, dtype=torch.bool)
+    x0, y0, x1, y1 = (round(v * side) for v in box)
+    keep[y0:y1, x0:x1] = False
+    return keep
 
 
 def kept_db(result, original, keep):
@@ -48,23 +86,16 @@ def seam(image, keep):
     return float(torch.cat(across, 1).mean() / torch.cat(beside, 1).mean())
 
 
-def leaky(m6, tokenizer, var, image, keep, labels, **how):
-    """The paper's demo: tokens of the whole picture, hidden part included, replayed where kept."""
-    whole = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
-    known = (whole >= 0.5).float()
-    kept = [tokenizer.look_at(known, k)[0, :, 0] >= 0.5 for k in range(tokenizer.K)]
-    return m6.generate(tokenizer, var, labels, tokens=tokenizer.image_to_tokens(image), keep=kept,
-                       **how)
-
-
+@torch.no_grad()
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run", default="data/pretrained/shapes.pt")
     p.add_argument("--data-dir", default="")
     p.add_argument("--n", type=int, default=64)
     p.add_argument("--cfg", type=float, default=1.5)
+    p.add_argument("--picture", default="right half", choices=MASKS, help="mask of editing.png")
     args = p.parse_args()
-    m6, path = import_module("06_sample_and_edit"), Path(args.run)
+    path = Path(args.run)
     one = path.is_file()
     tokenizer, about = m6.training.load_tokenizer(path if one else path / "tokenizer.pt")
     var, _ = m6.training.load_transformer(path if one else path / "transformer.pt")
@@ -74,35 +105,27 @@ def main():
     labels = torch.from_numpy(labels[rows_of(len(images), args.n)])
     original = (image + 1) / 2
     alone = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(image)) + 1) / 2
-    columns = "".join(f" {name}: dB | seam |" for name in MASKS)
-    print(f"| {len(image)} pictures |{columns}\n| --- |{' --- | --- |' * len(MASKS)}")
-    shown = {}
-    ways = {"original": lambda keep: original, "tokenizer alone": lambda keep: alone,
-            "replay, with the leak (the paper's demo)": lambda keep: leaky(
-                m6, tokenizer, var, image, keep, labels, cfg=args.cfg,
-                generator=torch.Generator().manual_seed(0))}
-    for name, how in WAYS.items():
-        ways[name] = lambda keep, how=how: m6.edit(
-            tokenizer, var, image, keep, labels, cfg=args.cfg,
-            generator=torch.Generator().manual_seed(0), **how)
-    for name, way in ways.items():
-        cells = []
-        for mask, box in MASKS.items():
-            keep = torch.ones(side, side, dtype=torch.bool)
-            x0, y0, x1, y1 = (round(v * side) for v in box)
-            keep[y0:y1, x0:x1] = False
-            with torch.no_grad():
-                result = way(keep)
-            db = "" if result is original else f"{kept_db(result, original, keep):.1f}"
-            cells += [db, f"{seam(result, keep):.2f}"]
-            skip = ("tokenizer", "six looks, t", "replay, t")
-            if mask == "middle" and not name.startswith(skip):
-                shown[name] = result[:8]
-                shown.setdefault("kept", torch.where(keep, original[:8], 0.5))
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-    rows = ["original", "kept", *[name for name in shown if name not in ("original", "kept")]]
-    plots.save_grid("out/editing.png", torch.cat([shown[name] for name in rows]), 8,
-                       row_labels=rows)
+
+    def cells(results):
+        return " | ".join(f"{kept_db(result, original, keep):.1f} | {seam(result, keep):.2f}"
+                          for result, keep in zip(results, keeps))
+    keeps = [box_mask(box, side) for box in MASKS.values()]
+    shown = list(MASKS).index(args.picture)
+    grey = torch.where(keeps[shown], original[:8], 0.5)
+    rows, texts = [grey], ["kept\n(grey: to be repainted)"]
+    print(f"| {len(image)} pictures |" + "".join(f" {name}: dB | seam |" for name in MASKS))
+    print("| --- |" + " --- | --- |" * len(MASKS))
+    print("| original |" + "".join(f"  | {seam(original, keep):.2f} |" for keep in keeps))
+    print(f"| tokenizer alone | {cells([alone] * len(keeps))} |")
+    for name, (way, options) in WAYS.items():
+        results = [way(tokenizer, var, image, keep, labels, cfg=args.cfg,
+                       generator=torch.Generator().manual_seed(0), **options) for keep in keeps]
+        print(f"| {name} | {cells(results)} |", flush=True)
+        if name in SHOWN:
+            rows.append(results[shown][:8])
+            texts.append(f"{SHOWN[name]}:\n"
+                         f"kept part {kept_db(results[shown], original, keeps[shown]):.1f} dB")
+    plots.save_grid("out/editing.png", torch.cat(rows), 8, row_labels=texts)
     print("wrote out/editing.png")
 
 

@@ -108,7 +108,7 @@ def repainted(studio, name, paint, where, classes=None):
     print(f"{name}: pictures of " + ", ".join(studio.names[c] for c in labels))
     if torch.is_tensor(where):
         rows, texts = [original] + rows, ["original"] + texts
-        if keep.any() and not (studio.args.paste or studio.args.soft):
+        if keep.any() and not (studio.args.paste or studio.args.soft is not None):
             print(f"{name}: kept region " + kept_region(studio, image, rows[2:], keep))
     studio.save(name, torch.cat(rows), len(image), row_labels=texts)
 

@@ -129,15 +129,14 @@ class Studio:
 
     def edit(self, image, keep, labels, seed):
         """Chapter 6's edit() as the options ask for it. -> (B, 3, H, W) in [0, 1] on the CPU"""
-        return self.repaint(self.chapter.edit, image, keep, labels, seed, paste=self.args.paste)
+        how = dict(soft=0) if self.args.paste else {}
+        return self.repaint(self.chapter.edit, image, keep, labels, seed, **how)
 
     def outpaint(self, image, grow, labels, seed):
         return self.repaint(self.chapter.outpaint, image, grow, labels, seed, at_once=1)
 
     def repaint(self, paint, image, where, labels, seed, at_once=None, **how):
         how.update(self.sampling, generator=self.generator(seed))
-        if self.args.keep == "replay":
-            how.update(replay=True, looks=(1, 0))
         if self.args.soft is not None:
             how["soft"] = min(self.args.soft, self.side)
         labels, at_once = torch.tensor(labels, device=self.device), at_once or self.at_once()
@@ -257,8 +256,6 @@ def read_arguments(description):
     p.add_argument("--grow", nargs=4, type=number(float, 0), default=(0.25,) * 4,
                    metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
                    help="outpaint: room to add, in fractions of the side [0.25 each]")
-    p.add_argument("--keep", default="requantise", choices=("requantise", "replay"),
-                   help="kept tokens: rounded again at each scale, or as in the paper's demo")
     p.add_argument("--paste", action="store_true", help="put the kept pixels themselves back")
     p.add_argument("--soft", type=number(int, 0),
                    help="the same, faded in over N pixels (outpaint: an eighth of the side)")

@@ -211,8 +211,8 @@ def test_fade_of_a_hand_worked_row():
     assert torch.allclose(m6.fade(keep, 3), torch.tensor([[1, 1, 0.75, 0.5, 0.25, 0]]))
 
 
-WAYS = dict(looks=st.sampled_from([(1, 0), (2, 0), (2, 2), (1, 2)]), replay=st.booleans(),
-            soft=st.integers(0, 5), paste=st.booleans())
+WAYS = dict(paint_passes=st.integers(1, 2), settle_passes=st.sampled_from([0, 2]),
+            soft=st.none() | st.integers(0, 5))
 HIDDEN = st.sampled_from([0.0, 1.0, -1.0, 1e30, math.nan, math.inf, -math.inf])
 
 
@@ -225,41 +225,20 @@ def test_hidden_pixels_cannot_change_the_result_however_it_is_painted(models, ke
     one, two = (m6.edit(*models, x, keep, labels, generator=seeded(7), **how)
                 for x in (image, other))
     assert torch.equal(one, two) and one.isfinite().all()
-    if how["paste"] or how["soft"]:
+    if how["soft"] is not None:
         deep = slow_fade(keep, how["soft"]) == 1
         assert torch.equal(one[:, :, deep], ((image + 1) / 2)[:, :, deep])
 
 
-@pytest.mark.parametrize("paste, soft", [(False, 3), (True, 3), (True, 0)])
-def test_pasting_mixes_by_the_slow_distance_and_leaves_the_painted_part(models, paste, soft):
+@pytest.mark.parametrize("soft", [0, 3])
+def test_pasting_mixes_by_the_slow_distance_and_leaves_the_painted_part(models, soft):
     keep, image = torch.ones(16, 16, dtype=torch.bool), noise_image()
     keep[5:9, 6:14] = False
     plain, mixed = (m6.edit(*models, image, keep, torch.tensor([0, 1]), generator=seeded(), **how)
-                    for how in (dict(), dict(paste=paste, soft=soft)))
+                    for how in (dict(), dict(soft=soft)))
     weight = slow_fade(keep, soft)
     assert torch.allclose(mixed, weight * (image + 1) / 2 + (1 - weight) * plain, atol=1e-6)
     assert torch.equal(mixed[:, :, ~keep], plain[:, :, ~keep])
-
-
-@pytest.mark.parametrize("x0, x1, y0, y1", [(8, 16, 0, 16), (3, 13, 5, 11), (0, 16, 0, 10)])
-def test_replay_in_one_look_is_generate_with_the_tokens_of_the_filled_picture(models, x0, x1, y0,
-                                                                              y1):
-    """A cell of the finest map is kept if half of its pixels are, a coarser one if half of its
-    cells are: here in loops."""
-    tokenizer, var = models
-    image, labels = noise_image(count=3), torch.tensor([0, 2, 1])
-    keep = torch.ones(16, 16, dtype=torch.bool)
-    keep[y0:y1, x0:x1] = False
-    finest = torch.tensor([[keep[4 * y:4 * y + 4, 4 * x:4 * x + 4].float().mean() >= 0.5
-                            for x in range(4)] for y in range(4)])
-    kept = [torch.stack([finest[y * w:y * w + w, x * w:x * w + w].float().mean() >= 0.5
-                         for y in range(4 // w) for x in range(4 // w)]) for w in (4, 2, 1)]
-    filled = m6.hide(image, keep)
-    wanted = m6.generate(tokenizer, var, labels, cfg=2.0, generator=seeded(4),
-                         tokens=tokenizer.image_to_tokens(filled), keep=kept)
-    ours, rounded = (m6.edit(tokenizer, var, image, keep, labels, cfg=2.0, generator=seeded(4),
-                             replay=replay, looks=(1, 0)) for replay in (True, False))
-    assert torch.allclose(ours, wanted, atol=1e-6) and not torch.allclose(ours, rounded, atol=1e-3)
 
 
 # -- The growing canvas ----------------------------------------------------------------------------
@@ -280,7 +259,7 @@ def test_out_painting_leaves_the_picture_but_for_its_faded_edge(fine, grow, soft
     left, top, right, bottom = grow
     image, labels = noise_image(count=1, seed=seed), torch.tensor([seed % 4])
     before = image.clone()
-    out = m6.outpaint(*fine, image, grow, labels, soft=soft, looks=(1, 0))
+    out = m6.outpaint(*fine, image, grow, labels, soft=soft, paint_passes=1, settle_passes=0)
     assert torch.equal(image, before), "the input was changed"
     assert out.shape == (1, 3, top + 16 + bottom, left + 16 + right)
     assert out.min() >= 0 and out.max() <= 1
@@ -331,7 +310,7 @@ def slow_outpaint(models, image, grow, labels, soft, **how):
 
 @pytest.mark.parametrize("grow, soft", [((3, 0, 0, 2), 0), ((0, 5, 4, 0), 2), ((18, 0, 0, 0), 1)])
 def test_out_painting_equals_the_slow_loop_and_another_seed_does_not(fine, grow, soft):
-    image, labels, how = noise_image(), torch.tensor([2, 0]), dict(cfg=2.0, looks=(1, 0))
+    image, labels, how = noise_image(), torch.tensor([2, 0]), dict(cfg=2.0, paint_passes=1, settle_passes=0)
     ours = m6.outpaint(*fine, image, grow, labels, soft=soft, generator=seeded(3), **how)
     slow = slow_outpaint(fine, image, grow, labels, soft, generator=seeded(3), **how)
     assert torch.allclose(ours, slow, atol=1e-5)
@@ -343,25 +322,13 @@ def test_out_painting_equals_the_slow_loop_and_another_seed_does_not(fine, grow,
 def test_what_is_added_is_drawn_on_coarse_maps_too(models, grow):
     """Steps smaller than a cell would leave every cell half known, and nothing to the model."""
     draws = [m6.outpaint(*models, noise_image(count=1), grow, torch.tensor([1]), cfg=0.0, soft=0,
-                         looks=(1, 0), generator=seeded(seed)) for seed in (1, 2)]
+                         paint_passes=1, settle_passes=0, generator=seeded(seed)) for seed in (1, 2)]
     assert (draws[0] - draws[1]).abs().max() > 0.01
 
 
 def test_out_painting_refuses_a_picture_of_another_size(models):
     with pytest.raises(BadInput, match="16x16"):
         m6.outpaint(*models, torch.zeros(1, 3, 32, 32), (1, 1, 1, 1), torch.tensor([0]))
-
-
-def test_what_lies_on_the_unpainted_canvas_cannot_change_the_result(fine, monkeypatch):
-    def paint():
-        return m6.outpaint(*fine, noise_image(count=1), (2, 0, 3, 0), torch.tensor([1]),
-                           generator=seeded(6), replay=True, looks=(2, 1))
-
-    def pad(x, sides):
-        return F.pad(x, sides, value=1e3 if x.is_floating_point() else 0)
-    blank = paint()
-    monkeypatch.setattr(m6, "F", SimpleNamespace(**{**vars(F), "pad": pad}))
-    assert torch.equal(paint(), blank)
 
 
 # -- Half precision --------------------------------------------------------------------------------
@@ -381,12 +348,11 @@ def test_a_transformer_in_bfloat16_samples_edits_and_tells_likelihoods(monkeypat
         drawn = m6.sample_tokens(tokenizer, var, labels, cfg=cfg, generator=seeded())
         assert all(0 <= int(t.min()) and int(t.max()) < 16 for t in drawn)
     keep = torch.arange(16).repeat(16, 1) < 8
-    for replay in (False, True):
-        painted = m6.edit(tokenizer, var, noise_image(), keep, labels, replay=replay, paste=True,
-                          looks=(2, 1), generator=seeded())
-        assert painted.isfinite().all() and painted.dtype == torch.float32
-        assert torch.equal(painted[:, :, keep], ((noise_image() + 1) / 2)[:, :, keep])
-    assert len(seen) == 1 + 2 * 3 + 2 * 2 * 3
+    painted = m6.edit(tokenizer, var, noise_image(), keep, labels, soft=0, paint_passes=2,
+                      settle_passes=1, generator=seeded())
+    assert painted.isfinite().all() and painted.dtype == torch.float32
+    assert torch.equal(painted[:, :, keep], ((noise_image() + 1) / 2)[:, :, keep])
+    assert len(seen) == 1 + 2 * 3 + 2 * 3
     assert all(logits.dtype == torch.bfloat16 and logits.isfinite().all() for logits in seen)
     assert chosen_from == {torch.float32}
 
@@ -687,27 +653,15 @@ def test_a_tokenizer_alone_reconstructs_and_does_nothing_else(drawn, refused, ti
     assert "gone" in refused(SCRIPT, "--run", half, "--device", "cpu", "--task", "reconstruct")
 
 
-@pytest.mark.parametrize("task", ["inpaint", "edit"])
-def test_the_seed_decides_the_repainted_pictures(drawn, task):
-    """In one look: to a tokenizer of 24 steps all paintings look alike, and so does what it makes
-    of them when it looks again."""
-    one, again, other = (drawn("--task", task, "--keep", "replay", "--classes", "ant", "--seed",
-                               seed)[task].images for seed in (3, 3, 5))
-    assert torch.equal(one, again) and not torch.equal(one, other)
-    if task == "inpaint":                                  # rows: seeds 3 4 5, and 5 6 7
-        assert torch.equal(one[4], other[2]) and not torch.equal(one[2], one[3])
-
-
-def test_kept_tokens_may_be_replayed_and_the_kept_part_faded_in(drawn):
-    plain, replayed, soft, pasted = (
+def test_the_kept_part_may_be_faded_in(drawn):
+    plain, soft, pasted = (
         drawn("--task", "inpaint", "--classes", "bee", *options)["inpaint"].images for options in
-        ((), ("--keep", "replay"), ("--soft", 2), ("--paste",)))
+        ((), ("--soft", 2), ("--paste",)))
     assert len(plain) == 5                                 # original, kept, three seeds
     original, shown = plain[:2]
     hidden = torch.arange(16) >= 8                         # the right half, unless asked otherwise
     assert (shown[..., hidden] == 0.5).all()
     assert torch.equal(shown[..., ~hidden], original[..., ~hidden])
-    assert torch.equal(replayed[:2], plain[:2]) and not torch.equal(replayed[2:], plain[2:])
     for result, deep in ((soft, 6), (pasted, 8)):          # off the edge by 2, or by nothing
         for painted in result[2:]:
             assert torch.allclose(painted[..., :deep], original[..., :deep], atol=1e-6)
@@ -731,7 +685,7 @@ def test_grow_shapes_the_out_painted_canvas(drawn):
     ("--smooth --task edit", "--smooth"), ("--smooth --task inpaint", "--smooth"),
     ("--smooth --task evaluate", "--smooth"), ("--grow 9 0 0 0", "--grow"),
     ("--grow 0 0 0 8.01", "--grow"), ("--grow -1 0 0 0", "-1"), ("--grow 1 1 1", "--grow"),
-    ("--soft -1", "--soft"), ("--soft 1.5", "--soft"), ("--keep tokens", "--keep"),
+    ("--soft -1", "--soft"), ("--soft 1.5", "--soft"),
     ("--precision float8", "--precision")])
 def test_options_that_make_no_sense_are_refused_in_one_line(refused, tiny, options, word):
     assert word in refused(SCRIPT, "--run", tiny.folder, "--device", "cpu", *options.split())
