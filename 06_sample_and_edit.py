@@ -89,9 +89,13 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
     """The loop. choose(k, tokens_k, f_hat) may replace drawn tokens. labels (B,) -> K token maps
     (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
 
-    Guidance: logits = (1 + t) conditional - t unconditional, t = cfg * k / (K - 1). It ramps up
-    with the scale because the coarse scales decide *what* is drawn: strong guidance there makes all
-    pictures alike; at fine scales it only sharpens. At the first scale t = 0."""
+    Guidance: logits = (1 + t) conditional - t unconditional, with t = cfg * k / (K - 1). So cfg 0
+    is the plain prediction for the class, and cfg > 0 moves beyond it, away from the prediction
+    without a class. Papers that write unconditional + w (conditional - unconditional) have
+    w = 1 + t: cfg 1.5 here is w = 2.5 at the last scale.
+
+    t grows with the scale because the coarse scales decide *what* is drawn: strong guidance there
+    makes all pictures alike, whereas at fine scales it only sharpens. At the first scale t = 0."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
         raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
                        f"({var.config.num_classes}: no class)")

@@ -244,7 +244,8 @@ def read_arguments(description):
     p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
     p.add_argument("--n", type=number(int, 1),
                    help="pictures per class (sample, export) or in all (density, evaluate)")
-    p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale; 0: none")
+    p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale: how far to go "
+                   "beyond what the class alone predicts; 0: none, still of the class")
     p.add_argument("--top-k", type=number(int, 0), help="draw among the k likeliest tokens; 0: all")
     p.add_argument("--top-p", type=number(float, 0), help="draw among the likeliest, p in all")
     p.add_argument("--temperature", type=number(float, 0.01), help="divides the logits [1]")
