@@ -310,7 +310,8 @@ def slow_outpaint(models, image, grow, labels, soft, **how):
 
 @pytest.mark.parametrize("grow, soft", [((3, 0, 0, 2), 0), ((0, 5, 4, 0), 2), ((18, 0, 0, 0), 1)])
 def test_out_painting_equals_the_slow_loop_and_another_seed_does_not(fine, grow, soft):
-    image, labels, how = noise_image(), torch.tensor([2, 0]), dict(cfg=2.0, paint_passes=1, settle_passes=0)
+    image, labels = noise_image(), torch.tensor([2, 0])
+    how = dict(cfg=2.0, paint_passes=1, settle_passes=0)
     ours = m6.outpaint(*fine, image, grow, labels, soft=soft, generator=seeded(3), **how)
     slow = slow_outpaint(fine, image, grow, labels, soft, generator=seeded(3), **how)
     assert torch.allclose(ours, slow, atol=1e-5)
@@ -322,7 +323,8 @@ def test_out_painting_equals_the_slow_loop_and_another_seed_does_not(fine, grow,
 def test_what_is_added_is_drawn_on_coarse_maps_too(models, grow):
     """Steps smaller than a cell would leave every cell half known, and nothing to the model."""
     draws = [m6.outpaint(*models, noise_image(count=1), grow, torch.tensor([1]), cfg=0.0, soft=0,
-                         paint_passes=1, settle_passes=0, generator=seeded(seed)) for seed in (1, 2)]
+                         paint_passes=1, settle_passes=0, generator=seeded(seed))
+             for seed in (1, 2)]
     assert (draws[0] - draws[1]).abs().max() > 0.01
 
 
