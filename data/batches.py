@@ -3,6 +3,7 @@ import functools
 import hashlib
 import os
 import signal
+import sys
 
 import numpy as np
 import torch
@@ -74,6 +75,9 @@ def picture_batches(images, batches, workers):
         yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
                               num_workers=min(workers, os.cpu_count() or 1),
                               worker_init_fn=ignore_signals)
+        if skipped := images.skipped():
+            print(f"{skipped:,} of {len(images):,} pictures skipped: others of their class stand "
+                  "in for them", file=sys.stderr)
 
 
 def to_float(images):

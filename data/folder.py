@@ -14,11 +14,13 @@ colour profiles are not applied.
 import hashlib
 import os
 import sys
+import warnings
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from engine import BadInput
@@ -26,6 +28,7 @@ from engine import BadInput
 # Formats are named, so that a disguised file can never reach decoders that start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
+MAX_PIXELS = 2 ** 27   # 134 million: as Pillow keeps them, half a gigabyte in every process
 HELD_OUT = 1 / 20   # share of the pictures that is kept for testing
 
 
@@ -126,13 +129,15 @@ class FolderImages:
     """Pictures read on demand: images[i] is the centre crop, images.crop(i, seed) a random one.
 
     Both are uint8 (size, size, 3), from the picture with its short side brought to 1.125 x size.
-    An unreadable picture is replaced by the next readable one of its class (of any class, if its
-    own has none) and noted in `bad` {path: reason}; each data-loading worker has its own `bad`.
+    A picture that is unreadable or has more than MAX_PIXELS is replaced by the next readable one of
+    its class (of any class, if its own has none) and marked in `bad`, (N,) bool, which all
+    data-loading workers share.
     """
 
     def __init__(self, root, paths, labels, size):
-        self.root, self.size, self.short, self.bad = str(root), size, round(1.125 * size), {}
+        self.root, self.size, self.short = str(root), size, round(1.125 * size)
         self.labels = np.asarray(labels, np.int64)   # (N,), rising
+        self.bad = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
         # One block of bytes: with a list of strings, every worker process would slowly copy it
         # all, because merely reading a Python string writes its reference count.
         encoded = [os.fsencode(path) for path in paths]
@@ -148,6 +153,10 @@ class FolderImages:
     def crop(self, i, seed):
         """Random crop, uint8 (size, size, 3), decided by (seed, i) alone; both >= 0."""
         return self._cut(i, *np.random.default_rng([seed, i]).random(2))
+
+    def skipped(self):
+        """How many pictures have been found that cannot be read."""
+        return int(self.bad.sum())
 
     def path(self, i):
         """Where picture i lies."""
@@ -170,12 +179,12 @@ class FolderImages:
     def _readable(self, i):
         first, end = np.searchsorted(self.labels, [self.labels[i], self.labels[i] + 1])
         for j in chain(range(i, end), range(first, i), range(end, len(self)), range(first)):
-            if (path := self.path(j)) not in self.bad:
+            if not self.bad[j]:
                 try:
-                    return decode(path, 2 * self.short)
+                    return decode(self.path(j), 2 * self.short)
                 except Exception as error:   # damaged files raise nearly anything
-                    self.bad[path] = str(error)
-                    print(f"skipped unreadable picture {path}: {error}", file=sys.stderr)
+                    self.bad[j] = True
+                    print(f"skipped unreadable picture {self.path(j)}: {error}", file=sys.stderr)
         raise BadInput(f"none of the {len(self)} pictures in {self.root} can be read")
 
 
@@ -184,21 +193,34 @@ def decode(path, enough=10 ** 9):
 
     JPEGs of twice `enough` pixels a side or more come at 1/2, 1/4 or 1/8, in less time. Their last
     row and column may be partial, and the sizes fractions: rounding them shifts the picture.
+    Raises ValueError for more than MAX_PIXELS, and nearly anything for a damaged file.
     """
-    with Image.open(path, formats=FORMATS) as image:
-        drafted = image.draft(None, (enough, enough))
-        extent = drafted[1][2:] if drafted else image.size
-        image.load()
-        stored = image.size
-        with suppress(Exception):   # broken notes about a picture do not make it unreadable
-            ImageOps.exif_transpose(image, in_place=True)
-        extent = extent if image.size == stored else extent[::-1]
-        if image.mode == "F" or image.mode.startswith("I"):
-            return _from_deep_grey(np.asarray(image), image.mode), extent
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"), extent
-        return image.convert("RGB"), extent
+    try:
+        # Pillow has a limit of its own, above which it warns in three lines.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                return _decode(image, enough)
+    except Image.DecompressionBombError:
+        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels") from None
+
+
+def _decode(image, enough):
+    drafted = image.draft(None, (enough, enough))
+    extent = drafted[1][2:] if drafted else image.size
+    image.load()
+    stored = image.size
+    with suppress(Exception):   # broken notes about a picture do not make it unreadable
+        ImageOps.exif_transpose(image, in_place=True)
+    extent = extent if image.size == stored else extent[::-1]
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_deep_grey(np.asarray(image), image.mode), extent
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"), extent
+    return image.convert("RGB"), extent
 
 
 def _from_deep_grey(grey, mode):

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import EpsImagePlugin, Image
 
-from data import cifar10, folder, imagenet
+from data import batches, cifar10, folder, imagenet
 from engine import BadInput
 
 # ---------------------------------------------------------------------------- CIFAR-10
@@ -344,13 +344,14 @@ def test_unreadable_files_are_skipped_and_named_once(tmp_path, capsys, monkeypat
     (tmp_path / "a" / "7.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (tmp_path / "a" / "notes.txt").write_text("not even listed")
     write(tmp_path / "a" / "5.png", size=(300, 300))   # a decompression bomb, by today's measure
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
+    monkeypatch.setattr(folder, "MAX_PIXELS", 200 * 200)
     images, labels, names = folder.load("train", data_dir=tmp_path.parent, size=16)
     grey = [int(images[i][0, 0, 0]) for i in range(len(images))]
     assert names == ["a", "b"] and labels.tolist() == [0] * 8 + [1]
     #       0.png  1 -> 3  2 -> 3  3   4 -> 6  5 -> 6  6.png  7 -> 0  b
     assert grey == [10, 60, 60, 60, 110, 110, 110, 10, 210]
-    assert sorted(Path(p).name for p in images.bad) == ["1.jpg", "2.jpg", "4.jpg", "5.png", "7.jpg"]
+    bad = [Path(images.path(i)).name for i in np.flatnonzero(images.bad)]
+    assert bad == ["1.jpg", "2.jpg", "4.jpg", "5.png", "7.jpg"]
     [images.crop(i, 5) for i in range(len(images))]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 and all(x.startswith("skipped unreadable picture ") for x in lines)
@@ -498,7 +499,7 @@ def test_ready_made_splits_are_kept(tmp_path, other):
     (tmp_path / "devkit").mkdir()
     images, labels, names = folder.load("train", data_dir=tmp_path, size=2)
     assert names == ["zebra", "äpfel und birnen"] and labels.tolist() == [0] * 3 + [1] * 3
-    assert images.path(5).endswith("2 ü.png") and not images.bad
+    assert images.path(5).endswith("2 ü.png") and not images.skipped()
     images, labels, names = folder.load("test", data_dir=tmp_path, size=2)
     assert labels.tolist() == [0] and images[0][0, 0].tolist() == [9, 9, 9] and len(names) == 2
     write(tmp_path / other / "yak" / "v.png")
@@ -600,7 +601,7 @@ def test_which_side_a_picture_is_on_depends_on_its_name_and_not_on_its_neighbour
 
 def validation_of(root, layout, names=("00000001", "00000002", "00000003"), **changes):
     """ImageNet, two classes, whose validation pictures lie flat. -> {picture: label}"""
-    wnids, base, lists = ("n01443537", "n02099601"), root, root
+    wnids, base = ("n01443537", "n02099601"), root
     for wnid in wnids:
         inside = "images" if layout == "tiny" else ""
         write(root / "train" / wnid / inside / f"{wnid}_0.JPEG", size=(8, 8))
@@ -660,3 +661,33 @@ def test_validation_pictures_without_labels_or_of_too_few_classes_are_refused(tm
     refused(lambda: imagenet.load("test", data_dir=tmp_path / "damaged"), "meta.mat is missing or")
     (tmp_path / "damaged" / "LOC_val_solution.csv").write_bytes(b"\xff\xfe")
     refused(lambda: imagenet.load("test", data_dir=tmp_path / "damaged"), "LOC_val_solution.csv")
+
+
+def png_that_says(width, height):
+    """The first 45 bytes of a picture of any size."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("width, height", [(9500, 9500), (13000, 13000), (10 ** 6, 10 ** 6)])
+def test_a_huge_picture_is_skipped_in_one_line_and_counted_over_all_workers(
+        tmp_path, capfd, monkeypatch, width, height):
+    """Pillow warns in three lines above 89 million pixels, and refuses above 179 million only."""
+    if width == 9500:
+        monkeypatch.setattr(folder, "MAX_PIXELS", 10 ** 6)
+    for n in range(4):
+        write(tmp_path / "train" / "a" / f"{n}.png")
+        write(tmp_path / "val" / "a" / f"{n}.png")
+    (tmp_path / "train" / "a" / "1.png").write_bytes(png_that_says(width, height))
+    images = folder.load("train", data_dir=tmp_path, size=8)[0]
+    for _ in range(2):
+        jobs = iter([[(n, seed)] for seed in (-1, 1, 2) for n in range(4)])
+        assert len(list(batches.picture_batches(images, jobs, 2))) == 12
+    lines = capfd.readouterr().err.splitlines()
+    skipped = [line for line in lines if "1.png" in line]
+    assert 1 <= len(skipped) <= 2 and f"more than {folder.MAX_PIXELS:,} pixels" in skipped[0]
+    assert images.skipped() == 1
+    assert lines.count("1 of 4 pictures skipped: others of their class stand in for them") == 2
