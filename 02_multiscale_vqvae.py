@@ -76,7 +76,7 @@ class TokenizerConfig:
         side = self.image_size / (self.unshuffle * 2 ** (len(self.multipliers) - 1))
         if self.scales[-1] != side:
             raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, not "
-                           f"{self.scales[-1]}: give --scales, --multipliers and --unshuffle")
+                           f"{self.scales[-1]}: choose scales, multipliers and unshuffle")
         if list(self.scales) != sorted(set(self.scales)) or self.scales[0] < 1:
             raise BadInput(f"scales must grow from 1 or more, not {self.scales}")
         if self.quantizer == "lfq" and self.latent_dim > 24:

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from data.batches import (batch_indices, load_data, per_pass, picture_batches, r
 from engine.checkpoints import export, fingerprint, load_checkpoint, resume, save
 from engine.muon import Muon
 from engine.devices import pick_device
-from engine.options import OneLineParser, add_options, one_line
+from engine.options import OneLineParser, add_options, assignment, one_line, option
 from engine.progress import clock
 from engine.run import Run, launch
 from engine.token_cache import cache_tokens
@@ -53,53 +53,81 @@ transformer = import_module("04_var_transformer")
 # -- Settings --------------------------------------------------------------------------------------
 
 @dataclass
-class Settings:
-    """Everything about a run but the sizes of the two models. The comments are the --help texts."""
-    dataset: str = "shapes"               # shapes, cifar10, imagenet, or the path of a folder
-    data_dir: str = ""                    # where the data lies, if not in the usual place
-    out: str = ""                         # folder of this run; default out/<dataset>
-    stage: str = "all"                    # all, tokenizer (1) or transformer (2, on that of --out)
-    device: str = "auto"                  # auto, cpu, cuda or mps
-    gpus: int = 1                         # processes on this machine, one per GPU
-    seed: int = 0                         # same seed, same run
-    precision: str = "auto"               # auto (bfloat16 where it is fast), float32 or bfloat16
-    compile: bool = False                 # torch.compile both models (pays off in long runs)
-    workers: int = 4                      # processes per GPU that decode picture files
-    save_every: int = 500                 # steps between checkpoints
-    log_every: int = 50                   # steps between log lines
-    fresh: bool = False                   # train again what --stage names, instead of going on
-    export: str = ""                      # also write both models, in half precision, to this file
-    flip: bool = False                    # stage 1 mirrors half of the pictures
-    views: int = 1                        # stage 2: versions of pictures (mirrored, shifted, ...)
-    tokenizer_steps: int = 2000           # steps of stage 1
-    tokenizer_batch_size: int = 16        # pictures per step of stage 1, over all processes
-    tokenizer_lr: float = 3e-3            # peak learning rate of stage 1
-    vq_weight: float = 0.25               # weight of the quantization loss against the picture loss
-    picture_loss: str = "l2"              # l2 (squared error) or l1 (absolute error)
-    perceptual: float = 0.0               # weight of the perceptual loss (LPIPS); 0: off
-    vgg_file: str = ""                    # its VGG-16 weights, if they cannot be downloaded
-    lpips_file: str = ""                  # its LPIPS weights, likewise
-    adversarial: float = 0.0              # weight of the adversarial loss (PatchGAN); 0: off
-    held_out: int = 1000                  # pictures that stage 1 is judged by (stage 2: 2,000)
-    steps: int = 1600                     # steps of stage 2
-    batch_size: int = 16                  # pictures per step of stage 2, over all processes
-    accumulate: int = 1                   # compute a batch in so many parts, to save memory
-    shard: bool = False                   # spread stage 2's weights over processes (needs adamw)
-    activation_checkpointing: bool = False    # stage 2 keeps less memory and computes more
-    dry_run: bool = False                 # print sizes, memory, steps and days; do nothing
-    gpu_tflops: float = 989.0             # for --dry-run: a GPU's peak in bfloat16 (H100: 989)
-    mfu: float = 0.4                      # for --dry-run: the share of it that is reached
-    optimizer: str = "muon"               # of the block matrices: muon or adamw (the rest is adamw)
-    lr: float = 1.5e-3                    # peak learning rate of adamw in stage 2
-    muon_lr: float = 0.02                 # peak learning rate of muon, in both stages
-    weight_decay: float = 0.05            # of matrices only
-    final_lr: float = 0.0                 # share of stage 2's peak learning rate left at the end
-    clip: float = 2.0                     # largest gradient norm
+class RunSettings:
+    """Where a run computes, what it shows and keeps. A run may be resumed with other values."""
+    out: str = option("", "folder of this run; default out/<dataset>")
+    stage: str = option("all", "tokenizer (1), transformer (2, on the tokenizer of --out), or all",
+                        choices=("all", "tokenizer", "transformer"))
+    data_dir: str = option("", "folder of the data, if not the usual one")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    gpus: int = option(1, "processes on this machine, one per GPU")
+    compile: bool = option(False, "torch.compile both models (pays off in long runs)")
+    workers: int = option(4, "processes per GPU that decode picture files", low=0)
+    save_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(50, "steps between log lines")
+    fresh: bool = option(False, "train again what --stage names, instead of resuming")
+    export: str = option("", "also write both models, in half precision, to this file")
+    dry_run: bool = option(False, "print sizes, memory, steps and days; do nothing")
+    gpu_tflops: float = 989.0
+    mfu: float = 0.4
+    vgg_file: str = option("", "VGG-16 weights of --perceptual, if they cannot be downloaded")
+    lpips_file: str = option("", "LPIPS weights of --perceptual, likewise")
+    shard: bool = option(False, "spread stage 2's weights over the GPUs (needs adamw)")
+    activation_checkpointing: bool = option(False, "stage 2 keeps less memory and computes more")
+    held_out: int = 1000                  # images that stage 1 is judged by (stage 2: 2,000)
     cfg: float = 1.5                      # default guidance when sampling from this run
-    top_k: int = 0                        # default top-k when sampling (0: off)
-    top_p: float = 0.0                    # default top-p when sampling (0: off)
+    top_k: int = field(default=0, metadata=dict(low=0))        # default top-k (0: off)
+    top_p: float = 0.0                    # default top-p (0: off)
 
 
+@dataclass
+class SharedSettings:
+    """Settings that both stages depend on."""
+    dataset: str = option("shapes", "shapes, cifar10, imagenet, or the path of a folder")
+    seed: int = option(0, "same seed, same run", low=0)
+    precision: str = option("auto", "auto is bfloat16 where it is fast",
+                            choices=("auto", "float32", "bfloat16"))
+    optimizer: str = option("muon", "of the block matrices; the rest is always adamw",
+                            choices=("muon", "adamw"))
+    accumulate: int = option(1, "compute a batch in this many parts, to save memory")
+    muon_lr: float = 0.02                 # peak learning rate of muon
+    clip: float = 2.0                     # largest gradient norm
+
+
+@dataclass
+class TokenizerSettings(SharedSettings):
+    """Stage 1."""
+    tokenizer_steps: int = option(2000, "steps of stage 1", low=0)
+    tokenizer_batch_size: int = option(16, "images per step of stage 1, over all GPUs")
+    tokenizer_lr: float = option(3e-3, "peak learning rate of stage 1")
+    flip: bool = option(False, "stage 1 mirrors half of the images")
+    perceptual: float = option(0.0, "weight of the perceptual loss (LPIPS); 0: off")
+    adversarial: float = option(0.0, "weight of the adversarial loss (PatchGAN); 0: off")
+    vq_weight: float = 0.25               # weight of the quantization loss against the picture loss
+    picture_loss: str = field(default="l2", metadata=dict(choices=("l1", "l2")))
+
+
+@dataclass
+class TransformerSettings(SharedSettings):
+    """Stage 2."""
+    views: int = option(1, "versions of each image in the token cache (mirrored, shifted, ...)")
+    steps: int = option(1600, "steps of stage 2", low=0)
+    batch_size: int = option(16, "images per step of stage 2, over all GPUs")
+    lr: float = option(1.5e-3, "peak learning rate of adamw in stage 2")
+    weight_decay: float = 0.05            # of matrices only
+    final_lr: float = 0.0                 # share of the peak learning rate left at the end
+
+
+@dataclass
+class Settings(RunSettings, TransformerSettings, TokenizerSettings):
+    """Everything about a run but the sizes of the two models."""
+
+
+# Sizes of the models that are options of the command line; --set reaches the others.
+TOKENIZER_OPTIONS = {"image_size": "side of the square images, in pixels",
+                     "vocab_size": "codes of the tokenizer",
+                     "quantizer": "vq (learned codes) or lfq (signs)"}
+TRANSFORMER_OPTIONS = {"depth": "blocks of the transformer; sets its width and heads too"}
 # From the side of a picture to the side of its last token map, and the maps before it.
 LAYOUTS = {
     32: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),
@@ -124,21 +152,21 @@ PRESETS = {
                      tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
                      optimizer="adamw", depth=16, save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
 }
-CHOICES = dict(stage=("all", "tokenizer", "transformer"), device=("auto", "cpu", "cuda", "mps"),
-               precision=("auto", "float32", "bfloat16"), optimizer=("muon", "adamw"),
-               quantizer=("vq", "lfq"), learn=("ema", "gradient"), picture_loss=("l1", "l2"))
-ZERO_IS_FINE = {"seed", "workers", "top_k", "tokenizer_steps", "steps", "width", "heads"}
-NOT_OPTIONS = {"num_classes"}            # known from the data
 
 
 def read_settings(argv=None):
     """Command line -> (Settings, TokenizerConfig, dict of VARConfig fields). Defaults, then the
     preset of the data set, then what was typed."""
+    classes = Settings, vqvae.TokenizerConfig, transformer.VARConfig
     parser = OneLineParser(description=__doc__.splitlines()[0] + " Defaults in brackets; those of "
                            "a data set are in PRESETS.", allow_abbrev=False)
-    add_options(parser, (Settings, vqvae.TokenizerConfig, transformer.VARConfig), CHOICES,
-                ZERO_IS_FINE, NOT_OPTIONS)
+    for cls, helps in zip(classes, ({}, TOKENIZER_OPTIONS, TRANSFORMER_OPTIONS)):
+        add_options(parser, cls, helps)
+    parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
+                        type=assignment(*classes), help="any other field of "
+                        + ", ".join(cls.__name__ for cls in classes))
     typed = vars(parser.parse_args(argv))
+    typed.update(typed.pop("set"))
     name = typed.get("dataset", "shapes")
     preset = PRESETS.get(name, PRESETS["folder"])
     side = typed.get("image_size", preset["image_size"])
@@ -153,6 +181,14 @@ def read_settings(argv=None):
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name
                                                 if name not in PRESETS else name)
     config = vqvae.TokenizerConfig(**pick(vqvae.TokenizerConfig))
+    var_fields = pick(transformer.VARConfig)
+    check(settings, config, typed)
+    transformer.VARConfig(**var_fields)                    # sizes that cannot be: say so at once
+    return settings, config, var_fields
+
+
+def check(settings, config, typed):
+    """Settings that cannot work together. Raises BadInput."""
     processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
     for size in ("tokenizer_batch_size", "batch_size"):
         if getattr(settings, size) % (processes * settings.accumulate):
@@ -163,15 +199,18 @@ def read_settings(argv=None):
         raise BadInput("--shard needs --optimizer adamw: muon works on whole matrices")
     if settings.shard and processes == 1:
         raise BadInput("--shard spreads weights over processes: give --gpus 2 or more")
-    if {"vgg_file", "lpips_file"} & typed.keys() and "perceptual" not in values:
+    if (settings.vgg_file or settings.lpips_file) and not (
+            settings.perceptual or "perceptual" in typed):
         raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
     if settings.perceptual and config.image_size < 16:
         raise BadInput("--perceptual needs pictures of 16 pixels or more")
     if settings.export and not Path(settings.export).absolute().parent.is_dir():
         raise BadInput(f"--export {settings.export}: there is no such folder")
-    var_fields = pick(transformer.VARConfig)
-    transformer.VARConfig(**var_fields)                    # sizes that cannot be: say so at once
-    return settings, config, var_fields
+
+
+def identity(settings, cls):
+    """What must be the same when a stage is resumed: every field of the stage's class."""
+    return {f.name: getattr(settings, f.name) for f in fields(cls)}
 
 
 # -- The training loop, shared by both stages ------------------------------------------------------
@@ -328,11 +367,8 @@ class TokenizerStage:
             self.optimizers.append(torch.optim.AdamW(
                 critic.parameters(), lr=min(settings.tokenizer_lr, 3e-4), betas=(0.5, 0.9),
                 fused=True))
-        chosen = ("dataset", "seed", "precision", "flip", "tokenizer_steps", "tokenizer_batch_size",
-                  "tokenizer_lr", "vq_weight", "picture_loss", "perceptual", "adversarial",
-                  "optimizer", "muon_lr", "clip", "accumulate")          # codes move per part
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
-                          settings={**{k: getattr(settings, k) for k in chosen}, **asdict(config)})
+                          settings={**identity(settings, TokenizerSettings), **asdict(config)})
         self.about["settings"]["perceptual"] *= self.perceptual is not None
 
     def batches(self, start):
@@ -443,11 +479,9 @@ class TransformerStage:
                                if list(part.parameters())])
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
-        chosen = ("dataset", "seed", "precision", "views", "steps", "batch_size", "optimizer", "lr",
-                  "muon_lr", "weight_decay", "final_lr", "clip")
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           sampling={k: getattr(settings, k) for k in ("cfg", "top_k", "top_p")},
-                          settings={**{k: getattr(settings, k) for k in chosen}, **asdict(config),
+                          settings={**identity(settings, TransformerSettings), **asdict(config),
                                     "tokenizer": fingerprint(tokenizer)})
 
     def rows(self, split, at):

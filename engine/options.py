@@ -1,14 +1,14 @@
 """Options of the command line made from dataclasses, and one-line errors."""
 import argparse
-import inspect
 import math
 import os
 import re
 import signal
 import sys
 import time
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -41,27 +41,64 @@ def whole_numbers(text):
     return tuple(number(int, 1)(part) for part in text.split(","))
 
 
-def add_options(parser, classes, choices, zero_is_fine, left_out):
-    """One --option per dataclass field; its help is the comment beside the field.
+def one_of(values):
+    """argparse type: one of a few words. values: {word: what it means}"""
+    def parse(text):
+        if text not in values:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not one of {', '.join(values)}")
+        return values[text]
+    return parse
 
-    choices: name -> allowed values; zero_is_fine: whole numbers that may be 0, the others start at
-    1; left_out: fields that are no options."""
-    done = set(left_out)
-    for cls in classes:
-        comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
-        for f in fields(cls):
-            if f.name in done:
-                continue
-            done.add(f.name)
-            kind = {int: number(int, 0 if f.name in zero_is_fine else 1), tuple: whole_numbers,
-                    float: number(float, -1 if f.name == "drop_path" else 0)}.get(f.type, f.type)
-            how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
-                   else dict(type=kind, choices=choices.get(f.name),
-                             metavar={int: "N", float: "X", tuple: "N,N"}.get(f.type)))
-            default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-            note = "" if default == "" else f" [{default}]"
-            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                                help=(comments[f.name] + note).replace("%", "%%"), **how)
+
+def option(default, help, **more):
+    """A dataclass field that is also an option of the command line. `more` may hold `low`, the
+    smallest number allowed, or `choices`."""
+    return field(default=default, metadata=dict(help=help, **more))
+
+
+def plain_type(f):
+    """The type of a field's values: int for `int` and for `int | None`."""
+    return next((kind for kind in get_args(f.type) if kind is not type(None)), f.type)
+
+
+def value_of(f):
+    """Field of a dataclass -> the argparse type that reads its value."""
+    kind, choices = plain_type(f), f.metadata.get("choices")
+    if choices:
+        return one_of({word: word for word in choices})
+    if kind in (int, float):
+        return number(kind, f.metadata.get("low", 1 if kind is int else 0))
+    return {bool: one_of({"true": True, "false": False}), tuple: whole_numbers}.get(kind, kind)
+
+
+def add_options(parser, cls, helps):
+    """One --option per field of a dataclass that was made with `option` or has a text in `helps`.
+    An option that was not typed is missing in the result."""
+    for f in fields(cls):
+        text = helps.get(f.name, f.metadata.get("help"))
+        if text is None:
+            continue
+        kind = dict(action=argparse.BooleanOptionalAction)
+        if f.type is not bool:
+            words = ",".join(f.metadata.get("choices", ()))
+            kind = dict(type=value_of(f), metavar=f"{{{words}}}" if words else
+                        {int: "N", float: "X"}.get(plain_type(f)))
+        note = "" if f.default in ("", None, False) else f" [{f.default}]"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=(text + note).replace("%", "%%"), **kind)
+
+
+def assignment(*classes):
+    """argparse type: 'name=value' -> (name, value), for any field of these dataclasses."""
+    known = {f.name: f for cls in classes for f in fields(cls)}
+
+    def parse(text):
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not NAME=VALUE with the name of a "
+                                             f"field of {', '.join(c.__name__ for c in classes)}")
+        return name, value_of(known[name])(value)
+    return parse
 
 
 def one_line(main):

@@ -2,7 +2,8 @@
 
     python experiments/cifar10.py                                         on one GPU
     python experiments/cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 3400 \
-        --tokenizer-batch-size 16 --steps 1350 --batch-size 16 --views 1 --held-out 2000 --top-p 0
+        --tokenizer-batch-size 16 --steps 1350 --batch-size 16 --views 1 \
+        --set held_out=2000 top_p=0
 
 The second is for a CPU, and much too short. Trains both stages with chapter 5, samples and edits
 with chapter 6, and asks chapter 6 for its judge's verdict at several strengths of guidance. All but

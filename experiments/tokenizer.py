@@ -59,21 +59,21 @@ def by_direction(quantizer):
 
 # Row -> options of 05_train.py, and what no option does.
 ROWS = {
-    "gradient": (["--learn", "gradient"], [random_start, no_revival]),
-    "gradient + data start": (["--learn", "gradient"], [no_revival]),
+    "gradient": (["--set", "learn=gradient"], [random_start, no_revival]),
+    "gradient + data start": (["--set", "learn=gradient"], [no_revival]),
     "EMA + data start": ([], [no_revival]),
     "EMA + revival": ([], []),
     "L2-normalised": ([], [by_direction]),
     "LFQ": (["--quantizer", "lfq"], []),
-    "independent scales": (["--no-residual"], []),
-    "coarse f_hats count fully": (["--coarse", "1"], []),  # as in the original code
+    "independent scales": (["--set", "residual=false"], []),
+    "coarse f_hats count fully": (["--set", "coarse=1"], []),  # as in the original code
     "AdamW alone": (["--optimizer", "adamw"], []),
-    "C = 16": (["--latent-dim", "16"], []),
+    "C = 16": (["--set", "latent_dim=16"], []),
     "adversarial": (["--adversarial", "1"], []),
     "adversarial 0.5": (["--adversarial", "0.5"], []),
     "adversarial 0.2": (["--adversarial", "0.2"], []),
     "V = 512": (["--vocab-size", "512"], []),
-    "scales 1, 2, 4, 8": (["--scales", "1,2,4,8"], []),
+    "scales 1, 2, 4, 8": (["--set", "scales=1,2,4,8"], []),
 }
 ABLATION = list(ROWS)[:7]
 
@@ -144,7 +144,7 @@ def main():
         options = ["--dataset", ours.dataset, "--vocab-size", str(ours.vocab_size), "--out",
                    str(out), "--tokenizer-steps", str(ours.tokenizer_steps), *rest]
         if name == "LFQ":                                  # V = 2**C: as many signs as log2(V)
-            options += ["--latent-dim", str(ours.vocab_size.bit_length() - 1)]
+            options += ["--set", f"latent_dim={ours.vocab_size.bit_length() - 1}"]
         print(f"== {name}", flush=True)
         result, image, rebuilt = run_row(name, options, ours.judge)
         rows += [rebuilt] if rows else [image, rebuilt]

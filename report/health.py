@@ -93,16 +93,16 @@ def warnings(tokenizer, health, pictures_seen):
         if k and config.residual and health["left"][k] > health["left"][k - 1] + 0.01:
             lines.append(f"warning: scale {side}x{side} makes the features worse, not better (left "
                          f"{health['left'][k - 1]:.0%} -> {health['left'][k]:.0%}); train longer, "
-                         "or try a larger --vq-weight or a smaller --tokenizer-lr")
+                         "or try a larger vq_weight or a smaller --tokenizer-lr")
     return lines
 
 
 def _cure(config):
     if config.quantizer == "lfq":
-        return "try --quantizer vq, or a smaller --latent-dim"
+        return "try --quantizer vq, or a smaller latent_dim"
     if config.learn == "gradient":
-        return "try --learn ema"
-    return "try a smaller --tokenizer-lr, a larger --vq-weight, or a smaller --vocab-size"
+        return "try --set learn=ema"
+    return "try a smaller --tokenizer-lr, a larger vq_weight, or a smaller --vocab-size"
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, max_exa
 settings.load_profile("repeatable")
 
 # Both stages in a second: 16 px, 1 + 4 + 16 = 21 tokens, 16 codes.
-TINY = ("--image-size 16 --scales 1,2,4 --multipliers 1,2 --unshuffle 2 --vocab-size 16 "
-        "--latent-dim 4 --channels 8 --groups 4 --width 16 --heads 2 --depth 2 --views 2 "
+TINY = ("--image-size 16 --set scales=1,2,4 multipliers=1,2 unshuffle=2 --vocab-size 16 "
+        "--set latent_dim=4 channels=8 groups=4 width=16 heads=2 --depth 2 --views 2 "
         "--workers 0 --tokenizer-batch-size 4 --batch-size 4 --tokenizer-steps 24 --steps 24 "
         "--save-every 5 --log-every 1 --device cpu --precision float32").split()
 

@@ -51,8 +51,8 @@ def test_a_picture_size_brings_the_layout_that_fits_it(name, side):
     _, config, _ = m5.read_settings(["--dataset", name, "--image-size", str(side)])
     assert config.image_size == side and config.scales[-1] in (8, 16, 32)
     assert config.unshuffle == 4
-    _, config, _ = m5.read_settings(["--dataset", name, "--image-size", "48", "--scales", "1,4,12",
-                                     "--multipliers", "1", "--unshuffle", "4"])
+    _, config, _ = m5.read_settings(["--dataset", name, "--image-size", "48", "--set",
+                                     "scales=1,4,12", "multipliers=1", "unshuffle=4"])
     assert config.scales == (1, 4, 12)
 
 
@@ -73,19 +73,21 @@ def test_the_imagenet_recipe_is_that_of_the_paper(depth, batch, epochs, lr, deca
 @pytest.mark.parametrize("options", [
     "--nonsense 3", "--step 3", "--steps -1", "--steps 1.5", "--lr nan", "--lr inf", "--lr -1",
     "--lr x", "--batch-size 0", "--gpus 0", "--stage three", "--optimizer sgd", "--quantizer x",
-    "--dataset nosuch", "--dataset imagenet", "--scales 1,2,x", "--scales 4,2,8", "--scales 1,2",
+    "--dataset nosuch", "--dataset imagenet", "--set scales=1,2,x", "--set scales=4,2,8",
+    "--set scales=1,2", "--set lr", "--set nothing=3", "--set picture_loss=l3", "--set flip=x",
     "--image-size 33", "--batch-size 5 --gpus 2", "--tokenizer-batch-size 5 --gpus 2",
-    "--quantizer lfq --latent-dim 5", "--coarse 1.5", "--vgg-file x.pth", "--seed -1",
+    "--quantizer lfq --set latent_dim=5", "--set coarse=1.5", "--vgg-file x.pth", "--seed -1",
     "--num-classes 3", "--device tpu", "--steps",
     "--seed 1" + 400 * "0", "--seed 36893488147419103232"])
 def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, options):
     line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())
     typed = options.split()
-    words = [typed[0].lstrip("-"), typed[-1], "last scale", "scales must", "lfq"]
+    words = [typed[0].lstrip("-"), *typed[-1].split("="), "last scale", "scales must", "lfq"]
     assert any(word in line.lower() for word in words), line
 
 
-@pytest.mark.parametrize("options", ["--heads 3 --width 16", "--groups 5", "--depth 7 --heads 5"])
+@pytest.mark.parametrize("options", ["--set heads=3 width=16", "--set groups=5",
+                                     "--depth 7 --set heads=5"])
 def test_sizes_that_cannot_be_built_are_refused_before_anything_is_trained(
         refused, tiny, tmp_path, options):
     refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())
@@ -127,7 +129,7 @@ def test_other_settings_on_resume_are_refused_and_name_what_changed(refused, tin
 
 def test_help_explains_every_option(cli):
     result = cli(SCRIPT, "--help")
-    assert result.status == 0 and "pictures per step of stage 2" in result.out
+    assert result.status == 0 and "images per step of stage 2" in result.out
     assert m5.read_settings(["--compile"])[0].compile is True
 
 
@@ -440,8 +442,9 @@ def test_a_flat_folder_trains_an_unconditional_model(cli, tiny, tmp_path):
     assert state["config"]["num_classes"] == 1 and state["class_names"] == ["flat"]
 
 
-@pytest.mark.parametrize("options", ["--precision bfloat16", "--quantizer lfq", "--learn gradient",
-                                     "--no-residual --scales 4", "--optimizer adamw --flip"])
+@pytest.mark.parametrize("options", ["--precision bfloat16", "--quantizer lfq",
+                                     "--set learn=gradient", "--set residual=false scales=4",
+                                     "--optimizer adamw --flip"])
 def test_every_variant_trains_a_few_steps(cli, tiny, tmp_path, options):
     result = cli(SCRIPT, *tiny.options, "--tokenizer-steps", 2, "--steps", 2, *options.split(),
                  "--out", tmp_path / "run")
@@ -456,7 +459,7 @@ def test_stage_2_alone_takes_the_picture_size_from_the_tokenizer(cli, tiny, tmp_
     (tmp_path / "run").mkdir()
     shutil.copy(tiny.folder / "tokenizer.pt", tmp_path / "run")
     result = cli(SCRIPT, "--dataset", tiny.pictures, "--stage", "transformer", "--steps", 1,
-                 *"--depth 2 --width 16 --heads 2 --batch-size 4 --views 1 --workers 0".split(),
+                 *"--depth 2 --set width=16 heads=2 --batch-size 4 --views 1 --workers 0".split(),
                  "--device", "cpu", "--precision", "float32", "--out", tmp_path / "run")
     assert result.status == 0 or result.status == 2 and result.err.count("\n") == 1
 
@@ -626,7 +629,7 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(refused, tiny, tmp_path):
 
 def test_two_processes_train_as_one_does_and_only_one_writes(cli, tiny, tmp_path):
     """Stage 2 on the same global batches: same logged loss, same cached tokens."""
-    options = [*tiny.options, "--label-dropout", 0, "--drop-path", 0, "--phis", 3,
+    options = [*tiny.options, *"--set label_dropout=0 drop_path=0 phis=3".split(),
                "--tokenizer-steps", 2, "--steps", 6]
     process = tiny.start(SCRIPT, *options, "--gpus", 2, "--out", tmp_path / "two", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
@@ -677,8 +680,8 @@ def train_rank(rank, folder, options):
 
 
 def test_two_processes_have_one_codebook_and_count_its_usage_together(tiny, tmp_path):
-    options = [*tiny.options, *"--stage tokenizer --tokenizer-steps 20 --vocab-size 64 --phis 3 "
-               "--log-every 5".split()]
+    options = [*tiny.options, *"--stage tokenizer --tokenizer-steps 20 --vocab-size 64 "
+               "--set phis=3 --log-every 5".split()]
     torch.multiprocessing.spawn(train_rank, (str(tmp_path), options), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert sum(one["revived"]) > 20 and not same(one["tokens"], two["tokens"])
@@ -782,8 +785,8 @@ def test_the_batch_is_divided_among_the_processes_of_torchrun_too(monkeypatch, r
 
 
 @pytest.mark.parametrize("options", [
-    "--export /no/such/folder/x.pt", "--mlp-ratio 0.01",
-    "--quantizer lfq --latent-dim 25 --vocab-size 33554432"])
+    "--export /no/such/folder/x.pt", "--set mlp_ratio=0.01",
+    "--quantizer lfq --set latent_dim=25 --vocab-size 33554432"])
 def test_what_cannot_work_is_refused(refused, tiny, tmp_path, options, monkeypatch):
     monkeypatch.setitem(shapes.DEFAULT_COUNT, "train", 20)
     monkeypatch.setitem(shapes.DEFAULT_COUNT, "test", 20)

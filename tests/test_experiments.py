@@ -13,9 +13,9 @@ benchmark, cost = import_module("experiments.benchmark"), import_module("experim
 cifar = import_module("experiments.cifar10")
 SCRIPT = "experiments.tokenizer.py"
 ROWS = ["gradient", "EMA + revival", "L2-normalised", "LFQ", "independent scales", "adversarial"]
-SMALL = ("--dataset shapes --image-size 16 --scales 1,2,4 --multipliers 1,2 --unshuffle 2 "
-         "--vocab-size 16 --latent-dim 4 --channels 8 --groups 4 --tokenizer-batch-size 2 "
-         "--tokenizer-steps 5 --held-out 8 --device cpu --precision float32").split()
+SMALL = ("--dataset shapes --image-size 16 --set scales=1,2,4 multipliers=1,2 unshuffle=2 "
+         "--vocab-size 16 --set latent_dim=4 channels=8 groups=4 --tokenizer-batch-size 2 "
+         "--tokenizer-steps 5 --set held_out=8 --device cpu --precision float32").split()
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def test_the_judge_of_reconstructions_is_an_option_and_rows_may_have_other_scale
     network = judge.Judge(10, 16).eval()
     network.body[-2].weight.data.mul_(300)                 # distances with digits before the point
     monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
-    small = [x for x in SMALL if x not in ("--scales", "1,2,4")] + ["--scales", "1,2,3,4"]
+    small = [x.replace("scales=1,2,4", "scales=1,2,3,4") for x in SMALL]
     monkeypatch.setitem(import_module("experiments.tokenizer").ROWS, "fewer",
-                        (["--scales", "1,2,4"], []))
+                        (["--set", "scales=1,2,4"], []))
     result = cli(SCRIPT, "--rows", "EMA + revival", "fewer", "--judge", 10, *small)
     assert result.status == 0, result.err
     found = re.findall(r"Frechet distance ([\d.]+), of the originals ([\d.]+)", result.out)

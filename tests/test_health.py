@@ -134,7 +134,7 @@ def test_a_tokenizer_that_is_well_is_not_warned_about():
 
 
 @pytest.mark.parametrize("config, cure", [
-    ({}, "--tokenizer-lr"), (dict(learn="gradient"), "--learn ema"),
+    ({}, "--tokenizer-lr"), (dict(learn="gradient"), "--set learn=ema"),
     (dict(quantizer="lfq", latent_dim=6), "--quantizer vq")])
 def test_a_large_scale_that_uses_few_codes_is_named_with_a_setting_to_try(config, cure, cli):
     (few,) = warned(used=[0.02, 0.1, 0.19, 0.2, 0.19], seen=4, **config)
@@ -144,7 +144,7 @@ def test_a_large_scale_that_uses_few_codes_is_named_with_a_setting_to_try(config
     assert "5x5" in middle and "5x5" in worse and "worse" in worse and "30% -> 31%" in worse
     known = set(re.findall(r"--[a-z][a-z-]*", cli("05_train.py", "--help").out))
     for text in (few, middle, worse):
-        named = re.findall(r"(--[a-z][a-z-]*)(?: (ema|vq))?", text)
+        named = re.findall(r"(--[a-z][a-z-]*)(?: (learn=ema|vq)\b)?", text)
         assert named and {option for option, _ in named} <= known
         assert all(m5.read_settings([option, value]) for option, value in named if value)
 

@@ -23,7 +23,7 @@ from engine import BadInput, checkpoints
 
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")
 SCRIPT = "05_train.py"
-PLAIN = ("--stage transformer --label-dropout 0 --drop-path 0 --optimizer adamw --steps 14 "
+PLAIN = ("--stage transformer --set label_dropout=0 drop_path=0 --optimizer adamw --steps 14 "
          "--save-every 4").split()
 CACHE = [f"tokens_{split}.{end}" for split in ("train", "test") for end in ("npy", "json")]
 

@@ -323,8 +323,8 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(refused, tiny, tmp_
 
 # -- Other settings on the way ---------------------------------------------------------------------
 
-FREE = ("--log-every 3 --save-every 7 --activation-checkpointing --held-out 2 "
-        "--workers 1 --cfg 3 --top-k 5 --top-p 0.5").split()
+FREE = ("--log-every 3 --save-every 7 --activation-checkpointing --set held_out=2 "
+        "--workers 1 --set cfg=3 top_k=5 top_p=0.5").split()
 NOT_OF_A_RUN = set("data_dir out stage device gpus compile fresh export vgg_file lpips_file shard "
                    "dry_run gpu_tflops mfu".split())
 

@@ -292,7 +292,7 @@ def test_lpips_files_that_were_named_are_needed(refused, offline, picture_folder
     assert "nowhere.pth: no such" in line and not offline.asked
     assert perceptual.LPIPS[0] in refused(SCRIPT, *options, *files[:2])
     assert "VGG-16" in refused(SCRIPT, *options, *files[:3], files[1])
-    assert "16 pixels" in refused(SCRIPT, *options, "--image-size", 8, "--multipliers", 1)
+    assert "16 pixels" in refused(SCRIPT, *options, "--image-size", 8, "--set", "multipliers=1")
 
 
 def test_lpips_is_added_to_the_loss_with_its_weight(train, files, monkeypatch):
@@ -362,7 +362,7 @@ def test_who_loads_or_is_given_the_tokenizer_gets_no_critic(train, tmp_path):
 
 
 def test_all_terms_together_train_in_bfloat16(train, files):
-    run = train("run", "--adversarial", 0.5, "--perceptual", 1, "--picture-loss", "l1", *files,
+    run = train("run", "--adversarial", 0.5, "--perceptual", 1, "--set", "picture_loss=l1", *files,
                 "--precision", "bfloat16", "--tokenizer-steps", 4)
     assert all(np.isfinite(e["loss"]) for e in run.log if "loss" in e)
 

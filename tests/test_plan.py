@@ -133,12 +133,12 @@ def test_a_tokenizers_arithmetic_is_six_products_per_weight_and_pixel(sizes):
 
 def test_days_follow_from_work_and_gpus(dry, nothing_counted):
     """1e9 x 16 pictures x (2000 + 1600) steps at 1 MFLOP/s, all of it reached: 57,600,000 s."""
-    speed = ["--gpu-tflops", 0.000001, "--mfu", 1]
+    speed = ["--set", "gpu_tflops=0.000001", "mfu=1"]
     rows, days, _ = dry(*speed)
     assert days == pytest.approx(57_600_000 / 86400, rel=0.01)
     assert rows["tokenizer"][-1] == pytest.approx(32_000_000 / 86400, rel=0.01)
-    for more, share in ((["--gpus", 2], 1 / 2), (["--gpus", 16], 1 / 16), (["--mfu", 0.5], 2),
-                        (["--gpu-tflops", 0.000004], 1 / 4), (["--accumulate", 4], 1),
+    for more, share in ((["--gpus", 2], 1 / 2), (["--gpus", 16], 1 / 16), (["--set", "mfu=0.5"], 2),
+                        (["--set", "gpu_tflops=0.000004"], 1 / 4), (["--accumulate", 4], 1),
                         (["--activation-checkpointing"], 1), (["--steps", 2000], 10 / 9)):
         assert dry(*speed, *more)[1] == pytest.approx(days * share, rel=0.01), more
 
@@ -226,12 +226,12 @@ def test_what_a_tokenizer_keeps_is_estimated_within_a_fifth(precision, sizes):
 # -- Sizes that are unusual ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [
-    "--image-size 4 --scales 1", "--image-size 16 --scales 4 --no-residual", "--depth 1",
-    "--image-size 32 --scales 8 --width 30 --heads 3", "--quantizer lfq --latent-dim 9",
-    "--learn gradient --shared-adaln --no-qk-norm", "--precision float32 --steps 0",
-    "--image-size 144 --scales 1,9,18 --multipliers 1,2 --channels 8",
-    "--image-size 128 --scales 1,9,32 --multipliers 1 --channels 8",
-    "--image-size 16 --scales 4 --perceptual 1 --adversarial 1"])
+    "--image-size 4 --set scales=1", "--image-size 16 --set scales=4 residual=false", "--depth 1",
+    "--image-size 32 --set scales=8 width=30 heads=3", "--quantizer lfq --set latent_dim=9",
+    "--set learn=gradient shared_adaln=true qk_norm=false", "--precision float32 --steps 0",
+    "--image-size 144 --set scales=1,9,18 multipliers=1,2 channels=8",
+    "--image-size 128 --set scales=1,9,32 multipliers=1 channels=8",
+    "--image-size 16 --set scales=4 --perceptual 1 --adversarial 1"])
 def test_unusual_sizes_have_a_plan_too(dry, options):
     rows, _, _ = dry("--batch-size", 2, *options.split())
     assert set(rows) == {"tokenizer", "transformer"} and all(row[4] > 0 for row in rows.values())
