@@ -364,6 +364,10 @@ class TokenizerStage:
             critic = perceptual.Discriminator(config.image_size).to(run.device)
             self.parts["critic"] = critic
             self.critic = run.wrap(critic)
+            # Two more gradients end at the decoder's last layer. A compiled graph always computes
+            # all of its gradients, so this layer stays outside.
+            last = self.model.decoder.conv_out
+            last.forward = torch.compiler.disable(last.forward)
             self.optimizers.append(torch.optim.AdamW(
                 critic.parameters(), lr=min(settings.tokenizer_lr, 3e-4), betas=(0.5, 0.9),
                 fused=True))
