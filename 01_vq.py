@@ -89,7 +89,12 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("hits", torch.ones(vocab_size))          # running mean of uses a step
         self.register_buffer("sums", codebook.detach().clone())       # running sum of the users
         self.register_buffer("initialised", torch.tensor(False))
-        self.started = False                 # the same, without waiting for a GPU's answer
+        # Since the last update: uses of each code, and the sum of the vectors that used it.
+        self.register_buffer("count", torch.zeros(vocab_size), persistent=False)
+        self.register_buffer("total", torch.zeros(vocab_size, dim), persistent=False)
+        # `initialised` as the CPU knows it, so that no step waits for a GPU's answer: codes lie on
+        # data (started), and the step that put them there was accepted (settled).
+        self.started = self.settled = False
 
     def nearest(self, x):
         """x (..., C) -> idx (...) int64: the code with the smallest squared distance."""
@@ -116,7 +121,8 @@ class VectorQuantizer(nn.Module):
         if self.learn == "gradient":
             loss = loss + F.mse_loss(code, x.detach())                # the codes follow
         if self.training:
-            self.update([x], [idx])
+            self.observe([x], [idx])
+            self.update()
         return x + (code - x).detach(), idx, loss
 
     def extra_loss(self, x):
@@ -125,7 +131,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def start_on_data(self, groups):
-        """First call only: put the codes on vectors of the first batch, an equal share from each
+        """First step only: put the codes on vectors of the first batch, an equal share from each
         group. groups: list of (..., C). A codebook far from the data never gets used at all."""
         self.started = True
         if bool(self.initialised):           # it comes from a checkpoint
@@ -133,38 +139,50 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(self._draw(groups, self.vocab_size))
         self.hits.fill_(1.0)
         self.sums.copy_(self.codebook)
-        self.initialised.fill_(True)
 
     @torch.no_grad()
-    def update(self, groups, indices):
-        """One learning step from vectors and their codes. groups: list of (..., C), indices: list
-        of (...); in chapter 2 there is one group per scale. Moving averages as in VQ-VAE, appendix
-        A.1: hits = decay hits + (1 - decay) n,  sums likewise,  code = sums / hits."""
+    def observe(self, groups, indices):
+        """Remember which vectors used which code, for the next update. groups: list of (..., C),
+        indices: list of (...); in chapter 2 there is one group per scale."""
         x = torch.cat([g.reshape(-1, self.dim) for g in groups]).float()
         idx = torch.cat([i.reshape(-1) for i in indices])
-        count = torch.zeros_like(self.hits).index_add_(0, idx, x.new_ones(len(idx)))
-        total = torch.zeros_like(self.sums).index_add_(0, idx, x)
+        self.count.index_add_(0, idx, x.new_ones(len(idx)))
+        self.total.index_add_(0, idx, x)
+        if self.revive:
+            self.fresh = self._draw(groups, self.vocab_size)
+
+    @torch.no_grad()
+    def update(self, accepted=True):
+        """One learning step from all that was observed since the last one. A step that was refused
+        because its loss or gradient is not finite (accepted: bool, or a tensor of one) leaves no
+        trace. Moving averages as in VQ-VAE, appendix A.1:
+        hits = decay hits + (1 - decay) count,  sums = decay sums + (1 - decay) total,
+        code = sums / hits."""
         if dist.is_initialized():            # every process must see the statistics of all of them,
-            dist.all_reduce(count)           # or their codebooks drift apart
-            dist.all_reduce(total)
-        finite = total.isfinite().all()      # one broken batch must not break every code
-        self.hits.lerp_(torch.where(finite, count, self.hits), 1 - self.decay)
-        self.sums.lerp_(torch.where(finite, total, self.sums), 1 - self.decay)
+            dist.all_reduce(self.count)      # or their codebooks drift apart
+            dist.all_reduce(self.total)
+        good = self.total.isfinite().all() & accepted
+        self.hits.lerp_(torch.where(good, self.count, self.hits), 1 - self.decay)
+        self.sums.lerp_(torch.where(good, self.total, self.sums), 1 - self.decay)
         if self.learn == "ema":
-            alive = self.hits > 1e-3         # 0 / 0 would turn an unused code into nan
+            alive = good & (self.hits > 1e-3)          # 0 / 0 would turn an unused code into nan
             mean = self.sums / self.hits.clamp(min=1e-3)[:, None]
             self.codebook.copy_(torch.where(alive[:, None], mean, self.codebook))
         if self.revive:
-            self._revive(groups, finite)
+            self._revive(good)
+        self.count.zero_()
+        self.total.zero_()
+        self.initialised.logical_or_(good)
+        if not self.settled:                 # if refused, the next step puts the codes on its data
+            self.started = self.settled = bool(self.initialised)
 
-    def _revive(self, groups, finite):
+    def _revive(self, good):
         """Codes used less than a tenth as often as the average (and less than once a step) jump
         onto vectors of this batch. Their statistics jump along: left stale, the next moving-average
         step would carry the code straight back to where nobody needs it."""
-        dead = finite & (self.hits < (0.1 * self.hits.mean()).clamp(max=1.0))
-        fresh = self._draw(groups, self.vocab_size)
-        self.codebook.copy_(torch.where(dead[:, None], fresh, self.codebook))
-        self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
+        dead = good & (self.hits < (0.1 * self.hits.mean()).clamp(max=1.0))
+        self.codebook.copy_(torch.where(dead[:, None], self.fresh, self.codebook))
+        self.sums.copy_(torch.where(dead[:, None], self.fresh, self.sums))
         self.hits.masked_fill_(dead, 1.0)
 
     def _draw(self, groups, n):
@@ -227,7 +245,10 @@ class LookupFreeQuantizer(nn.Module):
         p = torch.sigmoid(4 * x.reshape(-1, self.dim) / self.size)
         return self.entropy * (_bit_entropy(p).mean(0) - _bit_entropy(p.mean(0))).mean()
 
-    def update(self, groups, indices):
+    def observe(self, groups, indices):
+        """Nothing to learn from them."""
+
+    def update(self, accepted=True):
         """Nothing to learn."""
 
 
@@ -272,7 +293,8 @@ def learn_codes(x, vocab_size, depth=1, steps=150, starts=4):
                 groups.append(x - x_hat)
                 indices.append(quantizer.nearest(groups[-1]))
                 x_hat = x_hat + quantizer.lookup(indices[-1])
-            quantizer.update(groups, indices)
+            quantizer.observe(groups, indices)
+            quantizer.update()
         found.append((float((x - x_hat).square().mean()), quantizer.eval()))
     return min(found, key=lambda pair: pair[0])[1]
 

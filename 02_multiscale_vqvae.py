@@ -356,7 +356,7 @@ class MultiScaleVQVAE(nn.Module):
             vq_loss = vq_loss + weight * F.mse_loss(f_hat, f.detach())
             extra = extra + self.quantizer.extra_loss(x)
         if self.training:
-            self.quantizer.update(groups, tokens)
+            self.quantizer.observe(groups, tokens)         # they move after the optimizer's step
         return f_hat, tokens, vq_loss / self.K, extra / self.K
 
     def _unrounded(self, f):
@@ -383,6 +383,7 @@ def main():
         optimizer.zero_grad()
         (losses["reconstruction"] + 0.25 * losses["vq"]).backward()
         optimizer.step()
+        tokenizer.quantizer.update()                       # codes learn without gradients
     tokenizer.eval()
     shown = images[:8]
     with torch.no_grad():

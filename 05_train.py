@@ -249,6 +249,7 @@ def train(run, stage, total):
       batches(start)      what each step from `start` on works on: a tuple of tensors (B, ...)
       parts               its modules, by the name that the checkpoint gives their weights
       loss(model, batch, progress)   -> (loss (), what to remember for the log)
+      step_without_gradients(accepted)   of what the optimizers do not move: the codes
       summary(memories)   -> (text, dict) since the last log line
       evaluate()          -> (text, dict) on held-out pictures, a few times and at the end"""
     path, settings = run.folder / f"{stage.name}.pt", run.settings
@@ -320,6 +321,7 @@ def take_step(run, stage, wrapped, batch, progress):
              for part in stage.parts.values()]
     norm = getattr(norms[0], "full_tensor", lambda: norms[0])()          # whole, if sharded
     skipped = run.total(1.0 * ~(loss + norm + sum(norms[1:])).isfinite()) > 0     # by all or none
+    stage.step_without_gradients(accepted=~skipped)
     for optimizer in stage.optimizers:
         optimizer.found_inf = skipped.float()              # on a GPU optimizers look at it, so
         if run.device.type == "cuda" or not skipped:       # that nobody has to wait
@@ -411,6 +413,9 @@ class TokenizerStage:
         critic.requires_grad_(True)
         last = self.model.decoder.conv_out.weight
         return perceptual.adaptive_weight(picture, displeased, last) * displeased
+
+    def step_without_gradients(self, accepted):
+        self.model.quantizer.update(accepted)
 
     def summary(self, memories):
         error = self.run.mean(torch.stack([error for error, _ in memories]).mean())
@@ -516,6 +521,9 @@ class TransformerStage:
     def loss(self, model, batch, progress):
         loss, right = self.per_token(model, *batch)
         return loss.mean(), (loss.detach().mean(0), right.float().mean())
+
+    def step_without_gradients(self, accepted):
+        """All of the transformer learns by gradients."""
 
     def summary(self, memories):
         loss = self.run.mean(torch.stack([loss for loss, _ in memories]).mean(0))

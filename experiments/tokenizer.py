@@ -40,8 +40,12 @@ class DirectionQuantizer(vq.VectorQuantizer):
     def start_on_data(self, groups):
         super().start_on_data([F.normalize(group, dim=-1) for group in groups])
 
-    def update(self, groups, indices):
-        super().update([F.normalize(group, dim=-1) for group in groups], indices)
+    def observe(self, groups, indices):
+        super().observe([F.normalize(group, dim=-1) for group in groups], indices)
+
+    @torch.no_grad()
+    def update(self, accepted=True):
+        super().update(accepted)
         self.codebook.copy_(F.normalize(self.codebook, dim=-1))
 
 

@@ -24,6 +24,11 @@ def placed(codes, **options):
     return quantizer
 
 
+def learn(quantizer, groups, indices):
+    quantizer.observe(groups, indices)
+    quantizer.update()
+
+
 def snapshot(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -202,6 +207,7 @@ def test_codes_start_on_data_vectors_and_share_none_unless_they_must(n, vocab_si
 def test_codes_start_on_data_once_only():
     quantizer = vq.VectorQuantizer(4, 3)
     quantizer.start_on_data([torch.ones(9, 3)])
+    quantizer.initialised.fill_(True)                 # by the first step that is accepted
     before = snapshot(quantizer)
     quantizer.start_on_data([torch.full((9, 3), 50.)])
     assert same(before, quantizer.state_dict())
@@ -224,8 +230,8 @@ def test_small_groups_get_as_many_codes_as_large_ones():
 
 def test_moving_average_step_of_a_worked_example():
     quantizer = placed([[0.], [10.]], decay=0.5, revive=False)
-    quantizer.update([torch.tensor([[1.], [3.]]), torch.tensor([[8.]])],
-                     [torch.tensor([0, 0]), torch.tensor([1])])
+    learn(quantizer, [torch.tensor([[1.], [3.]]), torch.tensor([[8.]])],
+          [torch.tensor([0, 0]), torch.tensor([1])])
     assert quantizer.hits.tolist() == [1.5, 1.0]      # (1 + 2) / 2, (1 + 1) / 2
     assert quantizer.sums.tolist() == [[2.0], [9.0]]  # (0 + 4) / 2, (10 + 8) / 2
     assert torch.allclose(quantizer.codebook, torch.tensor([[4 / 3], [9.]]))
@@ -240,7 +246,7 @@ def test_moving_average_steps_equal_a_slow_loop(vocab_size, dim, decay, seed):
     for _ in range(3):
         groups = [torch.randn(1, 2, dim), torch.randn(4, dim)]
         indices = [quantizer.nearest(g) for g in groups]
-        quantizer.update(groups, indices)
+        learn(quantizer, groups, indices)
         users = [(x, i) for g, idx in zip(groups, indices)
                  for x, i in zip(g.reshape(-1, dim).tolist(), idx.flatten().tolist())]
         for code in range(vocab_size):
@@ -261,9 +267,25 @@ def test_training_forward_takes_one_moving_average_step():
     torch.manual_seed(5)
     one(x)
     torch.manual_seed(5)
-    two.update([x], [two.nearest(x)])
+    learn(two, [x], [two.nearest(x)])
     assert same(one.state_dict(), two.state_dict())
     assert not torch.equal(one.codebook, torch.tensor([[0., 1.], [3., 3.], [-2., 0.]]))
+
+
+@pytest.mark.parametrize("learn", ["ema", "gradient"])
+def test_a_refused_step_leaves_no_trace_in_codes_or_counters(learn):
+    torch.manual_seed(0)
+    one, two = (placed(torch.arange(6.).view(3, 2), learn=learn) for _ in range(2))
+    for refused in (torch.randn(9, 2), torch.full((9, 2), torch.nan)):
+        before = snapshot(one)
+        one.observe([refused], [torch.arange(9) % 2])
+        one.update(accepted=torch.tensor(bool(refused.isnan().all())))     # a nan is refused anyway
+        assert same(before, one.state_dict())
+    for quantizer in (one, two):
+        torch.manual_seed(1)
+        quantizer.observe([torch.ones(9, 2)], [torch.arange(9) % 2])
+        quantizer.update()
+    assert same(one.state_dict(), two.state_dict()) and not same(before, one.state_dict())
 
 
 def test_a_code_never_used_keeps_its_place():
@@ -285,12 +307,12 @@ def test_a_revived_code_stays_where_it_was_revived():
     quantizer.hits[2] = 1e-4
     quantizer.sums[2] = 9.0
     x = torch.randn(30, 2)
-    quantizer.update([x], [quantizer.nearest(x)])
+    learn(quantizer, [x], [quantizer.nearest(x)])
     vector_under(quantizer.codebook[2:], x)           # it jumped onto one of the vectors
     revived = quantizer.codebook[2].clone()
     for _ in range(5):                                # nobody uses it yet; no vector is near it
         elsewhere = 50 + torch.randn(30, 2)
-        quantizer.update([elsewhere], [torch.arange(30) % 2])
+        learn(quantizer, [elsewhere], [torch.arange(30) % 2])
         assert torch.allclose(quantizer.codebook[2], revived, rtol=1e-5)
 
 
@@ -300,7 +322,7 @@ def test_codes_in_use_are_never_revived():
     x = torch.tensor([[1.], [9.], [21.], [19.]])
     for quantizer in (one, two):
         for _ in range(20):
-            quantizer.update([x], [quantizer.nearest(x)])
+            learn(quantizer, [x], [quantizer.nearest(x)])
     assert same(one.state_dict(), two.state_dict())
 
 
@@ -334,7 +356,7 @@ def train_rank(rank, folder):
         quantizer(x)
         revived += int(((quantizer.hits == 1) & (before != 1)).sum())
         seen.append(x + 5)
-        plain.update([x + 5], [torch.arange(8) % 4])
+        learn(plain, [x + 5], [torch.arange(8) % 4])
     torch.save({"state": quantizer.state_dict(), "plain": plain.state_dict(), "revived": revived,
                 "seen": torch.stack(seen)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -349,7 +371,7 @@ def test_codebooks_of_two_processes_stay_identical_bit_for_bit(tmp_path):
     # Two processes learn what one would learn from both halves of the batch.
     alone = placed(torch.arange(12.).view(4, 3), decay=0.7, revive=False)
     for a, b in zip(first["seen"], second["seen"]):
-        alone.update([a, b], [torch.arange(8) % 4] * 2)
+        learn(alone, [a, b], [torch.arange(8) % 4] * 2)
     for name, value in alone.state_dict().items():
         assert torch.allclose(value.float(), first["plain"][name].float(), rtol=1e-5), name
 

@@ -396,14 +396,57 @@ def test_forward_in_eval_changes_no_buffer_and_in_training_it_counts():
     tokenizer.train()
     tokenizer(image)
     quantizer = tokenizer.quantizer
+    quantizer.update()
     assert quantizer.initialised and not torch.equal(quantizer.hits, before["quantizer.hits"])
     with torch.no_grad():                             # one step: hits = 0.99 * 1 + 0.01 * uses
         quantizer.revive = False
         hits = quantizer.hits.clone()
         _, tokens, _ = tokenizer(image)
+        quantizer.update()
     uses = torch.bincount(torch.cat(tokens, 1).flatten(), minlength=8)
     assert uses.sum() == 4 * (1 + 4 + 16)             # every scale counts
     assert torch.allclose(quantizer.hits, 0.99 * hits + 0.01 * uses, atol=1e-5)
+
+
+@pytest.mark.parametrize("learn", ["ema", "gradient"])
+def test_codes_move_when_a_step_is_accepted_and_only_then(learn):
+    """Neither a pass forwards nor a refused step leaves a trace in any later step."""
+    ends = []
+    for refuse in (True, False):
+        torch.manual_seed(0)
+        tokenizer = tiny(learn=learn).train()
+        images = [some(tokenizer)[1] for _ in range(3)]
+        for step, image in enumerate(images):
+            if refuse:
+                torch.manual_seed(99)
+                before = {n: b.clone() for n, b in tokenizer.quantizer.state_dict().items()}
+                tokenizer(image * (torch.nan if step == 1 else 1))
+                tokenizer.quantizer.update(accepted=torch.tensor(False))
+                after = tokenizer.quantizer.state_dict()
+                assert step == 0 or all(torch.equal(before[n], after[n]) for n in after)
+                assert bool(tokenizer.quantizer.initialised) == (step > 0)
+            torch.manual_seed(step)
+            tokenizer(image)
+            tokenizer.quantizer.update(accepted=torch.tensor(True))
+        ends.append(tokenizer.quantizer.state_dict())
+        assert not torch.equal(ends[-1]["hits"], torch.ones(8)) and ends[-1]["initialised"]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_codes_learn_alike_from_a_batch_and_from_its_two_halves():
+    ends = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        tokenizer = tiny().train()
+        tokenizer.quantizer.revive = False
+        _, image = some(tokenizer, batch=6)
+        tokenizer(image)
+        tokenizer.quantizer.update()
+        for part in image.flip(0).chunk(parts):
+            tokenizer(part)
+        tokenizer.quantizer.update()
+        ends.append(tokenizer.quantizer.state_dict())
+    assert all(torch.allclose(ends[0][n].float(), ends[1][n].float(), atol=1e-6) for n in ends[0])
 
 
 def test_a_short_training_lowers_the_loss_and_uses_most_codes():
@@ -418,6 +461,7 @@ def test_a_short_training_lowers_the_loss_and_uses_most_codes():
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
+        tokenizer.quantizer.update()
         curve.append(float(losses["reconstruction"].detach()))
     assert curve[-1] < 0.3 * curve[0]
     assert ms.vq.usage(torch.cat(tokens, 1), 16)[0] > 0.7

@@ -665,15 +665,19 @@ def train_rank(rank, folder, options):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    update, tokens, buffers, revived = m1.VectorQuantizer.update, [], [], []
+    observe, update = m1.VectorQuantizer.observe, m1.VectorQuantizer.update
+    tokens, buffers, revived = [], [], []
 
     def spy(self, groups, indices):
-        self.decay, before = 0.7, self.hits.clone()        # forgets soon, so codes fall out of use
-        update(self, groups, indices)
-        revived.append(int(((self.hits == 1) & (before != 1)).sum()))
+        observe(self, groups, indices)
         tokens.append([idx.flatten() for idx in indices])
-        buffers.append({name: value.clone() for name, value in self.named_buffers()})
-    m1.VectorQuantizer.update = spy
+
+    def spy_on_update(self, accepted):
+        self.decay, before = 0.7, self.hits.clone()        # forgets soon, so codes fall out of use
+        update(self, accepted)
+        revived.append(int(((self.hits == 1) & (before != 1)).sum()))
+        buffers.append({name: value.clone() for name, value in self.state_dict().items()})
+    m1.VectorQuantizer.observe, m1.VectorQuantizer.update = spy, spy_on_update
     m5.train_all(*m5.read_settings([*options, "--out", f"{folder}/run"]))
     torch.save(dict(tokens=tokens, buffers=buffers, revived=revived), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
