@@ -20,6 +20,7 @@ Differs from the original VAR code: stage 1 exists, its losses are those of VQGA
 (engine/perceptual.py), its health is measured scale by scale (report/health.py);
 tokens are computed once, not every step.
 """
+import math
 import os
 import re
 import subprocess
@@ -75,6 +76,9 @@ class RunSettings:
     shard: bool = option(False, "spread stage 2's weights over the GPUs (needs adamw)")
     activation_checkpointing: bool = option(False, "stage 2 keeps less memory and computes more")
     held_out: int = 1000                  # images that stage 1 is judged by (stage 2: 2,000)
+    # How a recipe states steps and lr. What follows from them counts, they themselves do not.
+    epochs: int | None = None             # passes of stage 2 over the images, whatever the batch
+    lr_per_256: float | None = None       # learning rate of stage 2 for every 256 images of a batch
     cfg: float = 1.5                      # default guidance when sampling from this run
     top_k: int = field(default=0, metadata=dict(low=0))        # default top-k (0: off)
     top_p: float = 0.0                    # default top-p (0: off)
@@ -115,6 +119,7 @@ class TransformerSettings(SharedSettings):
     batch_size: int = option(16, "images per step of stage 2, over all GPUs")
     lr: float = option(1.5e-3, "peak learning rate of adamw in stage 2")
     weight_decay: float = 0.05            # of matrices only
+    final_weight_decay: float | None = None    # where half a cosine takes it; None: it stays
     final_lr: float = 0.0                 # share of the peak learning rate left at the end
 
 
@@ -128,7 +133,7 @@ TOKENIZER_OPTIONS = {"image_size": "side of the square images, in pixels",
                      "vocab_size": "codes of the tokenizer",
                      "quantizer": "vq (learned codes) or lfq (signs)"}
 TRANSFORMER_OPTIONS = {"depth": "blocks of the transformer; sets its width and heads too"}
-# From the side of a picture to the side of its last token map, and the maps before it.
+# From the side of an image to the side of its last token map, and the maps before it.
 LAYOUTS = {
     32: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),
     64: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1, 2)),
@@ -136,19 +141,24 @@ LAYOUTS = {
     256: dict(unshuffle=4, scales=released.SCALES[680], multipliers=(1, 2, 2)),
     512: dict(unshuffle=4, scales=released.SCALES[2240], multipliers=(1, 2, 2)),
 }
+# The released tokenizer folds 16x16 pixels into a token at every size.
+RELEASED_LAYOUTS = {128: dict(scales=(1, 2, 3, 4, 6, 8)), 256: dict(scales=released.SCALES[680]),
+                    512: dict(scales=released.SCALES[2240])}
+# A preset may have layouts of its own, and a recipe: depth of the transformer -> more settings.
 PRESETS = {
-    "shapes": dict(LAYOUTS[32], image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
+    "shapes": dict(image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
     # Ten minutes planned on one H100: 64 epochs of stage 1; stage 2 sees each of 800,000 views ten
     # times. What was measured, and what is a guess: README, "CIFAR-10 on one GPU".
-    "cifar10": dict(LAYOUTS[32], image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
+    "cifar10": dict(image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
                     adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
                     width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
                     batch_size=256, cfg=2.0, top_p=0.9, held_out=10_000, log_every=200,
                     save_every=1000),
-    "folder": dict(LAYOUTS[64], image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
+    "folder": dict(image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
                    steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
                    heads=6),
-    "imagenet": dict(released.TOKENIZER, learn="ema", views=8, tokenizer_steps=250_000,
+    "imagenet": dict(released.TOKENIZER, layouts=RELEASED_LAYOUTS, recipe=released.imagenet_recipe,
+                     num_classes=1000, learn="ema", views=8, tokenizer_steps=250_000,
                      tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
                      optimizer="adamw", depth=16, save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
 }
@@ -169,17 +179,21 @@ def read_settings(argv=None):
     typed.update(typed.pop("set"))
     name = typed.get("dataset", "shapes")
     preset = PRESETS.get(name, PRESETS["folder"])
-    side = typed.get("image_size", preset["image_size"])
-    layout = LAYOUTS.get(side, {}) if side != preset["image_size"] else {}
-    values = {**preset, **layout, **typed}
-    if name == "imagenet":
-        values = {**values, **released.imagenet_recipe(values["depth"]), **typed}
+    recipe = preset.get("recipe", lambda depth: {})(typed.get("depth", preset["depth"]))
+    values = {**preset, **recipe, **typed}
+    values = {**values, **preset.get("layouts", LAYOUTS).get(values["image_size"], {}), **typed}
+    for name_typed, rule in (("steps", "epochs"), ("lr", "lr_per_256"),
+                             ("weight_decay", "final_weight_decay")):
+        if name_typed in typed:                            # it replaces the rule of the recipe
+            values[rule] = typed.get(rule)
 
     def pick(cls):
         return {f.name: values[f.name] for f in fields(cls) if f.name in values}
     settings = Settings(**pick(Settings))
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name
                                                 if name not in PRESETS else name)
+    if settings.lr_per_256:
+        settings.lr = settings.lr_per_256 * settings.batch_size / 256
     config = vqvae.TokenizerConfig(**pick(vqvae.TokenizerConfig))
     var_fields = pick(transformer.VARConfig)
     check(settings, config, typed)
@@ -208,6 +222,16 @@ def check(settings, config, typed):
         raise BadInput(f"--export {settings.export}: there is no such folder")
 
 
+def follow_recipe(settings, pictures):
+    """Steps of stage 2, where epochs are given. -> a line that says what stage 2 takes"""
+    if settings.epochs:
+        settings.steps = max(1, settings.epochs * pictures // settings.batch_size)
+    epochs = settings.epochs or settings.steps * settings.batch_size / pictures
+    rule = f" = {settings.lr_per_256:g} * batch / 256" if settings.lr_per_256 else ""
+    return (f"stage 2: {settings.steps:,} steps of {settings.batch_size} images, {epochs:.3g} "
+            f"epochs of {pictures:,}; learning rate {settings.lr:.3g}{rule}")
+
+
 def identity(settings, cls):
     """What must be the same when a stage is resumed: every field of the stage's class."""
     return {f.name: getattr(settings, f.name) for f in fields(cls)}
@@ -220,6 +244,17 @@ def learning_rate(progress, final):
     if progress < 0.02:
         return 0.005 + 0.995 * progress / 0.02
     return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
+
+
+def set_schedule(optimizers, progress, final_lr, final_decay=None):
+    """Learning rate of every parameter group, and weight decay of those that have one, which goes
+    to `final_decay` along half a cosine, at this share of the training."""
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(progress, final_lr)
+        if final_decay is not None and group["weight_decay"]:
+            first = group.setdefault("first_decay", group["weight_decay"])
+            done = (1 - math.cos(math.pi * progress)) / 2
+            group["weight_decay"] = first + (final_decay - first) * done
 
 
 def make_optimizers(model, lr, weight_decay, settings):
@@ -258,13 +293,10 @@ def train(run, stage, total):
         return run.say(f"{stage.name}: trained for {start} steps")
     wrapped, taken, in_a_row = run.wrap(stage.model), [], 0
     often = 1 if run.device.type == "cpu" else 10          # looking at a result waits for the GPU
-    peaks = [(group, group.setdefault("peak", group["lr"]))
-             for optimizer in stage.optimizers for group in optimizer.param_groups]
     begin = started = time.time()
     for step, batch in enumerate(stage.batches(start), start=start):
         run.seed(stage.name, step)
-        for group, peak in peaks:
-            group["lr"] = peak * learning_rate(step / total, stage.final_lr)
+        set_schedule(stage.optimizers, step / total, stage.final_lr, stage.final_decay)
         stage.model.train()
         taken.append(take_step(run, stage, wrapped, batch, step / total))
         in_a_row = (in_a_row + 1) * taken[-1].skipped      # a tensor: back to 0 by a good step
@@ -350,7 +382,7 @@ def report(run, stage, step, total, taken, pace):
 class TokenizerStage:
     name = "tokenizer"
     spoils = "transformer.pt"                              # --fresh deletes it: of other tokens
-    final_lr = 0.0
+    final_lr, final_decay = 0.0, None
 
     def __init__(self, run, config, train_images, test_images, class_names):
         settings = self.settings = run.settings
@@ -480,7 +512,7 @@ class TransformerStage:
         self.run, self.tokenizer = run, tokenizer
         self.data = {split: run.hold(*arrays) for split, arrays in data.items()}
         self.batch_size, self.sizes = settings.batch_size, [s * s for s in config.scales]
-        self.final_lr = settings.final_lr
+        self.final_lr, self.final_decay = settings.final_lr, settings.final_weight_decay
         self.model = transformer.VAR(config)
         self.model.activation_checkpointing = settings.activation_checkpointing
         # A block's modulation is computed before its forward, so it is a part of its own.
@@ -577,15 +609,18 @@ def train_all(settings, config, var_fields):
         if not (run.folder / "tokenizer.pt").exists():
             raise BadInput(f"no tokenizer in {run.folder}: train it first, with --stage tokenizer")
         config = load_tokenizer(run.folder / "tokenizer.pt")[0].config
-    run.everything = {**asdict(settings), **asdict(config), **var_fields}
-    run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in run.everything.items()), 100))
     train_data = load("train") if run.rank == 0 else None  # a download happens once, not N times
     run.barrier()
     images, labels, class_names = train_data or load("train")
     test_images, test_labels, _ = load("test")
+    recipe = follow_recipe(settings, len(images))
+    run.everything = {**asdict(settings), **asdict(config), **var_fields}
+    run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in run.everything.items()), 100))
     run.say(f"{settings.dataset}: {len(images)} pictures to train on, {len(test_images)} held out, "
             f"{len(class_names)} classes, {config.image_size} px; {run.world} process(es) on "
             f"{run.device.type} in {settings.precision}")
+    if settings.stage != "tokenizer":
+        run.say(recipe)
     if settings.stage != "transformer":
         stage = TokenizerStage(run, config, images, test_images, class_names)
         train(run, stage, settings.tokenizer_steps)
@@ -611,7 +646,8 @@ def train_all(settings, config, var_fields):
 def main():
     settings, config, var_fields = read_settings()
     if settings.dry_run:
-        sizes = var_sizes(var_fields, config, 1000 if settings.dataset == "imagenet" else 10)
+        sizes = var_sizes(var_fields, config, var_fields.get("num_classes", 10))
+        follow_recipe(settings, plan.IMAGENET)             # nothing is read, so we assume them all
         processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
         return plan.show(settings, processes, config, vqvae.MultiScaleVQVAE, sizes, transformer.VAR)
     if settings.gpus > 1 and "RANK" not in os.environ:

@@ -70,13 +70,14 @@ def tokenizer_sizes(state, scales=None):
 
 
 def imagenet_recipe(depth):
-    """The original's schedule for a depth: epochs, batch, learning rate, weight decay."""
-    batch = 1024 if depth >= 30 else 768
-    epochs = 200 if depth < 20 else 250 if depth < 24 else 350
-    return dict(batch_size=batch, steps=epochs * 1_281_167 // batch,
-                lr=(8e-5 if depth >= 24 else 1e-4) * batch / 256,
-                weight_decay=0.08 if depth >= 30 else 0.05,
-                final_lr=0.01 if depth >= 24 else 0.1)
+    """How the original trains a transformer of this depth (its README): what differs from depth to
+    depth, by the names of the settings. 36 blocks are for 512 pixels and share one AdaLN."""
+    large = depth >= 24
+    recipe = dict(batch_size=1024 if 30 <= depth < 36 else 768, lr_per_256=8e-5 if large else 1e-4,
+                  epochs=350 if large else 250 if depth >= 20 else 200,
+                  weight_decay=0.05, final_weight_decay=0.08 if depth >= 30 else 0.05,
+                  final_lr=0.01 if large else 0.1)
+    return {**recipe, **(dict(image_size=512, shared_adaln=True) if depth >= 36 else {})}
 
 
 VAR_NAMES = [

@@ -56,18 +56,66 @@ def test_a_picture_size_brings_the_layout_that_fits_it(name, side):
     assert config.scales == (1, 4, 12)
 
 
-@pytest.mark.parametrize("depth, batch, epochs, lr, decay, final", [
-    (16, 768, 200, 1e-4 * 768 / 256, 0.05, 0.1), (20, 768, 250, 1e-4 * 768 / 256, 0.05, 0.1),
-    (24, 768, 350, 8e-5 * 768 / 256, 0.05, 0.01), (30, 1024, 350, 8e-5 * 1024 / 256, 0.08, 0.01)])
-def test_the_imagenet_recipe_is_that_of_the_paper(depth, batch, epochs, lr, decay, final):
-    shown, config, var = m5.read_settings(f"--dataset imagenet --depth {depth}".split())
-    assert (shown.batch_size, shown.steps) == (batch, epochs * 1281167 // batch)
-    assert shown.lr == pytest.approx(lr) and shown.weight_decay == decay
+RELEASED = dict(channels=160, multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32,
+                attention=True, vocab_size=4096, latent_dim=32)
+SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+
+
+@pytest.mark.parametrize("depth, side, batch, epochs, base, last_decay, final", [
+    (16, 256, 768, 200, 1e-4, 0.05, 0.1), (20, 256, 768, 250, 1e-4, 0.05, 0.1),
+    (24, 256, 768, 350, 8e-5, 0.05, 0.01), (30, 256, 1024, 350, 8e-5, 0.08, 0.01),
+    (36, 512, 768, 350, 8e-5, 0.08, 0.01)])
+@pytest.mark.parametrize("typed, pictures", [(None, 1_281_167), (256, 1_281_167), (64, 126_689)])
+def test_the_imagenet_recipe_is_that_of_the_original(depth, side, batch, epochs, base, last_decay,
+                                                     final, typed, pictures):
+    """Epochs are fixed; rate and steps follow from the batch and from the pictures there are."""
+    options = f"--dataset imagenet --depth {depth}" + (f" --batch-size {typed}" if typed else "")
+    shown, config, var = m5.read_settings(options.split())
+    batch = typed or batch
+    text = m5.follow_recipe(shown, pictures)
+    assert (shown.batch_size, shown.steps) == (batch, epochs * pictures // batch)
+    assert shown.lr == pytest.approx(base * batch / 256)
+    assert (shown.weight_decay, shown.final_weight_decay) == (0.05, last_decay)
     assert (shown.final_lr, shown.optimizer, shown.clip) == (final, "adamw", 2.0)
-    assert var["depth"] == depth and config.scales == (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    assert config.vocab_size == 4096 and config.latent_dim == 32
-    typed, _, _ = m5.read_settings(f"--dataset imagenet --depth {depth} --lr 1 --steps 7".split())
-    assert (typed.lr, typed.steps) == (1, 7)
+    assert f"{epochs} epochs" in text and f"{shown.steps:,}" in text and f"{shown.lr:.3g}" in text
+    assert (config.image_size, config.scales) == (side, SIDES[side])
+    assert {name: getattr(config, name) for name in RELEASED} == RELEASED
+    assert (var["depth"], var.get("shared_adaln", False)) == (depth, depth == 36)
+
+
+def test_what_is_typed_wins_over_the_recipe():
+    base = "--dataset imagenet --batch-size 256".split()
+    for options, lr, steps in (("--lr 1", 1, 1_000_911), ("--steps 7", 1e-4, 7),
+                               ("--lr 1 --steps 7", 1, 7), ("--set epochs=1", 1e-4, 5004)):
+        shown, *_ = m5.read_settings([*base, *options.split()])
+        m5.follow_recipe(shown, 1_281_167)
+        assert (shown.lr, shown.steps) == (pytest.approx(lr), steps)
+    shown, config, var = m5.read_settings("--dataset imagenet --depth 36 --image-size 256 --set "
+                                          "shared_adaln=false weight_decay=0.1".split())
+    assert (config.image_size, config.scales, var["shared_adaln"]) == (256, SIDES[256], False)
+    assert (shown.weight_decay, shown.batch_size) == (0.1, 768)
+
+
+@pytest.mark.parametrize("side, last", [(128, 8), (256, 16), (512, 32)])
+def test_imagenet_keeps_its_tokenizer_at_every_size(side, last):
+    _, config, _ = m5.read_settings(f"--dataset imagenet --image-size {side}".split())
+    assert {name: getattr(config, name) for name in RELEASED} == RELEASED
+    assert (config.image_size, config.scales[-1]) == (side, last)
+
+
+def test_a_run_of_epochs_says_its_steps_and_resumes_where_there_are_as_many_pictures(cli, tiny,
+                                                                                     tmp_path):
+    """57 pictures in batches of 4: two epochs are 28 steps."""
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    at = tiny.options.index("--steps")
+    options = [*tiny.options[:at], *tiny.options[at + 2:], "--out", tmp_path / "run", "--fresh",
+               "--stage", "transformer", "--set", "views=1", "epochs=2"]
+    result = cli(SCRIPT, *options)
+    assert result.status == 0 and "28 steps" in result.out and "2 epochs of 57" in result.out
+    state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
+    assert (state["step"], state["settings"]["steps"]) == (28, 28)
+    again = cli(SCRIPT, *[x for x in options if x != "--fresh"])
+    assert again.status == 0 and "trained for 28 steps" in again.out
 
 
 @pytest.mark.parametrize("options", [
@@ -186,6 +234,23 @@ def test_the_learning_rate_warms_up_stays_and_falls_to_the_final_share():
     assert m5.learning_rate(1, 0.1) == pytest.approx(0.1)
     falling = [m5.learning_rate(p, 0.0) for p in np.linspace(0.06, 1, 20)]
     assert np.allclose(np.diff(falling), falling[1] - falling[0]) and falling[-1] < 1e-12
+
+
+def test_the_weight_decay_of_large_models_follows_half_a_cosine():
+    """As the original's lr_wd_annealing: 0.05 at first, 0.08 at last, half way 0.065."""
+    model = var_model()
+    optimizers = m5.make_optimizers(model, 1e-3, 0.05, chosen("muon"))
+    decayed = [group for o in optimizers for group in o.param_groups if group["weight_decay"]]
+    for progress, decay in ((0, 0.05), (0.25, 0.08 - 0.03 * (0.5 + 0.5 ** 1.5)), (0.5, 0.065),
+                            (1, 0.08)):
+        m5.set_schedule(optimizers, progress, 0.1, 0.08)
+        assert [g["weight_decay"] for g in decayed] == pytest.approx([decay] * len(decayed))
+        assert decayed[0]["lr"] == pytest.approx(1e-3 * m5.learning_rate(progress, 0.1))
+        assert decayed[-1]["lr"] == pytest.approx(0.03 * m5.learning_rate(progress, 0.1))
+    plain = [g["weight_decay"] for o in optimizers for g in o.param_groups if g not in decayed]
+    assert plain == [0]
+    m5.set_schedule(optimizers, 0.5, 0.1)                  # without a last value it stays
+    assert [g["weight_decay"] for g in decayed] == pytest.approx([0.08] * len(decayed))
 
 
 # -- Optimizers ------------------------------------------------------------------------------------
