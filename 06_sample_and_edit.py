@@ -54,8 +54,8 @@ def keep_likely(logits, top_k=0, top_p=0.0):
         return logits
     value, order = logits.topk(min(k, V), dim=-1)          # likeliest first
     if 0 < top_p < 1:
-        # The probability of this token and all less likely ones: a cumulative sum from the right.
-        # When it is 1 - top_p or less, the tokens to the left already hold top_p.
+        # tail: the probability of a token and all less likely ones, summed from the right. If it
+        # is at most 1 - top_p, the tokens to the left already hold top_p.
         tail = value.softmax(-1).flip(-1).cumsum(-1).flip(-1)
         drop = tail <= 1 - top_p
         drop[..., 0] = False                               # the likeliest always stays
@@ -70,17 +70,15 @@ def draw(logits, generator=None):
 
 
 def soften(logits, progress, codebook, generator=None):
-    """"Smooth" sampling of the original code: a mixture of codes by Gumbel-softmax instead of one
-    code. It looks pleasant but is no sample from the model. logits (B, n, V) -> codes (B, n, C)
+    """"Smooth" sampling of the original code: a mixture of codes (Gumbel-softmax), not one code. It
+    looks pleasant but is no sample from the model. logits (B, n, V) -> code vectors (B, n, C)
 
-    progress is k / (K - 1). The temperature falls from 0.27 at the first scale, where codes mix, to
-    5 % of that at the last, where nearly one code is chosen; meanwhile the logits double. The
-    original code picked these numbers and gives no reason for them."""
-    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    progress is k / (K - 1). From the first scale to the last the logits double and the temperature
+    falls from 0.27 by 95 %, from a mixture to nearly one code: the original's numbers, given there
+    without a reason."""
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()      # Gumbel
     temperature = 0.27 * (1 - 0.95 * progress)
-    # -ln of exponential noise is Gumbel noise: the largest sum is a draw from the softmax.
-    noisy = logits * (1 + progress) - exponential.log()
-    return (noisy / temperature).softmax(-1) @ codebook
+    return ((logits * (1 + progress) + noise) / temperature).softmax(-1) @ codebook
 
 
 @torch.no_grad()
@@ -91,11 +89,10 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
 
     Guidance: logits = (1 + t) conditional - t unconditional, with t = cfg * k / (K - 1). So cfg 0
     is the plain prediction for the class, and cfg > 0 moves beyond it, away from the prediction
-    without a class. Papers that write unconditional + w (conditional - unconditional) have
-    w = 1 + t: cfg 1.5 here is w = 2.5 at the last scale.
-
-    t grows with the scale because the coarse scales decide *what* is drawn: strong guidance there
-    makes all pictures alike, whereas at fine scales it only sharpens. At the first scale t = 0."""
+    without a class. In the usual counting, unconditional + w (conditional - unconditional), w is
+    1 + t: cfg 1.5 here is w = 2.5 at the last scale. t grows from 0 at the first scale because
+    coarse scales decide *what* is drawn: strong guidance there makes all pictures alike, while at
+    fine scales it only sharpens."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
         raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
                        f"({var.config.num_classes}: no class)")
@@ -186,16 +183,15 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
          generator=None, soft=None, paint_passes=6, settle_passes=2):
     """Repaint the part of a picture where keep is False, as class labels (B,).
 
-    image (B, 3, H, W) in [-1, 1], keep (H, W) bool -> (B, 3, H, W) in [0, 1]. Hidden pixels are
+    image (B, 3, S, S) in [-1, 1], keep (S, S) bool -> (B, 3, S, S) in [0, 1]. Hidden pixels are
     replaced before anything reads the picture, so they cannot change the result. paint_passes: how
     often the hidden part is drawn, at least once; settle_passes: how often the tokenizer alone then
     encodes and decodes the result. soft: None leaves the kept part as the tokenizer renders it, 0
     puts the kept pixels themselves back, n fades them in over n pixels from the edge. Raises
     BadInput for a wrong size or label."""
-    side = tokenizer.config.image_size
-    if tuple(image.shape[-2:]) != (side, side) or tuple(keep.shape) != (side, side):
-        raise BadInput(f"picture and mask must be {side}x{side}, not {tuple(image.shape[-2:])} and "
-                       f"{tuple(keep.shape)}")
+    S, sizes = tokenizer.config.image_size, (tuple(image.shape[-2:]), tuple(keep.shape))
+    if sizes != ((S, S), (S, S)):
+        raise BadInput(f"picture and mask must be {S}x{S}, not {sizes[0]} and {sizes[1]}")
     keep = keep.to(image.device)
     if generator is None:
         generator = torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
@@ -205,7 +201,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
     kept_cells = (share >= 0.5).to(image.dtype)            # (1, 1, h, w), 0 or 1
     trusted_cells = kept_cells
-    composite = hide(image, keep)                          # (B, 3, H, W): kept pixels and a guess
+    composite = hide(image, keep)                          # (B, 3, S, S): kept pixels and a guess
     noise = generator.get_state()
     for _ in range(paint_passes):
         # Every pass repeats the same noise: new noise would draw another figure each time, and the
@@ -213,7 +209,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         generator.set_state(noise)
         tokens = paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, cfg=cfg,
                        top_k=top_k, top_p=top_p, temperature=temperature, generator=generator)
-        painted = to_picture(tokenizer, tokenizer.features(tokens))      # (B, 3, H, W) in [0, 1]
+        painted = to_picture(tokenizer, tokenizer.features(tokens))      # (B, 3, S, S) in [0, 1]
         composite = torch.where(keep, image, 2 * painted - 1)
         trusted_cells = torch.ones_like(kept_cells)        # a painting counts, a blur does not
     for _ in range(settle_passes):
@@ -231,7 +227,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
 def paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, **sampling):
     """One pass: sample every scale, but compute the tokens that are kept. -> K token maps (B, n)
 
-    composite (B, 3, H, W) in [-1, 1]: the picture with its hidden part filled in. kept_cells and
+    composite (B, 3, S, S) in [-1, 1]: the picture with its hidden part filled in. kept_cells and
     trusted_cells (1, 1, h, w), 0 or 1: cells of the last map that must stay, and cells whose
     features may be averaged into a coarser token."""
     target = tokenizer.encode(composite)                                           # (B, C, h, w)
@@ -265,7 +261,7 @@ def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, 
 
     image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1]. What is
     known stays as it is, but for a blend over `soft` pixels from its edge (default S/8; 0: none).
-    Fewer passes than in edit(), since there are many windows. options: cfg, top_k, ... of edit()"""
+    options: cfg, top_k, top_p, temperature of edit(). Raises BadInput for a wrong size or label."""
     (left, top, right, bottom), S = grow, tokenizer.config.image_size
     if tuple(image.shape[-2:]) != (S, S):
         raise BadInput(f"the picture must be {S}x{S}, not {tuple(image.shape[-2:])}")
