@@ -179,6 +179,7 @@ def hide(image, keep):
     return filled
 
 
+@torch.no_grad()
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0,
          generator=None, soft=None, paint_passes=6, settle_passes=2):
     """Repaint the part of a picture where keep is False, as class labels (B,).
@@ -211,10 +212,9 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
                        top_k=top_k, top_p=top_p, temperature=temperature, generator=generator)
         painted = to_picture(tokenizer, tokenizer.features(tokens))      # (B, 3, S, S) in [0, 1]
         composite = torch.where(keep, image, 2 * painted - 1)
-        trusted_cells = torch.ones_like(kept_cells)        # a painting counts, a blur does not
+        trusted_cells = torch.ones_like(kept_cells)        # no blur is left: all cells count
     for _ in range(settle_passes):
-        with torch.no_grad():
-            tokens = tokenizer.image_to_tokens(composite)
+        tokens = tokenizer.image_to_tokens(composite)
         painted = to_picture(tokenizer, tokenizer.features(tokens))
         composite = torch.where(keep, image, 2 * painted - 1)
     if soft is None:
