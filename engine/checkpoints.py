@@ -2,6 +2,7 @@
 weights are spread over processes."""
 import hashlib
 import os
+import zipfile
 
 import torch
 
@@ -23,11 +24,14 @@ def save_atomically(value, path):
             os.remove(temporary)
 
 
-def load_checkpoint(path, device="cpu", mmap=False):
+def load_checkpoint(path):
     """A file written by this script; tensors and plain values only, so a hostile file can do no
-    harm. Raises BadInput, with one line, for anything else."""
+    harm. The tensors are on the CPU and are read from the file when they are used: processes on one
+    machine share them, and what nobody uses takes no memory. Raises BadInput, with one line, for
+    anything else."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        in_place = zipfile.is_zipfile(path)                # files of before torch 1.6 are none
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
     except Exception as error:               # truncated, something else, or code instead of tensors
@@ -71,7 +75,7 @@ def resume(run, stage, path, total):
     """Load the checkpoint, if there is one and it belongs to the same settings. -> first step"""
     state = {}
     if not run.settings.fresh and path.exists():
-        state = load_checkpoint(path, mmap=run.settings.shard)       # each reads only its share
+        state = load_checkpoint(path)
     if state:
         old, new = state.get("settings"), stage.about["settings"]
         if not isinstance(old, dict) or set(old) != set(new):
@@ -119,10 +123,11 @@ def whole(state, mine=True):
 
 
 def spread(value, like):
-    """A whole tensor of the same shape as `like`, laid out in memory as it is (fused optimizers
-    walk through both side by side), and cut as it is if that is spread over processes."""
+    """A copy of a whole tensor of the same shape as `like`, laid out in memory as it is (fused
+    optimizers walk through both side by side), and cut as it is if that is spread over processes.
+    Of anything else, a copy as it is: nothing goes on living in the file it came from."""
     if not torch.is_tensor(value) or not torch.is_tensor(like) or value.shape != like.shape:
-        return value
+        return value.clone() if torch.is_tensor(value) else value
     if not hasattr(like, "full_tensor"):
         return torch.empty_like(like, dtype=value.dtype).copy_(value)
     from torch.distributed.tensor import distribute_tensor
