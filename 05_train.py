@@ -39,7 +39,8 @@ from engine import BadInput, perceptual, plan, released
 from report import health
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
-from engine.checkpoints import export, fingerprint, load_checkpoint, resume, save
+from engine.checkpoints import (export, fingerprint, load_checkpoint, resume, save,
+                                save_atomically)
 from engine.muon import Muon
 from engine.devices import pick_device
 from engine.options import OneLineParser, add_options, assignment, one_line, option
@@ -59,6 +60,7 @@ class RunSettings:
     out: str = option("", "folder of this run; default out/<dataset>")
     stage: str = option("all", "tokenizer (1), transformer (2, on the tokenizer of --out), or all",
                         choices=("all", "tokenizer", "transformer"))
+    tokenizer_file: str = option("", "stage 2 on this tokenizer, such as vae_ch160v4096z32.pth")
     data_dir: str = option("", "folder of the data, if not the usual one")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     gpus: int = option(1, "processes on this machine, one per GPU")
@@ -142,8 +144,8 @@ LAYOUTS = {
     512: dict(unshuffle=4, scales=released.SCALES[2240], multipliers=(1, 2, 2)),
 }
 # The released tokenizer folds 16x16 pixels into a token at every size.
-RELEASED_LAYOUTS = {128: dict(scales=(1, 2, 3, 4, 6, 8)), 256: dict(scales=released.SCALES[680]),
-                    512: dict(scales=released.SCALES[2240])}
+RELEASED_LAYOUTS = {64: dict(scales=(1, 2, 3, 4)), 128: dict(scales=(1, 2, 3, 4, 6, 8)),
+                    256: dict(scales=released.SCALES[680]), 512: dict(scales=released.SCALES[2240])}
 # A preset may have layouts of its own, and a recipe: depth of the transformer -> more settings.
 PRESETS = {
     "shapes": dict(image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
@@ -179,6 +181,8 @@ def read_settings(argv=None):
     typed.update(typed.pop("set"))
     name = typed.get("dataset", "shapes")
     preset = PRESETS.get(name, PRESETS["folder"])
+    if typed.get("tokenizer_file"):                        # the released one, unless it is ours
+        preset = {**preset, **released.TOKENIZER, "layouts": RELEASED_LAYOUTS}
     recipe = preset.get("recipe", lambda depth: {})(typed.get("depth", preset["depth"]))
     values = {**preset, **recipe, **typed}
     values = {**values, **preset.get("layouts", LAYOUTS).get(values["image_size"], {}), **typed}
@@ -218,6 +222,8 @@ def check(settings, config, typed):
         raise BadInput("--vgg-file and --lpips-file serve --perceptual: give its weight, say 1")
     if settings.perceptual and config.image_size < 16:
         raise BadInput("--perceptual needs pictures of 16 pixels or more")
+    if settings.tokenizer_file and settings.stage != "transformer":
+        raise BadInput("--tokenizer-file serves stage 2 alone: give --stage transformer")
     if settings.export and not Path(settings.export).absolute().parent.is_dir():
         raise BadInput(f"--export {settings.export}: there is no such folder")
 
@@ -500,6 +506,34 @@ def build(path, part, config_class, model_class, device):
     return model.to(device).eval().requires_grad_(False), state
 
 
+def open_tokenizer(path, scales):
+    """--tokenizer-file: a tokenizer trained here, or one in the released layout, whose token maps
+    are to have the sides `scales`. -> frozen MultiScaleVQVAE in eval mode"""
+    state = load_checkpoint(path)
+    if {"config", "tokenizer"} & state.keys():
+        return load_tokenizer(path)[0]
+    sizes, weights = released.read_tokenizer(state, scales)
+    with released.other_layouts_refused(), torch.device("meta"):    # no time for random weights
+        tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
+    return released.fill(tokenizer, weights)
+
+
+def tokenizer_of_stage_2(settings, path, scales):
+    """The tokenizer in `path`, the run's, or that of --tokenizer-file. -> MultiScaleVQVAE
+    Raises BadInput if there is none, or another one than the run began with."""
+    if not settings.tokenizer_file and not path.exists():
+        raise BadInput(f"no tokenizer in {path.parent}: train it first, with --stage tokenizer, or "
+                       "give --tokenizer-file")
+    if not settings.tokenizer_file:
+        return load_tokenizer(path)[0]
+    tokenizer = open_tokenizer(settings.tokenizer_file, scales)
+    if path.exists() and not settings.fresh and (
+            fingerprint(tokenizer) != fingerprint(load_tokenizer(path)[0])):
+        raise BadInput(f"{path} is another tokenizer than {settings.tokenizer_file}; --fresh "
+                       "starts over with the latter, --out takes another folder")
+    return tokenizer
+
+
 # -- Stage 2: the transformer ----------------------------------------------------------------------
 
 class TransformerStage:
@@ -605,10 +639,10 @@ def train_all(settings, config, var_fields):
 
     def load(split):
         return load_data(settings.dataset, split, config.image_size, settings.data_dir)
+    path = run.folder / "tokenizer.pt"
     if settings.stage == "transformer":                    # its tokenizer sets the picture size
-        if not (run.folder / "tokenizer.pt").exists():
-            raise BadInput(f"no tokenizer in {run.folder}: train it first, with --stage tokenizer")
-        config = load_tokenizer(run.folder / "tokenizer.pt")[0].config
+        tokenizer = tokenizer_of_stage_2(settings, path, config.scales)
+        config = tokenizer.config
     train_data = load("train") if run.rank == 0 else None  # a download happens once, not N times
     run.barrier()
     images, labels, class_names = train_data or load("train")
@@ -626,10 +660,15 @@ def train_all(settings, config, var_fields):
         train(run, stage, settings.tokenizer_steps)
     if settings.stage == "tokenizer":
         return
-    tokenizer, about = load_tokenizer(run.folder / "tokenizer.pt", run.device)
-    if about["step"] < about["settings"]["tokenizer_steps"]:
-        run.say(f"note: the tokenizer was trained for {about['step']} steps of "
-                f"{about['settings']['tokenizer_steps']}")
+    if settings.tokenizer_file and run.rank == 0 and (settings.fresh or not path.exists()):
+        # From here on it is the run's own: to resume or to sample, the file is not needed.
+        run.folder.mkdir(parents=True, exist_ok=True)
+        save_atomically(dict(config=asdict(config), model=tokenizer.state_dict(), step=0,
+                             class_names=class_names, dataset=settings.dataset, settings={}), path)
+    run.barrier()
+    tokenizer, about = load_tokenizer(path, run.device)
+    if about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
+        run.say(f"note: the tokenizer was trained for {about['step']} steps of {planned}")
     data = {"train": (cache_tokens(run, tokenizer, images, "train", settings.views), labels),
             "test": (cache_tokens(run, tokenizer, test_images, "test", 1), test_labels)}
     sizes = var_sizes(var_fields, tokenizer.config, len(class_names))

@@ -529,6 +529,86 @@ def test_stage_2_alone_takes_the_picture_size_from_the_tokenizer(cli, tiny, tmp_
     assert result.status == 0 or result.status == 2 and result.err.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def released_file(tmp_path_factory):
+    """A small tokenizer in the layout of vae_ch160v4096z32.pth: 64 px, maps of 1, 2, 3 and 4."""
+    keys = json.loads((Path(__file__).parent / "golden" / "tiny_keys.json").read_text())
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("released") / "vae.pth"
+    torch.save({name: 0.1 * torch.randn(shape) for name, shape in keys["plain"]["vae"].items()},
+               path)
+    return path
+
+
+ON_RELEASED = ("--stage transformer --image-size 64 --depth 1 --set width=16 heads=2 --views 2 "
+               "--batch-size 4 --workers 0 --steps 6 --log-every 1 --device cpu "
+               "--precision float32").split()
+
+
+def test_stage_2_trains_on_the_released_tokenizer_resumes_and_is_sampled_from(
+        cli, refused, tiny, tmp_path, released_file, monkeypatch):
+    options = [*tiny.options[:2], *ON_RELEASED, "--tokenizer-file", released_file, "--out"]
+    straight = cli(SCRIPT, *options, tmp_path / "straight")
+    assert straight.status == 0, straight.err
+    weights = torch.load(released_file, weights_only=True)
+    tokenizer, about = m5.load_tokenizer(tmp_path / "straight" / "tokenizer.pt")
+    assert torch.equal(tokenizer.quantizer.codebook, weights["quantize.embedding.weight"])
+    assert torch.equal(tokenizer.decoder.conv_out.weight, weights["decoder.conv_out.weight"])
+    assert tokenizer.config.scales == (1, 2, 3, 4) and about["class_names"] == ["ant", "bee", "cat"]
+    images, *_ = batches.load_data(tiny.options[1], "test", 64)
+    image = batches.to_float(batches.sample_of(images, len(images)))
+    cache = np.load(tmp_path / "straight" / "tokens_test.npy")[0]
+    assert np.array_equal(cache, torch.cat(tokenizer.image_to_tokens(image), 1).numpy())
+
+    report = m5.report                                     # stopped at step 3, and resumed
+
+    def stop(run, stage, now, *rest):
+        report(run, stage, now, *rest)
+        if now == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(m5, "report", stop)
+        assert cli(SCRIPT, *options, tmp_path / "run").status == 143
+    again = cli(SCRIPT, *[x for x in options if x not in ("--tokenizer-file", released_file)],
+                tmp_path / "run")
+    assert again.status == 0 and "transformer: going on at step 3" in again.out, again.err
+    assert same(*[checkpoints.load_checkpoint(tmp_path / name / "transformer.pt")
+                  for name in ("straight", "run")])
+    sampled = cli("06_sample_and_edit.py", "--run", tmp_path / "run", "--task", "sample", "--n", 2,
+                  "--classes", "bee", "--device", "cpu", "--out", tmp_path / "made")
+    assert sampled.status == 0 and (tmp_path / "made" / "samples.png").exists(), sampled.err
+
+    other = {**weights, "quantize.embedding.weight": 1 + weights["quantize.embedding.weight"]}
+    torch.save({"trainer": {"vae_local": other}}, tmp_path / "other.pth")
+    line = refused(SCRIPT, *options[:-1], "--tokenizer-file", tmp_path / "other.pth", "--out",
+                   tmp_path / "run")
+    assert "another tokenizer" in line and "--fresh" in line
+    result = cli(SCRIPT, *options[:-1], "--tokenizer-file", tmp_path / "other.pth", "--fresh",
+                 "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    tokenizer, _ = m5.load_tokenizer(tmp_path / "run" / "tokenizer.pt")
+    assert torch.equal(tokenizer.quantizer.codebook, other["quantize.embedding.weight"])
+
+
+def test_stage_2_trains_on_the_tokenizer_of_another_run(cli, tiny, tmp_path):
+    result = cli(SCRIPT, *tiny.options[:2], *ON_RELEASED, "--tokenizer-file",
+                 tiny.folder / "tokenizer.pt", "--steps", 1, "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    mine, theirs = (checkpoints.load_checkpoint(folder / "tokenizer.pt")
+                    for folder in (tmp_path / "run", tiny.folder))
+    assert same(mine["model"], theirs["model"]) and same(mine["config"], theirs["config"])
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--stage all", "--stage transformer"), ("--tokenizer-file nowhere.pth", "nowhere.pth"),
+    ("--image-size 48", "scale")])
+def test_a_tokenizer_file_that_cannot_serve_is_one_line(refused, tiny, tmp_path, released_file,
+                                                       options, words):
+    line = refused(SCRIPT, *tiny.options[:2], *ON_RELEASED, "--tokenizer-file", released_file,
+                   *options.split(), "--out", tmp_path / "run")
+    assert words in line and not (tmp_path / "run").exists()
+
+
 def test_data_that_lies_on_the_device_trains_the_same(cli, tiny, tmp_path, monkeypatch):
     """What a GPU does with small data, here with tensors on the CPU."""
     monkeypatch.setitem(shapes.DEFAULT_COUNT, "train", 20)
