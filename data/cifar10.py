@@ -1,28 +1,19 @@
 """CIFAR-10 (Krizhevsky, 2009): 60,000 pictures of 32x32 pixels in ten classes.
 
 Reads the official binary layout: six files of 10,000 records, each 1 label byte and 3072 pixel
-bytes (a red, a green and a blue plane). What is missing is downloaded once, 170 MB. Nothing
-half-written is later taken for whole: files are made under another name, checked, then renamed.
+bytes (a red, a green and a blue plane). What is missing is downloaded once, 170 MB, and checked.
 """
-import hashlib
-import http.client
-import os
-import sys
 import tarfile
-import time
-import urllib.request
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from engine import BadInput
+from engine import BadInput, files
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-ARCHIVE, ARCHIVE_BYTES = "cifar-10-binary.tar.gz", 170052171
+ARCHIVE = "cifar-10-binary.tar.gz"
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-DOWNLOADS = Path(__file__).resolve().parent / "downloads"
 FOLDER = "cifar-10-batches-bin"
 FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 PER_FILE, RECORD = 10_000, 1 + 3 * 32 * 32   # records in a file, bytes in a record
@@ -34,13 +25,13 @@ def load(split, *, data_dir=None, size=None):
 
     split: "train" (N = 50,000) or "test" (10,000). data_dir holds the .bin files, or the folder
     cifar-10-batches-bin, or the archive; if none of them is there, the archive is downloaded to it
-    (default: downloads/ beside this file). Raises BadInput if the data cannot be had or is wrong.
+    (default: data/downloads/). Raises BadInput if the data cannot be had or is wrong.
     """
     if split not in FILES:
         raise BadInput(f"CIFAR-10 has the splits train and test, not {split!r}")
     if size not in (None, 32):
         raise BadInput(f"CIFAR-10 pictures are 32x32: leave the size out or give 32, not {size}")
-    root = Path(data_dir).expanduser() if data_dir else DOWNLOADS
+    root = Path(data_dir).expanduser() if data_dir else files.DOWNLOADS
     try:
         folder = _find_or_fetch(root, FILES[split])
         parts = [_read(folder / name) for name in FILES[split]]
@@ -57,47 +48,11 @@ def _find_or_fetch(root, names):
             return folder
         if len(missing) < len(names) and not archive.is_file():   # never mix ours into theirs
             raise BadInput(f"{folder} lacks {missing[0]}: add it, or put {ARCHIVE} in {root}")
-    _verify(archive, archive) if archive.is_file() else _download(archive)
+    if not archive.is_file():
+        files.download(URL, archive, ARCHIVE_SHA256)
+    elif reason := files.damage(archive, ARCHIVE_SHA256):
+        raise BadInput(f"{archive} is {reason}: fetch {ARCHIVE} again")
     return _unpack(archive, root / FOLDER)
-
-
-@contextmanager
-def _written_whole(path):
-    """A file open for writing that appears at `path` only if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")   # two processes never share one
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _download(archive):
-    done, start, shown, live = 0, time.monotonic(), 0, sys.stderr.isatty()
-    try:
-        with _written_whole(archive) as out, urllib.request.urlopen(URL, timeout=30) as answer:
-            # A longer file is not ours: stop there rather than fill the disk with it.
-            while done <= ARCHIVE_BYTES and (chunk := answer.read(1 << 18)):
-                done += out.write(chunk)
-                now, last = time.monotonic(), done >= ARCHIVE_BYTES
-                if last or now - shown > (0.5 if live else 10):
-                    eta, shown = (now - start) * max(ARCHIVE_BYTES / done - 1, 0), now
-                    print(f"downloading {ARCHIVE} | {done / ARCHIVE_BYTES:.0%} | eta {eta:.0f} s ",
-                          file=sys.stderr, flush=True, end="\r" if live and not last else "\n")
-            out.flush()
-            _verify(Path(out.name), URL)
-    except (OSError, http.client.HTTPException) as error:   # URLError is an OSError
-        raise BadInput(f"could not download {URL} ({error}): fetch it by other means and put it "
-                       f"at {archive}") from error
-
-
-def _verify(path, source):
-    size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-    if (size, digest) != (ARCHIVE_BYTES, ARCHIVE_SHA256):
-        raise BadInput(f"{source}: {size} bytes, sha256 {digest}, should be "
-                       f"{ARCHIVE_BYTES} and {ARCHIVE_SHA256}; fetch {ARCHIVE} again")
 
 
 def _unpack(archive, folder):
@@ -110,7 +65,7 @@ def _unpack(archive, folder):
                     if not member.isreg() or member.size != PER_FILE * RECORD:
                         raise BadInput(f"{archive}: {member.name} is not a plain file of "
                                        f"{PER_FILE * RECORD} bytes; fetch {ARCHIVE} again")
-                    with _written_whole(folder / name) as out:
+                    with files.written_whole(folder / name) as out:
                         out.write(tar.extractfile(member).read())
                     del wanted[member.name]
     except (tarfile.TarError, EOFError, zlib.error) as error:

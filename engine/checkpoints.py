@@ -1,27 +1,20 @@
 """Checkpoints: written whole or not at all, read without trusting them, put together when the
 weights are spread over processes."""
 import hashlib
-import os
 import zipfile
 
 import torch
 
 from engine import BadInput
+from engine.files import written_whole
 
 
 def save_atomically(value, path):
-    """Write beside, then rename: whoever reads `path` sees the old file or the new, never half."""
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        torch.save(value, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())                        # on the disk before the name is
-        os.replace(temporary, path)
+        with written_whole(path) as file:
+            torch.save(value, file)
     except RuntimeError as error:                          # how torch reports a full disk
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def load_checkpoint(path):

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine import BadInput
+from engine import BadInput, files
 from engine.checkpoints import load_checkpoint
 
 VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -85,14 +85,9 @@ def load_perceptual(vgg_file="", lpips_file=""):
     states = []
     for given, (url, checksum) in ((vgg_file, VGG), (lpips_file, LPIPS)):
         name = "lpips_" + Path(url).name if url == LPIPS[0] else Path(url).name
-        path = Path(given) if given else Path(__file__).parents[1] / "data" / "downloads" / name
+        path = Path(given) if given else files.DOWNLOADS / name
         if not given and not path.exists():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=checksum)
-            except Exception as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise BadInput(f"could not download {url} ({reason})") from None
+            files.download(url, path, checksum)
         states.append(load_checkpoint(path))
     return Perceptual().load(*states)
 

@@ -1,16 +1,12 @@
 """The released checkpoints: where they lie, what is in them, how their entries are called here."""
 import contextlib
-import http.client
-import os
 import re
-import urllib.request
 from pathlib import Path
 
 import torch
 
-from engine import BadInput
+from engine import BadInput, files
 from engine.checkpoints import load_checkpoint
-from engine.progress import progress
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.
@@ -182,47 +178,14 @@ def fill(model, state):
 
 
 def fetch(name, given=None):
-    """A state dict: of the file `given`, or of `name`, downloaded once into data/downloads/."""
-    path = Path(given) if given else Path(__file__).parents[1] / "data" / "downloads" / name
-    if not path.exists() and not given:
-        try:
-            download(URL + name, path)
-        except (OSError, http.client.HTTPException) as error:        # URLError is an OSError
-            raise BadInput(f"could not download {URL}{name} ({error}); the same command goes on "
-                           "from there, or give --tokenizer-file and --var-file") from None
-    return load_checkpoint(path)
-
-
-def download(url, path):
-    """url -> path, with progress. What an earlier try left in path.part is not fetched again;
-    `path` itself appears only when it is whole. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
+    """The state dict in the file `given`, or in `name`, downloaded once into data/downloads/."""
+    if given:
+        return load_checkpoint(Path(given))
+    path = files.DOWNLOADS / name
+    if not path.exists():
+        files.download(URL + name, path)
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(
-            url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:                              # 416: there is nothing after that
-            raise
-        if error.headers.get("Content-Range") == f"bytes */{have}":
-            return os.replace(part, path)                  # because it is whole
-        part.unlink()
-        return download(url, path)
-    with answer, open(part, "ab") as out:
-        begins = f"bytes {have}-"
-        if answer.status != 206:                           # no part, or the server sends all of it
-            out.truncate(have := 0)
-        elif not answer.headers.get("Content-Range", begins).startswith(begins):
-            raise OSError(f"the server sent {answer.headers['Content-Range']}, not from {have} on")
-        if "Content-Length" not in answer.headers:
-            raise OSError("the server does not say how long it is")
-        total = have + int(answer.headers["Content-Length"])
-        print(f"downloading {url} to {path}, {total / 1e6:.0f} MB"
-              + f", {have / 1e6:.0f} MB of it are here" * (have > 0), flush=True)
-        chunks = iter(lambda: answer.read(1 << 20), b"")
-        for chunk in progress(chunks, total - have, "bytes"):
-            out.write(chunk)
-    if part.stat().st_size != total:
-        raise OSError(f"broke off after {part.stat().st_size} of {total} bytes")
-    os.replace(part, path)
+        return load_checkpoint(path)
+    except BadInput as error:
+        raise BadInput(f"{error}; remove it to download it again, or give --tokenizer-file and "
+                       "--var-file") from None

@@ -1,13 +1,11 @@
 """What is measured on samples and given to others, and released weights that come over the network:
 the judge's table and neighbours, --export-npz, downloads, precision, and the study of editing."""
 import contextlib
-import http.server
 import io
 import json
 import math
 import re
 import shutil
-import threading
 import weakref
 from importlib import import_module
 from pathlib import Path
@@ -22,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import batches, folder, shapes
-from engine import BadInput, progress, released
+from engine import BadInput, released
 from report import judge, plots
+from test_files import hub                                 # noqa: F401
 
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
 HERE = Path(__file__).parent
@@ -381,185 +380,6 @@ def test_an_existing_export_is_replaced_and_pictures_are_forgotten_once_written(
         assert abs(file["arr_0"].transpose(0, 3, 1, 2) / 255 - every).max() <= 0.5 / 255 + 1e-6
 
 
-# -- Downloads -------------------------------------------------------------------------------------
-
-class Hub:
-    """A web server on this machine. .files: name -> bytes; .seen: (name, Range or None) of every
-    request; .mode: how it answers; .cut: how many bytes it sends before it hangs up;
-    .halfway(): called when half of a file is sent."""
-
-    def __init__(self):
-        self.files, self.seen, self.sent = {}, [], 0
-        self.mode, self.cut, self.halfway = "ranges", None, lambda: None
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                hub.answer(self)
-
-            def log_message(self, *args):
-                pass
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def answer(self, request):
-        name, wanted = request.path[1:], request.headers.get("Range")
-        self.seen.append((name, wanted))
-        body = self.files.get(name, b"")
-        begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        headers, status = {}, 206 if wanted else 200
-        if self.mode in ("no ranges", "from the start"):
-            begin, status = 0, 200 if self.mode == "no ranges" else 206
-        if name not in self.files:
-            status = 404
-        elif begin >= len(body) and wanted and status == 206:
-            status, body = 416, b""
-            length = 1 if self.mode == "another file" else begin
-            headers["Content-Range"] = f"bytes */{length}"
-        request.send_response(status)
-        if status == 206:
-            headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
-        if self.mode != "no length":
-            headers["Content-Length"] = len(body) - begin if status < 300 else 0
-        for header in headers.items():
-            request.send_header(*map(str, header))
-        request.end_headers()
-        if status < 300:
-            self.send(request, body[begin:])
-
-    def send(self, request, body):
-        cut, half = len(body) if self.cut is None else self.cut, len(body) // 2
-        with contextlib.suppress(OSError):                 # the other side may hang up
-            for part in (body[:cut][:half], body[:cut][half:]):
-                request.wfile.write(part)
-                request.wfile.flush()
-                self.sent += len(part)
-                self.halfway()
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that released weights come from, and an empty data/downloads/ for them to go to."""
-    hub = Hub()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(released, "URL", hub.url)
-    monkeypatch.setattr(released, "__file__", str(tmp_path / "engine" / "released.py"))
-    hub.folder = tmp_path / "data" / "downloads"
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
-
-
-def some_bytes(size, seed=0):
-    return np.random.default_rng(seed).bytes(size)
-
-
-def fetch(hub, path, name="a.pth"):
-    released.download(hub.url + name, path)
-
-
-def there(path):
-    """Size of what a broken download left, or None."""
-    part = path.with_name(path.name + ".part")
-    return part.stat().st_size if part.exists() else None
-
-
-@given(size=st.integers(0, 3000), shares=st.lists(st.floats(0, 0.99), max_size=4))
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(tmp_path_factory, size, shares):
-    hub, path = Hub(), tmp_path_factory.mktemp("download") / "new" / "a.pth"
-    hub.files["a.pth"], wanted = some_bytes(size), [None]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("no_proxy", "127.0.0.1")
-        for share in shares if size else ():
-            hub.cut = int((size - (there(path) or 0)) * share)
-            with pytest.raises(OSError):
-                fetch(hub, path)
-            assert not path.exists()
-            wanted.append(f"bytes={there(path)}-" if there(path) else None)
-        hub.cut = None
-        fetch(hub, path)
-    hub.server.shutdown()
-    hub.server.server_close()
-    assert path.read_bytes() == hub.files["a.pth"] and list(path.parent.iterdir()) == [path]
-    assert hub.seen == [("a.pth", header) for header in wanted]
-    assert hub.sent == size, "no byte was sent twice"
-
-
-@pytest.mark.parametrize("mode, left, requests", [
-    ("ranges", b"half", 1),                                # goes on
-    ("no ranges", b"wrong", 1),                            # sends all of it again
-    ("ranges", b"whole", 1),                               # 416: nothing is missing
-    ("another file", b"whole file and more", 2),           # 416: what is here is of another file
-    ("ranges", b"", 1)])
-def test_every_answer_to_what_is_already_here_ends_in_the_same_file(
-        hub, tmp_path, mode, left, requests):
-    hub.files["a.pth"] = body = some_bytes(1000)
-    hub.mode, path = mode, tmp_path / "a.pth"
-    left = {b"half": body[:400], b"whole": body}.get(left, 200 * left)
-    (tmp_path / "a.pth.part").write_bytes(left)
-    fetch(hub, path)
-    assert path.read_bytes() == body and list(tmp_path.iterdir()) == [path]
-    assert len(hub.seen) == requests and hub.seen[0][1] == (f"bytes={len(left)}-" if left else None)
-    assert mode != "ranges" or hub.sent == 1000 - len(left)
-
-
-def test_a_part_from_elsewhere_is_not_taken_for_the_rest(hub, tmp_path):
-    """206, but from the first byte on: appended, it would make a file of the wrong bytes."""
-    hub.files["a.pth"], hub.mode = some_bytes(1000), "from the start"
-    (tmp_path / "a.pth.part").write_bytes(hub.files["a.pth"][:400])
-    with pytest.raises(OSError, match="bytes 0-999"):
-        fetch(hub, tmp_path / "a.pth")
-    assert not (tmp_path / "a.pth").exists() and there(tmp_path / "a.pth") == 400
-    hub.mode = "ranges"
-    fetch(hub, tmp_path / "a.pth")
-    assert (tmp_path / "a.pth").read_bytes() == hub.files["a.pth"]
-
-
-@pytest.mark.parametrize("mode", ["ranges", "no ranges"])
-def test_the_file_appears_only_when_it_is_whole(hub, tmp_path, mode):
-    hub.files["a.pth"] = body = some_bytes(5 << 20)
-    path, seen = tmp_path / "a.pth", []
-    (tmp_path / "a.pth.part").write_bytes(body[:1 << 20])
-    hub.mode, hub.halfway = mode, lambda: seen.append(path.exists())
-    fetch(hub, path)
-    assert seen[:1] == [False] and path.read_bytes() == body and there(path) is None
-
-
-@pytest.mark.parametrize("wrong", ["not there", "no length", "breaks off", "nobody listens"])
-def test_a_failed_download_is_one_line_that_says_how_to_go_on(hub, monkeypatch, wrong):
-    hub.files["var_d16.pth"] = some_bytes(1000)
-    if wrong == "not there":
-        hub.files.clear()
-    elif wrong == "no length":
-        hub.mode = wrong
-    elif wrong == "breaks off":
-        hub.cut = 600
-    else:
-        monkeypatch.setattr(released, "URL", "http://127.0.0.1:9/")
-    with pytest.raises(BadInput) as error:
-        released.fetch("var_d16.pth")
-    message = str(error.value)
-    assert "\n" not in message and released.URL + "var_d16.pth" in message
-    assert "the same command goes on" in message and "--var-file" in message
-    assert not (hub.folder / "var_d16.pth").exists()
-    assert there(hub.folder / "var_d16.pth") == (600 if wrong == "breaks off" else
-                                                 0 if wrong == "no length" else None)
-
-
-def test_a_long_download_says_how_far_it_is(hub, tmp_path, monkeypatch, capsys):
-    """Four seconds a chunk: a line after each but the last, counted from what is being fetched."""
-    hub.files["a.pth"] = body = some_bytes(5 << 20)
-    (tmp_path / "a.pth.part").write_bytes(body[:2 << 20])
-    now = iter(range(0, 1000, 4))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    fetch(hub, tmp_path / "a.pth")
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert hub.url + "a.pth" in first and "5 MB" in first and "2 MB of it are here" in first
-    assert lines == ["  1,048,576 of 3,145,728 bytes | eta 8 s",
-                     "  2,097,152 of 3,145,728 bytes | eta 4 s"]
-
-
 # -- Released models from the command line ---------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -578,10 +398,11 @@ def released_files():
 
 
 @pytest.fixture
-def offered(hub, monkeypatch, cli, tmp_path, released_files):
+def offered(hub, monkeypatch, cli, tmp_path, released_files):    # noqa: F811
     """The hub offers the two models. offered(*options): chapter 6 on the CPU -> result;
     offered.hub"""
     hub.files, scales = dict(released_files[0]), released_files[1]
+    monkeypatch.setattr(released, "URL", hub.url)
     monkeypatch.setitem(released.SCALES, sum(side * side for side in scales), scales)
 
     def call(*options):
