@@ -42,7 +42,7 @@ from data.batches import (batch_indices, load_data, per_pass, picture_batches, r
 from engine.checkpoints import (export, fingerprint, load_checkpoint, resume, save,
                                 save_atomically)
 from engine.muon import Muon
-from engine.devices import pick_device
+from engine.devices import loading_workers, pick_device
 from engine.options import OneLineParser, add_options, assignment, one_line, option
 from engine.progress import clock
 from engine.run import Run, launch
@@ -65,7 +65,8 @@ class RunSettings:
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     gpus: int = option(1, "processes on this machine, one per GPU")
     compile: bool = option(False, "torch.compile both models (pays off in long runs)")
-    workers: int = option(4, "processes per GPU that decode picture files", low=0)
+    workers: int | None = option(None, "processes per GPU that decode image files; "
+                                 "default: its share of the cores", low=0)
     save_every: int = option(500, "steps between checkpoints")
     log_every: int = option(50, "steps between log lines")
     fresh: bool = option(False, "train again what --stage names, instead of resuming")
@@ -196,6 +197,9 @@ def read_settings(argv=None):
     settings = Settings(**pick(Settings))
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name
                                                 if name not in PRESETS else name)
+    if settings.workers is None:
+        settings.workers = loading_workers(max(settings.gpus,
+                                               int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if settings.lr_per_256:
         settings.lr = settings.lr_per_256 * settings.batch_size / 256
     config = vqvae.TokenizerConfig(**pick(vqvae.TokenizerConfig))

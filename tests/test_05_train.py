@@ -142,6 +142,18 @@ def test_sizes_that_cannot_be_built_are_refused_before_anything_is_trained(
     assert not (tmp_path / "run" / "tokenizer.pt").exists()
 
 
+@pytest.mark.parametrize("cores, gpus, workers", [(1, 1, 1), (2, 1, 2), (96, 8, 12), (6, 8, 1),
+                                                  (128, 1, 16)])
+def test_workers_are_as_many_as_the_machine_has_cores_for(monkeypatch, cores, gpus, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    options = ["--gpus", str(gpus), "--tokenizer-batch-size", "8", "--batch-size", "8"]
+    assert m5.read_settings(options)[0].workers == workers
+    assert m5.read_settings([*options, "--workers", "3"])[0].workers == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))      # torchrun counts them itself
+    assert m5.read_settings(options[2:])[0].workers == workers
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_refused(refused, tmp_path):
     assert "cuda" in refused(SCRIPT, "--device", "cuda", "--out", tmp_path / "run")
