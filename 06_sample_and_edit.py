@@ -22,22 +22,24 @@ sees the whole picture, so hidden pixels leak into the tokens that are kept); th
 always kept; kept tokens are quantized again as f_hat grows, not replayed; an edit takes several
 passes; the likelihood, which training maximizes, can be asked for.
 
-The command line is in report/studio.py; the pictures and tables made of all this are in
-report/gallery.py, report/density.py and report/judge.py.
+The pictures and tables that the tasks make are written by report/gallery.py, report/density.py
+and report/judge.py; the options are in report/command_line.py.
 
     python 06_sample_and_edit.py                        newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
     python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
-import sys
+from functools import partial
 from importlib import import_module
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from engine import BadInput, released
 from engine.options import one_line
-from report.studio import Studio, read_arguments
+from report import command_line, gallery, judge
+from report.density import density
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -296,7 +298,7 @@ def window_starts(before, after, step):
                   + [before + n for n in distances(after)])
 
 
-# -- The paper's weights, and the command line -----------------------------------------------------
+# -- Models ----------------------------------------------------------------------------------------
 
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
     """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
@@ -311,10 +313,102 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
     return tokenizer, released.fill(var, weights)
 
 
+def load_models(args):
+    """--released, --run, the newest run, or the model that came with the code. -> tokenizer, var
+    (None: only a tokenizer has been trained), facts: class_names, dataset, sampling, folder"""
+    if args.released or args.var_file:
+        tokenizer, var = load_released(released.fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
+                                       released.fetch(f"var_{args.released}.pth", args.var_file))
+        return tokenizer, var, command_line.released_facts(args, var.config.num_classes)
+    run = command_line.find_run(args.run)
+    files = command_line.files_of(run, args.task == "reconstruct" and not args.export_npz)
+    tokenizer, about = training.load_tokenizer(files[0])
+    about["folder"] = f"shipped-{run.stem}" if run.is_file() else run.name
+    if files[1] is None:
+        return tokenizer, None, about
+    var, trained = training.load_transformer(files[1])
+    command_line.check_match(run, trained, tokenizer)
+    return tokenizer, var, {**about, **trained}
+
+
+# -- What the command line asks for ----------------------------------------------------------------
+
+def draw_images(job, labels, seed=0, **changes):
+    """Any number of images of these classes (ints) -> tensors (n, 3, H, W), as many as fit"""
+    options = dict(job.sampling, smooth=job.args.smooth, generator=job.generator(seed), **changes)
+    return job.in_batches(lambda labels: generate(job.tokenizer, job.var, labels, **options), labels)
+
+
+def repaint(job, paint, image, region, labels, seed=0, at_once=None, **options):
+    """edit() or outpaint() of any number of images -> (N, 3, ., .) in [0, 1]"""
+    options.update(job.sampling, generator=job.generator(seed))
+    return torch.cat(list(job.in_batches(
+        lambda labels, image: paint(job.tokenizer, job.var, image, region, labels, **options),
+        labels, image, at_once=at_once)))
+
+
+def show_samples(job, task):
+    c, names, n = job.classes[0], {c: job.names[c] for c in job.classes}, job.n or 8
+    if task == "guidance":
+        rows = {cfg: torch.cat(list(draw_images(job, [c] * 8, cfg=cfg)))
+                for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, job.sampling["cfg"]})}
+        return gallery.guidance(job.out, rows, names[c], job.sampling["cfg"])
+    gallery.samples(job.out, draw_images(job, [c for c in names for _ in range(n)]), n, names)
+    tokens = sample_tokens(job.tokenizer, job.var, torch.tensor(job.classes[:5], device=job.device),
+                           generator=job.generator(), **job.sampling)
+    gallery.coarse_to_fine(job.out, job.tokenizer, tokens, list(names.values())[:5])
+
+
+def show_edits(job, task):
+    image, labels = job.images_to_edit(5 if task in ("outpaint", "edit") else 10)
+    if image is None:                                      # random numbers that no task uses again
+        image = 2 * torch.cat(list(draw_images(job, labels, seed=2 ** 31))).to(job.device) - 1
+    names = [job.names[c] for c in labels]
+    if task == "reconstruct":
+        gallery.reconstructions(job.out, job.tokenizer, image)
+    elif task == "think":
+        gallery.think(job.out, job.tokenizer, job.var, image, labels, names)
+    elif task == "outpaint":
+        grow = [round(part * job.side) for part in job.args.grow]
+        painted = repaint(job, outpaint, image, grow, labels, at_once=1)
+        gallery.canvas(job.out, image, grow, painted, names)
+    else:
+        keep = job.kept_region((0.5, 0, 1, 1) if task == "inpaint" else (0.1, 0.1, 0.9, 0.9))
+        rows = ({f"drawing {i + 1}": (labels, i) for i in range(3)} if task == "inpaint" else
+                {f"as {job.names[c]}": ([c] * len(image), 0) for c in job.classes[:10]})
+        soft = 0 if job.args.paste else None
+        results = {text: repaint(job, edit, image, keep, wanted, seed, soft=soft)
+                   for text, (wanted, seed) in rows.items()}
+        gallery.edits(job.out, task, job.tokenizer, image, keep, results, names, job.args.paste)
+
+
+def measure(job, task):
+    among = job.classes if job.asked else job.every_class
+    if task == "density":
+        image, labels = job.images_to_weigh(among)
+        density(job.out, job.tokenizer, partial(log_likelihood, job.tokenizer, job.var), image,
+                labels, among, job.names)
+    elif task == "evaluate":
+        (real, labels), (test, test_labels) = job.real_images("train"), job.real_images("test")
+        count = judge.comparable(job.n or 1000, len(real), len(test))
+        wanted = np.resize(np.unique(labels), count)       # the classes that there are, in turn
+        network = judge.judge_of(job.dataset, real, labels, len(job.names), job.judge_steps,
+                                 job.device)
+        judge.evaluate(job.out, network, job.tokenizer, real, test, test_labels,
+                       draw_images(job, wanted.tolist()), wanted,
+                       f"samples, cfg {job.sampling['cfg']:g}")
+    else:
+        labels = among * (job.n or 50)                     # in turn: the evaluator looks at parts
+        gallery.export_npz(job.args.export_npz, draw_images(job, labels), len(labels), job.side)
+
+
 def main():
-    studio = Studio(read_arguments(__doc__.splitlines()[0]), sys.modules[__name__])
-    for task in studio.tasks():
-        task(studio)
+    args = command_line.read_arguments(__doc__.splitlines()[0])
+    job = command_line.Job(args, *load_models(args))
+    for task in job.tasks:
+        show = (show_samples if task in ("sample", "guidance") else
+                measure if task in ("density", "evaluate", "export") else show_edits)
+        show(job, task)
 
 
 if __name__ == "__main__":

@@ -49,3 +49,36 @@ def loading_workers(processes):
     cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
              else os.cpu_count() or 1)
     return min(16, max(1, cores // processes))
+
+
+def prepare_to_sample(tokenizer, var, device, precision="auto"):
+    """Move both models to the device, large ones in half precision where that is fast: the linear
+    layers of the transformer and the decoder. What encodes images stays exact.
+    -> how many images fit into memory at once; it depends on the machine alone, so that a seed
+    repeats its images"""
+    tokenizer.to(device)
+    if var is None:                                        # only reconstructions are wanted
+        return 100
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (tokenizer, var)]
+    dtype = torch.float32
+    if precision != "auto":
+        dtype = getattr(torch, precision)
+    elif sizes[1] > 1e8 and device.type == "cuda":
+        dtype = torch.float16
+    elif sizes[1] > 1e8 and fast_bfloat16(device):
+        dtype = torch.bfloat16
+    linear = [layer for layer in var.to(device).modules() if isinstance(layer, torch.nn.Linear)]
+    for layer in (*linear, tokenizer.decoder, tokenizer.post_quant_conv):
+        layer.to(dtype)
+    if dtype != torch.float32:
+        for method in ("conditioning", "forward", "step"):
+            setattr(var, method, torch.autocast(device.type, dtype)(getattr(var, method)))
+    c, v, room = tokenizer.config, var.config, 1e9
+    if device.type == "cuda":
+        room = 0.3 * torch.cuda.get_device_properties(device).total_memory
+    # Keys and values for both halves of guidance, and a few of the decoder's widest maps.
+    each = 4 * v.depth * var.L * v.width * dtype.itemsize + 24 * c.channels * c.image_size ** 2
+    at_once = int(min(max(1, room // each), 100))
+    print(f"tokenizer {sizes[0] / 1e6:.1f} M, transformer {sizes[1] / 1e6:.1f} M parameters, "
+          f"{(4 * sizes[0] + dtype.itemsize * sizes[1]) / 1e6:,.0f} MB; {at_once} images at once")
+    return at_once

@@ -26,7 +26,7 @@ from engine import BadInput  # noqa: E402
 from engine.options import one_line  # noqa: E402
 from engine.run import Run  # noqa: E402
 from report import health, judge, plots  # noqa: E402
-from data.batches import in_parts, rows_of, sample_of, to_float  # noqa: E402
+from data.batches import rows_of, sample_of, to_float  # noqa: E402
 
 vq, training = import_module("01_vq"), import_module("05_train")
 
@@ -86,13 +86,14 @@ ABLATION = list(ROWS)[:7]
 def frechet(tokenizer, images, labels, held_out, dataset, count):
     """Frechet distance of reconstructions, and of the same held-out pictures themselves, from as
     many pictures to train on."""
-    network = judge.judge_of(dataset, images, labels, len(np.unique(labels)))
-    known = judge.extract_all(network, in_parts(images, rows_of(len(images), count)))[0]
-    at = rows_of(len(held_out), count)
-    truth = judge.extract_all(network, in_parts(held_out, at))[0]
+    network = judge.judge_of(dataset, images, labels, len(np.unique(labels)),
+                             100 if dataset == "shapes" else 2000)
+    known = judge.extract(network, judge.batches_of(images, rows_of(len(images), count)))[0]
+    rows = rows_of(len(held_out), count)
+    truth = judge.extract(network, judge.batches_of(held_out, rows))[0]
     made = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(to_float(part)))
-            for part in in_parts(held_out, at))
-    made = judge.extract_all(network, ((image + 1) / 2 for image in made))[0]
+            for part in judge.batches_of(held_out, rows))
+    made = judge.extract(network, ((image + 1) / 2 for image in made))[0]
     return judge.frechet_distance(known, made), judge.frechet_distance(known, truth)
 
 

@@ -1,106 +1,101 @@
-"""The other half of a generative model: not only pictures, but how probable a picture is.
+"""The other half of a generative model: how probable is an image?
 
-A picture's tokens have an exact probability under the transformer (chapter 6, log_likelihood), and
-that makes of it
+An image's tokens have an exact probability under the transformer (chapter 6, log_likelihood). From
+that follow
     a measure      -log2 p: bits per token, per scale, per pixel
     a classifier   Bayes' rule: p(class | tokens) ~ p(tokens | class) p(class), all classes alike
-    a compressor   an arithmetic coder would need -log2 p bits for the tokens of each scale: after
-                   each scale a picture can be decoded, so bytes buy quality (rate and distortion)
+    a compressor   an arithmetic coder would need -log2 p bits for the tokens of each scale. After
+                   each scale an image can be decoded: rate (bytes) against distortion (PSNR)
 
-The tokenizer is many to one: these are probabilities of token maps, not of pixels, and no figure
-here can be compared with the bits per dimension of models that see every pixel.
+The tokenizer is many to one. These are probabilities of token maps, not of pixels: do not compare
+them with the bits per dimension of models of pixels.
+
+Shapes: nats (N, K), ln p of the tokens of each scale; db (N, K), the PSNR after each scale;
+scales: the K sides of the maps; V codes.
 """
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from engine import BadInput
-from report import health, plots
-from data.batches import per_pass, rows_of, stack, to_float
+from data.batches import per_pass, to_float
 from engine.progress import progress
+from report import health, plots
 
 
-def density(studio):
-    """Bits, Bayes' rule, bytes: tables on the terminal and rate_distortion.png. Of --image, or of
-    held-out pictures; among --classes, or all."""
-    among = studio.classes if studio.args.classes else list(range(len(studio.names)))
-    image, labels = pictures_to_weigh(studio, among)
-    nats, after = likelihoods(studio, image, [*among, len(studio.names)])
-    total = nats[:, :-1].sum(2)                            # (N, classes)
-    meant = (total.argmax(1) if studio.args.image else     # whose class nobody has told
-             torch.tensor([among.index(label) for label in labels]))
-    given = nats[torch.arange(len(nats)), meant]
-    bits_table(studio, given, nats[:, -1])
-    if float(-given.sum(1).mean()) > studio.var.L * math.log(studio.var.config.vocab_size):
-        print("more than without a model: it has not seen such pictures")
-    if studio.args.image and len(among) > 1:
-        p, best = total[0].softmax(0).sort(descending=True)
-        print("p(class | tokens), all classes alike before: " + ", ".join(
-            f"{studio.names[among[i]]} {x:.1%}" for i, x in zip(best[:5].tolist(), p.tolist())))
-    elif len(among) > 1:
-        bayes(studio, nats[:, :-1], meant)
-    rate_distortion(studio, image, given, after)
+def density(out, tokenizer, weigh, image, labels, classes, names):
+    """Bits, Bayes' rule and bytes of images (N, 3, H, W) in [-1, 1].
 
-
-def pictures_to_weigh(studio, among):
-    """--image, or --n held-out pictures of these classes. -> (N, 3, H, W) in [-1, 1], labels"""
-    if studio.args.image:
-        return studio.pictures(1)
-    images, labels = studio.load("test")
-    rows = np.flatnonzero(np.isin(labels, among))
-    if len(rows) == 0:
-        raise BadInput("none of the held-out pictures is of these classes")
-    rows = rows[rows_of(len(rows), studio.args.n or max(1, 5000 // len(among)))]
-    return to_float(stack([images[int(i)] for i in rows])), labels[rows].tolist()
+    weigh(tokens, labels (B,)) -> nats (B, K); labels: indices into `classes`, None if unknown;
+    names: of all classes"""
+    nats, db = likelihoods(tokenizer, weigh, image, [*classes, len(names)])      # last: no class
+    scales, V = tokenizer.scales, tokenizer.config.vocab_size
+    right = nats[:, :-1].sum(2).argmax(1) if labels is None else torch.tensor(labels)
+    known = nats[torch.arange(len(nats)), right]                                 # (N, K)
+    bits_table(known, nats[:, -1], scales, V, image.shape[-1])
+    if labels is None and len(classes) > 1:
+        posterior(nats[0, :-1], [names[c] for c in classes])
+    elif len(classes) > 1:
+        bayes(nats[:, :-1], right, scales)
+    rate_distortion(out, image, known, db, scales, V, len(names))
 
 
 @torch.no_grad()
-def likelihoods(studio, image, classes):
-    """ln p(tokens of each scale | class), (N, classes, K), and the PSNR after each scale, (N, K)"""
-    after, size = [], max(1, min(per_pass(studio.side), 100))
+def likelihoods(tokenizer, weigh, image, classes):
+    """ln p(tokens of each scale | class), (N, classes, K), and PSNR after each scale, (N, K)"""
+    device, db = next(tokenizer.parameters()).device, []
 
     def passes():
-        for part in image.split(size):
-            maps = studio.tokenizer.image_to_tokens(part.to(studio.device))
-            steps = studio.pyramid(maps)
-            after.append(torch.stack([health.psnr(x * 2 - 1, part.cpu()) for x in steps], 1))
+        for part in image.split(max(1, min(per_pass(image.shape[-1]), 100))):
+            tokens = tokenizer.image_to_tokens(part.to(device))
+            db.append(torch.stack([health.psnr(tokenizer.decode(f_hat).float().cpu(), part)
+                                   for f_hat in tokenizer.pyramid(tokens)], 1))
             for c in classes:
-                yield studio.log_likelihood(maps, torch.full_like(maps[0][:, 0], c)).cpu()
+                yield weigh(tokens, torch.full_like(tokens[0][:, 0], c)).cpu()
     parts = list(progress(passes(), len(image) * len(classes), "pictures times classes"))
     n = len(classes)
     nats = torch.cat([torch.stack(parts[i:i + n], 1) for i in range(0, len(parts), n)])
-    return nats, torch.cat(after)
+    return nats, torch.cat(db)
 
 
-def bits_table(studio, given, none):
-    """given, none (N, K): ln p of each scale's tokens, the class known or not"""
-    scales, V = studio.tokenizer.scales, studio.tokenizer.config.vocab_size
-    n, pixels, count = torch.tensor([s * s for s in scales]), studio.side ** 2, len(given)
-    given, none = (-x.double().mean(0) / math.log(2) for x in (given, none))     # (K,) bits
+def bits_table(known, none, scales, V, side):
+    """Print bits per scale, token and pixel. known, none: nats (N, K) with the class given, and
+    without a class; images of side x side pixels"""
+    n, pixels, count = torch.tensor([s * s for s in scales]), side ** 2, len(known)
+    known, none = (-x.double().mean(0) / math.log(2) for x in (known, none))     # (K,) bits
 
     def line(name, per_scale, total):
         print(f"    {name:<22}" + "".join(f"{x:>9}" for x in [*per_scale, total]))
     print(f"{count} picture(s); without a model every token costs {math.log2(V):g} bits")
     line("side", [f"{s}x{s}" for s in scales], "all")
     line("tokens", n.tolist(), int(n.sum()))
-    for name, bits in (("bits, class known", given), ("bits, no class", none)):
+    for name, bits in (("bits, class known", known), ("bits, no class", none)):
         line(name, [f"{x:.1f}" for x in bits], f"{bits.sum():.1f}")
-    line("bits per token", [f"{x:.2f}" for x in given / n], f"{given.sum() / n.sum():.2f}")
-    line("bits per pixel", [f"{x:.3f}" for x in given / pixels], f"{given.sum() / pixels:.3f}")
+    line("bits per token", [f"{x:.2f}" for x in known / n], f"{known.sum() / n.sum():.2f}")
+    line("bits per pixel", [f"{x:.3f}" for x in known / pixels], f"{known.sum() / pixels:.3f}")
+    if float(known.sum()) > math.log2(V) * int(n.sum()):
+        print("more bits than without a model: it has never seen such pictures")
 
 
-def bayes(studio, nats, labels):
-    """The class of highest p(class | tokens), with all of them or only those of coarse scales.
-    nats (N, classes, K); labels (N,), indices into them"""
+def bayes(nats, labels, scales):
+    """Print how often the most probable class is the right one, judged by all scales or only by
+    the coarse ones. nats (N, classes, K); labels (N,): which of these classes is right"""
     right = [float((nats[:, :, :k + 1].sum(2).argmax(1) == labels).double().mean())
              for k in range(nats.shape[2])]
     print(f"Bayes' rule names the class right for {right[-1]:.1%} of {len(labels)} pictures "
           f"(by chance {1 / nats.shape[1]:.1%})")
     print("    from scales up to " + ", ".join(
-        f"{s}x{s}: {part:.1%}" for s, part in zip(studio.tokenizer.scales, right)))
+        f"{s}x{s}: {part:.1%}" for s, part in zip(scales, right)))
+
+
+def posterior(nats, names):
+    """Print the most probable classes of one image. nats (classes, K) -> p (classes,)"""
+    p, best = nats.sum(1).softmax(0).sort(descending=True)
+    print("p(class | tokens), all classes alike before: " + ", ".join(
+        f"{names[i]} {x:.1%}" for i, x in zip(best[:5].tolist(), p.tolist())))
 
 
 # -- Bytes against quality -------------------------------------------------------------------------
@@ -145,24 +140,27 @@ def at_size(curve, size):
     return float(np.interp(size, sizes, values, left=np.nan, right=np.nan))
 
 
-def rate_distortion(studio, chosen, nats, after):
-    """Table and chart. chosen (N, 3, H, W) in [-1, 1]; nats, after (N, K): ln p of each scale's
-    tokens given the class, and PSNR after it."""
-    scales, V = studio.tokenizer.scales, studio.tokenizer.config.vocab_size
+def codec_curves(images):
+    """JPEG and WebP at many qualities. images uint8 (N, H, W, 3) -> {name: [(bytes, dB), ...]}"""
+    qualities = (1, 3, 6, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
+    jpeg = [codec_curve(images, format="JPEG", quality=q, subsampling=colour)
+            for q in qualities for colour in (0, 2)]       # 4:4:4 and 4:2:0, whichever is better
+    webp = [codec_curve(images, format="WEBP", quality=q, method=6) for q in qualities]
+    return {"JPEG": best((file, db) for db, file, _ in jpeg),
+            "JPEG, no headers": best((bare, db) for db, _, bare in jpeg),
+            "WebP, no container": best((bare, db) for db, _, bare in webp)}
+
+
+def rate_distortion(out, image, nats, db, scales, V, classes):
+    """Print a table and write rate_distortion.png: PSNR against bytes, beside JPEG and WebP.
+    image (N, 3, H, W) in [-1, 1]; nats and db (N, K), the class given; classes: how many"""
     n = torch.tensor([s * s for s in scales])
     fixed = (n.cumsum(0) * math.ceil(math.log2(V)) / 8).tolist()
     # The receiver must be told the class too.
-    ideal = ((-nats.double().mean(0) / math.log(2)).cumsum(0) + math.log2(len(studio.names))) / 8
-    ideal, db = ideal.tolist(), after.double().mean(0).tolist()
-    some = torch.arange(0, len(chosen), max(1, len(chosen) // 200))      # of all classes
-    images = plots.to_uint8((chosen[some] + 1) / 2)
-    steps = (1, 3, 6, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
-    jpeg = [codec_curve(images, format="JPEG", quality=q, subsampling=colour)
-            for q in steps for colour in (0, 2)]           # 4:4:4 and 4:2:0, whichever is better
-    webp = [codec_curve(images, format="WEBP", quality=q, method=6) for q in steps]
-    lines = {"JPEG": best((file, db) for db, file, _ in jpeg),
-             "JPEG, no headers": best((bare, db) for db, _, bare in jpeg),
-             "WebP, no container": best((bare, db) for db, _, bare in webp)}
+    ideal = ((-nats.double().mean(0) / math.log(2)).cumsum(0) + math.log2(classes)) / 8
+    ideal, db = ideal.tolist(), db.double().mean(0).tolist()
+    some = torch.arange(0, len(image), max(1, len(image) // 200))        # of all classes
+    lines = codec_curves(plots.to_uint8((image[some] + 1) / 2))
     print("bytes per picture, and PSNR in dB; JPEG and WebP (Pillow) at the size of the ideal code")
     print(f"    {'scales up to':<14}{'fixed length':>14}{'ideal code':>12}{'PSNR':>8}"
           + "".join(f"{name:>20}" for name in lines))
@@ -177,10 +175,10 @@ def rate_distortion(studio, chosen, nats, after):
         print(f"    {name}: from {line[0][0]:.0f} bytes ({line[0][1]:.1f} dB) on{there}; "
               + ("never as good as all scales" if math.isnan(enough) else
                  f"as good as all scales from {enough:.0f} bytes on"))
-    limit = 6 * fixed[-1]
-    series = {"tokens, ideal code": list(zip(ideal, db)), "fixed length": list(zip(fixed, db))}
-    series |= {name: [point for point in line if point[0] < limit] for name, line in lines.items()}
-    path = studio.out / "rate_distortion.png"
-    plots.save_curve(path, series, size=(900, 480), y_label="PSNR, dB",
-                        title="quality of the decoded picture", x_label="bytes per picture")
+    path = Path(out) / "rate_distortion.png"
+    plots.save_curve(path, {"tokens, ideal code": list(zip(ideal, db)),
+                            "tokens, fixed length": list(zip(fixed, db)), **lines}, log="x",
+                     size=(900, 480), y_label="PSNR, dB",
+                     title="quality of the decoded picture",
+                     x_label="bytes per picture; the decoders are not counted")
     print(f"wrote {path}")

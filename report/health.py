@@ -14,9 +14,15 @@ import torch
 from report import plots
 
 
-def psnr(image, other):
-    """Peak signal to noise ratio of pictures in [-1, 1], in dB, one per picture. -> (B,)"""
-    error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square().mean((1, 2, 3))
+def psnr(image, other, keep=None):
+    """Peak signal-to-noise ratio in dB of images (B, 3, H, W) in [-1, 1], one per image: (B,).
+    keep (H, W) bool: only of these pixels."""
+    error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square()                     # (B, 3, H, W)
+    return decibels(error.mean((1, 2, 3)) if keep is None else error[:, :, keep].mean((1, 2)))
+
+
+def decibels(error):
+    """Mean squared error of values in [-1, 1] -> PSNR in dB: 10 log10(range^2 / error), range 2"""
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 

@@ -1,13 +1,13 @@
-"""The judge: a small classifier that belongs to a data set, and what is measured with it.
+"""The judge: a small classifier trained on a data set, and what is measured with it.
 
-It answers "would a classifier name this picture as meant?" (accuracy), "are the pictures, taken
-together, spread like real ones?" (Fréchet distance, precision, recall) and "is this picture a copy
-from the training set?" (nearest neighbours). Its numbers compare runs on one data set with one
-judge; they are not the FID of the literature, which uses the Inception network.
+It answers: would a classifier name this image as it was meant (accuracy)? Are the images, taken
+together, distributed like real ones (Fréchet distance, precision, recall)? Is this image a copy
+from the training set (nearest neighbours)? Its numbers compare runs on one data set with one judge.
+They are not the FID of the literature, which uses the Inception network.
 
-    images (N, 3, H, W) in [0, 1]  ->  features (N, F)  ->  logits (N, num_classes)
+    images (N, 3, H, W) in [0, 1]  ->  features (N, F)  ->  logits (N, classes)
 """
-
+import collections
 import os
 import time
 from pathlib import Path
@@ -17,12 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.batches import fingerprint, per_pass, picture_batches, rows_of, to_float
 from engine import BadInput
-from data.batches import fingerprint, in_parts, rows_of, sample_of, to_float
+from engine.checkpoints import save_atomically
+from report import gallery
+
+WORKERS = min(8, os.cpu_count() or 1)    # processes that decode image files
 
 
 class Judge(nn.Module):
-    """Halve the picture until 4 pixels or so are left a side, average, classify."""
+    """Halve the image until about 4 pixels a side are left, average, classify."""
 
     def __init__(self, num_classes, size, width=24):
         super().__init__()
@@ -43,33 +47,70 @@ class Judge(nn.Module):
         return self.body(images).mean(dim=(2, 3))
 
     def forward(self, images):
-        return self.head(self.features(images))                 # (N, num_classes)
+        return self.head(self.features(images))                 # (N, classes)
 
 
-def train_judge(images_uint8, labels, num_classes, *, steps, seed, device="cpu", batch_size=128,
+# -- Training --------------------------------------------------------------------------------------
+
+def judge_of(dataset, images, labels, num_classes, steps, device="cpu"):
+    """The judge of a data set, kept in out/: trained when it is first asked for."""
+    path = Path("out") / f"judge_{Path(dataset).name}_{fingerprint(images)}.pt"
+    return load_or_train(path, images, labels, num_classes, steps=steps, seed=0, device=device)
+
+
+def load_or_train(path, images, labels, num_classes, *, steps, seed, device="cpu", log=print):
+    """The judge kept at `path`, or a new one that is then kept there (see train_judge).
+
+    A file made for another size, steps or seed, or other classes, is replaced. The file knows
+    nothing else about the data: use one path per data set."""
+    path = Path(path)
+    made_for = {"num_classes": int(num_classes), "size": len(images[0]), "steps": int(steps),
+                "seed": int(seed)}
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["made_for"] == made_for:
+            judge = Judge(made_for["num_classes"], made_for["size"])
+            judge.load_state_dict(saved["state"])
+            return judge.to(device, memory_format=torch.channels_last).eval()
+    except Exception:                    # missing, damaged or something else: it is trained again
+        pass
+    judge = train_judge(images, labels, num_classes, steps=steps, seed=seed, device=device, log=log)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically({"made_for": made_for, "state": judge.cpu().state_dict()}, path)
+    return judge.to(device)
+
+
+@torch.random.fork_rng(devices=[])       # a DataLoader draws from the caller's generator, too
+def train_judge(images, labels, num_classes, *, steps, seed, device="cpu", batch_size=128,
                 log=print):
-    """Train a judge on uint8 images (N, H, W, 3) and int64 labels (N,); return it in eval mode.
+    """Train a judge on images (uint8 (N, H, W, 3), or read on demand) and int64 labels (N,).
+    -> judge in eval mode. It draws from generators of its own, so the caller's stay as they are.
 
-    For the shapes 100 steps are plenty: 13 to 20 s on one CPU core, none of 4,000 test
-    pictures misnamed (seed 0).
-    It draws from its own generators: who trains a judge half-way keeps their random numbers.
-    """
+    For the shapes 100 steps are enough: 13 to 20 s on one CPU core, and none of 4,000 test images
+    misnamed (seed 0)."""
     labels = torch.as_tensor(labels)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPU's too
-        judge = Judge(num_classes, len(images_uint8[0]))
+    generator, coming = torch.Generator().manual_seed(seed), collections.deque()
+    torch.default_generator.manual_seed(seed)              # torch.manual_seed resets the GPU's too
+    judge = Judge(num_classes, len(images[0]))
     judge = judge.to(device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=max(steps, 2))
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(steps, 2))
+
+    def rows_of_steps():
+        """Workers read ahead, so all random numbers of a step are drawn with its rows: the same
+        ones in the same order, however many workers there are."""
+        for _ in range(steps):
+            rows = torch.randint(len(labels), (batch_size,), generator=generator)
+            coming.append((rows, random_changes(batch_size, len(images[0]), generator)))
+            yield [(int(i), -1) for i in rows]             # -1: the crop in the middle
     start = time.time()
-    for step in range(1, steps + 1):
-        rows = torch.randint(len(labels), (batch_size,), generator=generator)
-        batch = _augment(_take(images_uint8, rows), generator).to(device)
+    for step, batch in enumerate(picture_batches(images, rows_of_steps(), WORKERS), 1):
+        rows, changes = coming.popleft()
+        batch = augment(as_floats(batch), changes).to(device)
         loss = F.cross_entropy(judge(batch), labels[rows].to(device), label_smoothing=0.02)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
             left = (time.time() - start) / step * (steps - step)
@@ -77,98 +118,66 @@ def train_judge(images_uint8, labels, num_classes, *, steps, seed, device="cpu",
     return judge.eval()
 
 
-def load_or_train(path, images_uint8, labels, num_classes, *, steps, seed, device="cpu", log=print):
-    """The judge kept at `path`, or a new one that is then kept there (see train_judge).
-
-    A file made for other sizes, classes, steps or seed is replaced. The file knows nothing else
-    about the data: keep one path per data set.
-    """
-    path = Path(path)
-    made_for = {"num_classes": int(num_classes), "size": len(images_uint8[0]),
-                "steps": int(steps), "seed": int(seed)}
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["made_for"] == made_for:
-            judge = Judge(made_for["num_classes"], made_for["size"])
-            judge.load_state_dict(saved["state"])
-            return judge.to(device, memory_format=torch.channels_last).eval()
-    except Exception:  # missing, half written or something else: it is quickly made again
-        pass
-    judge = train_judge(images_uint8, labels, num_classes, steps=steps, seed=seed, device=device,
-                        log=log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved over, so that a reader never meets half a file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"made_for": made_for, "state": judge.cpu().state_dict()}, partial)
-    os.replace(partial, path)
-    return judge.to(device)
-
-
-def judge_of(dataset, images, labels, num_classes, device="cpu"):
-    """The judge of a data set: trained when it is first wanted, then kept in out/."""
-    path = Path("out") / f"judge_{Path(dataset).name}_{fingerprint(images)}.pt"
-    return load_or_train(path, images, labels, num_classes, seed=0, device=device,
-                         steps=100 if dataset == "shapes" else 2000)
-
-
-def _take(images, rows):
-    """The pictures at `rows` as floats (n, 3, H, W) in [0, 1]; `images` is such a tensor already,
-    or uint8 (N, H, W, 3): an array, or whatever reads picture i when asked for images[i].
-    """
-    if torch.is_tensor(images) and images.is_floating_point():
-        return images[rows]
-    chosen = np.stack([np.asarray(images[int(i)]) for i in rows])
-    return torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 255
-
-
-def _augment(images, generator):
-    """Shift, soften, dim and speckle, a little, each picture on its own: (N, 3, H, W) -> same.
-
-    Reconstructions are soft and slightly off in colour; a judge that only ever saw crisp pictures
-    would blame them for that. No mirroring: in some data sets left and right are the label.
-    """
-    count, side = len(images), images.shape[-1]
+def random_changes(count, side, generator):
+    """The random numbers of augment() for `count` images: shifts (2, N, 1) in pixels; how much to
+    soften, scale, add and speckle, each (N, 1, 1, 1); noise (N, 3, side, side)"""
     reach = max(1, side // 16)
 
     def uniform():
         return torch.rand(count, 1, 1, 1, generator=generator)
+    shift = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
+    soften = uniform() * (uniform() < 0.5)
+    scale, add = 0.85 + 0.3 * uniform(), 0.1 * (uniform() - 0.5)
+    noise = torch.randn(count, 3, side, side, generator=generator)
+    return shift, soften, scale, add, 0.04 * uniform(), noise
 
-    by = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
-    rows, columns = (torch.arange(side) + by).clamp(0, side - 1)    # (N, side), border repeated
+
+def augment(images, changes):
+    """Shift, soften, dim and speckle a little, each image on its own: (N, 3, H, W) -> same.
+
+    Reconstructions are soft and slightly off in colour; a judge that only ever saw crisp images
+    would blame them for that. No mirroring: in some data sets left and right are the label."""
+    shift, soften, scale, add, speckle, noise = changes
+    count, side = len(images), images.shape[-1]
+    rows, columns = (torch.arange(side) + shift).clamp(0, side - 1)     # (N, side), edge repeated
     images = images[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    images = images.permute(0, 3, 1, 2)                             # (N, 3, side, side) again
-    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    images = images + uniform() * (uniform() < 0.5) * (soft - images)
-    images = images * (0.85 + 0.3 * uniform()) + 0.1 * (uniform() - 0.5)
-    noise = torch.randn(images.shape, generator=generator)
-    return (images + 0.04 * uniform() * noise).clamp(0, 1)
+    images = images.permute(0, 3, 1, 2)                                 # (N, 3, side, side) again
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    images = images + soften * (blurred - images)
+    return (images * scale + add + speckle * noise).clamp(0, 1)
+
+
+# -- Features --------------------------------------------------------------------------------------
+
+def as_floats(images):
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]; floats (N, 3, H, W) stay as they are"""
+    return images if images.is_floating_point() else images.permute(0, 3, 1, 2).float() / 255
+
+
+def batches_of(images, rows, size=None):
+    """Images in memory or in files (data/batches.py), a few at a time, decoded ahead by workers.
+    -> uint8 tensors (n, H, W, 3)"""
+    parts = torch.from_numpy(np.asarray(rows)).split(size or per_pass(len(images[0])))
+    return picture_batches(images, [[(int(i), -1) for i in part] for part in parts], WORKERS)
 
 
 @torch.no_grad()
-def extract(judge, images, batch_size=500):
-    """(features (N, F), logits (N, classes)) of uint8 or float images (see _take). Logits on the
-    CPU; features stay on a CUDA GPU, which compares them in float64 faster."""
+def extract(judge, batches):
+    """Batches of images, uint8 (n, H, W, 3) or float (n, 3, H, W) in [0, 1]; none is kept.
+    -> features (N, F), logits (N, classes). Logits lie on the CPU; features stay on a CUDA GPU,
+    which compares them in float64 faster."""
     device, found = next(judge.parameters()).device, []
-    kept = device if device.type == "cuda" else "cpu"
-    for start in range(0, len(images), batch_size):
-        batch = _take(images, range(start, min(start + batch_size, len(images)))).to(device)
-        features = judge.features(batch)
-        found.append((features.float().to(kept), judge.head(features).float().cpu()))
+    for batch in batches:
+        features = judge.features(as_floats(batch).to(device))
+        found.append((features.float().to(device if device.type == "cuda" else "cpu"),
+                      judge.head(features).float().cpu()))
     features, logits = zip(*found)
     return torch.cat(features), torch.cat(logits)
 
 
-def extract_all(judge, batches):
-    """extract() of pictures that come in batches and are not kept."""
-    features, logits = zip(*[extract(judge, batch if batch.is_floating_point() else batch.numpy())
-                             for batch in batches])
-    return torch.cat(features), torch.cat(logits)
-
-
-def accuracy(judge, images, labels):
-    """Share of the pictures, in [0, 1], that the judge names as the labels (N,) say."""
-    named = extract(judge, images)[1].argmax(1)
-    return (named == torch.as_tensor(labels).cpu()).double().mean().item()
+def accuracy(logits, labels):
+    """Share of images, in [0, 1], that are named as the labels (N,) say."""
+    return (logits.argmax(1) == torch.as_tensor(labels)).double().mean().item()
 
 
 def frechet_distance(features_a, features_b):
@@ -219,54 +228,63 @@ def nearest_neighbours(features_query, features_set):
     return distances(features_query, features_set).argmin(1)
 
 
-def evaluate(studio):
-    """Samples before a judge trained on real pictures: a table, and neighbours.png."""
-    (real, labels), (test, test_labels) = studio.load("train"), studio.load("test")
-    count = min(studio.args.n or 1000, len(real), len(test))             # as many of each kind
+# -- The table -------------------------------------------------------------------------------------
+
+def comparable(asked, real, test):
+    """How many images each row of the table has: equally many, and 4 or more, else BadInput."""
+    count = min(asked, real, test)
     if count < 4:
-        raise BadInput(f"evaluate needs 4 pictures of each kind; there are {len(real)} to train "
-                       f"on, {len(test)} held out and {studio.args.n or 1000} to sample")
-    judge = judge_of(studio.dataset, real, labels, len(studio.names), studio.device)
-    print(f"judge: {accuracy(judge, test, test_labels):.2%} right on {len(test):,} held-out "
+        raise BadInput(f"evaluate needs 4 pictures of each kind; there are {real} to train on, "
+                       f"{test} held out and {asked} to sample")
+    return count
+
+
+def evaluate(out, judge, tokenizer, real, test, test_labels, samples, meant, name):
+    """Print a table of real, reconstructed and sampled images; write neighbours.png.
+
+    real, test: images of the training set and held out, in memory or in files; samples: batches
+    of images in [0, 1], as classes meant (N,); name: of their row. As many images in each row."""
+    first, count, device = [], len(meant), next(tokenizer.parameters()).device
+    logits = extract(judge, batches_of(test, range(len(test))))[1]
+    print(f"judge: {accuracy(logits, test_labels):.2%} right on {len(test):,} held-out "
           "pictures; the figures below are on its features and are no Inception FID")
-    at, first = rows_of(len(test), count), []
-    wanted = np.resize(np.unique(labels), count)           # the classes that there are, in turn
+    known = extract(judge, batches_of(real, rows_of(len(real), count)))[0]
+    rows = rows_of(len(test), count)
 
     def rebuilt():
-        with torch.no_grad():
-            for part in in_parts(test, at):
-                tokens = studio.tokenizer.image_to_tokens(to_float(part).to(studio.device))
-                yield (studio.tokenizer.tokens_to_image(tokens).cpu() + 1) / 2
+        for part in batches_of(test, rows):
+            tokens = tokenizer.image_to_tokens(to_float(part).to(device))
+            yield (tokenizer.tokens_to_image(tokens).float().cpu() + 1) / 2
 
-    def drawn():
-        for part in studio.batches(wanted.tolist()):
+    def watched():
+        for batch in samples:
             if sum(map(len, first)) < 16:
-                first.append(part[:16].clone())            # to look at: the others are not kept
-            yield part
-    known = extract_all(judge, in_parts(real, rows_of(len(real), count)))[0]
-    rows = {"held-out pictures (floor)": (extract_all(judge, in_parts(test, at)), test_labels[at]),
-            "reconstructions": (extract_all(judge, rebuilt()), test_labels[at]),
-            f"samples, cfg {studio.sampling['cfg']:g}": (extract_all(judge, drawn()), wanted)}
+                first.append(batch[:16].clone())           # to look at: the others are not kept
+            yield batch
     print(f"{count} pictures a row, beside as many to train on (the Frechet distance shrinks with "
           "their number: compare equal ones)")
     print(f"{'':<28}{'in class':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}")
-    for name, ((features, logits), meant) in rows.items():
-        right = (logits.argmax(1) == torch.as_tensor(meant)).double().mean()
-        precision, recall = precision_recall(known, features)
-        print(f"{name:<28}{right:>9.1%}{frechet_distance(known, features):>9.3f}"
+    features = []
+    for text, batches, labels in (
+            ("held-out pictures (floor)", batches_of(test, rows), test_labels[rows]),
+            ("reconstructions", rebuilt(), test_labels[rows]), (name, watched(), meant)):
+        found, logits = extract(judge, batches)
+        precision, recall = precision_recall(known, found)
+        print(f"{text:<28}{accuracy(logits, labels):>9.1%}{frechet_distance(known, found):>9.3f}"
               f"{precision:>11.2f}{recall:>8.2f}")
-    (floor, _), _, (fake, _) = [found for found, _ in rows.values()]
-    enough = min(50_000, 2 ** 30 // (3 * studio.side ** 2))              # at most a gigabyte
-    neighbours(studio, judge, sample_of(real, enough), torch.cat(first)[:16], floor, fake)
+        features.append(found)
+    enough = min(50_000, 2 ** 30 // (3 * len(real[0]) ** 2))             # at most a gigabyte
+    real = torch.cat(list(batches_of(real, rows_of(len(real), enough))))
+    neighbours(out, judge, real, torch.cat(first)[:16], features[0], features[-1])
 
 
-def neighbours(studio, judge, real, shown, floor, fake):
-    """Has the model copied? Each sample's nearest training picture, by the judge's features and by
-    its pixels; and how near samples come, beside how near held-out pictures come by chance.
+def neighbours(out, judge, real, shown, floor, fake):
+    """Has the model copied? Each sample's nearest training image, by the judge's features and by
+    its pixels; and how near samples come, beside how near held-out images come by chance.
 
-    real: uint8 (N, H, W, 3); shown: samples in [0, 1]; floor, fake: features of held-out pictures
+    real: uint8 (N, H, W, 3); shown: samples in [0, 1]; floor, fake: features of held-out images
     and of all samples, the first of them those shown."""
-    known = extract(judge, real.numpy())[0]
+    known = extract(judge, real.split(500))[0]
     near = [torch.cat([distances(part, known).min(1).values for part in features.split(1000)])
             for features in (floor, fake)]
     closest = near[0].quantile(0.01)
@@ -276,8 +294,8 @@ def neighbours(studio, judge, real, shown, floor, fake):
           "nearer than the nearest 1 % of held-out pictures")
     by_features = nearest_neighbours(fake[:len(shown)], known).cpu()
     flat = shown.flatten(1).double()                       # float32 cannot tell near copies apart
-    by_pixels = torch.cat([torch.cdist(flat, to_float(part).add(1).div(2).flatten(1).double())
+    by_pixels = torch.cat([torch.cdist(flat, as_floats(part).flatten(1).double())
                            for part in real.split(2000)], 1).argmin(1)
-    found = [to_float(real[rows]).add(1).div(2) for rows in (by_features, by_pixels)]
-    studio.save("neighbours", torch.cat([shown, *found]), len(shown),
-                row_labels=["sample", "nearest, features", "nearest, pixels"])
+    found = [as_floats(real[rows]) for rows in (by_features, by_pixels)]
+    gallery.save(out, "neighbours", torch.cat([shown, *found]), len(shown),
+                 row_labels=["sample", "nearest, features", "nearest, pixels"])

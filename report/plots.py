@@ -1,4 +1,4 @@
-"""Figures with Pillow alone: grids of pictures, heat maps, token maps, line charts, GIFs."""
+"""Figures made with Pillow alone: grids of pictures, heat maps, token maps, line charts, GIFs."""
 
 from pathlib import Path
 
@@ -6,30 +6,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import folder
-from engine import BadInput
-
 INK, PALE = (40, 44, 52), (222, 225, 230)
 LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20), (90, 96, 106)]
 # Brightness rises from the first to the last, so the map reads the same in black and white.
 HEAT = np.array([[16, 20, 62], [32, 60, 122], [30, 110, 140], [42, 158, 130], [150, 202, 84],
                  [252, 232, 84]], dtype=np.float64)
-
-
-def read(path):
-    """A picture file as a Pillow image. Raises BadInput if it is none."""
-    try:
-        return folder.decode(path)[0]
-    except Exception as error:                             # whatever a broken file makes Pillow say
-        raise BadInput(f"{path}: not a readable picture ({error})") from None
-
-
-def square(photo, side):
-    """The largest square in the middle of a Pillow image, resized. -> uint8 (side, side[, 3])"""
-    short = min(photo.size)
-    left, top = (photo.width - short) // 2, (photo.height - short) // 2
-    return np.array(photo.resize((side, side), Image.LANCZOS,
-                                 (left, top, left + short, top + short)))
 
 
 def enlarge(images, side):
@@ -44,13 +25,14 @@ def to_uint8(images):
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(path, images, columns, *, row_labels=None, column_labels=None, scale=None, gap=2):
+def save_grid(path, images, columns, *, row_labels=None, column_labels=None, scale=None, gap=2,
+              footer=None):
     """Write pictures row by row into one PNG on white.
 
     images: float tensor (N, 3, H, W) in [0, 1] or uint8 array (N, H, W, 3). `scale` is a whole
     number (None: cells of about 96 pixels); `gap` is the white between cells, in pixels.
-    Labels are lists of text, one per row or column. Raises ValueError when there is no picture.
-    """
+    Labels are lists of text, one per row or column; `footer` is the picture that legend() makes.
+    Raises ValueError when there is no picture."""
     images = to_uint8(images) if torch.is_tensor(images) and images.is_floating_point() else images
     images = np.asarray(images)
     if len(images) == 0:
@@ -58,14 +40,15 @@ def save_grid(path, images, columns, *, row_labels=None, column_labels=None, sca
     scale = scale or max(1, round(96 / images.shape[2]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)  # nearest: every pixel a square
     high, wide = images.shape[1] + gap, images.shape[2] + gap
-    rows = -(-len(images) // columns)
-    font = ImageFont.load_default(size=14)
-    # The labels decide the margins (and a wide column label the width of a column): none is cut.
+    rows, font = -(-len(images) // columns), ImageFont.load_default(size=14)
+    # The labels set the margins, and a wide column label the width of its column: none is cut.
     left = max([_text_size(font, text)[0] + 10 for text in row_labels or []], default=0)
     top = max([_text_size(font, text)[1] + 8 for text in column_labels or []], default=0)
     wide = max([wide] + [_text_size(font, text)[0] + 8 for text in column_labels or []])
     low = max([high] + [_text_size(font, text)[1] + 4 for text in row_labels or []])
-    sheet = Image.new("RGB", (left + gap + columns * wide, top + gap + rows * low), "white")
+    width, height = left + gap + columns * wide, top + gap + rows * low
+    under = footer.size if footer else (0, 0)
+    sheet = Image.new("RGB", (max(width, under[0]), height + under[1]), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x = left + gap + i % columns * wide + (wide - gap - image.shape[1]) // 2
@@ -73,8 +56,28 @@ def save_grid(path, images, columns, *, row_labels=None, column_labels=None, sca
     for row, text in enumerate(row_labels or []):
         pen.text((left - 6, top + gap + row * low + (high - gap) // 2), text, INK, font, "rm")
     for column, text in enumerate(column_labels or []):
-        pen.text((left + gap + column * wide + (wide - gap) // 2, top // 2), text, INK, font, "mm")
+        pen.text((left + gap + column * wide + (wide - gap) // 2, top // 2), text, INK, font, "mm",
+                 align="center")
+    if footer:
+        sheet.paste(footer, (0, height))
     _save(sheet, path)
+
+
+def legend(text, ticks=()):
+    """A footer for save_grid(): lines of text, under a bar of the heat map's colours with `ticks`,
+    texts for its two ends and for points at equal distances between them. -> a Pillow image"""
+    font = ImageFont.load_default(size=14)
+    width, height = _text_size(font, text)
+    top = 50 if ticks else 6
+    sheet = Image.new("RGB", (max(width + 16, 500 if ticks else 0), top + height + 8), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.multiline_text((8, top), text, INK, font)
+    if ticks:
+        bar = heat_map(np.linspace(0, 1, 400)[None].repeat(14, 0))
+        sheet.paste(Image.fromarray(bar), (50, 10))
+        for i, tick in enumerate(ticks):
+            pen.text((50 + 400 * i / (len(ticks) - 1), 27), tick, INK, font, "mt")
+    return sheet
 
 
 def heat_map(matrix, low=None, high=None):
@@ -107,25 +110,24 @@ def save_gif(path, frames, milliseconds):
           loop=0)
 
 
-def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400), log=False):
+def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400), log=""):
     """Write a line chart. series: name -> list of (x, y); points that are not finite are left out.
-    log: both axes logarithmic, so that powers are straight lines (all numbers above 0).
-
-    Raises ValueError when no point is left.
-    """
-    series = {name: [(x, y) for x, y in points if np.isfinite(x) and np.isfinite(y)]
+    log: the axes that are logarithmic ("x", "y" or "xy"; all their numbers above 0): with "xy",
+    powers are straight lines. Raises ValueError when no point is left."""
+    with np.errstate(divide="ignore"):
+        series = {name: [(np.log10(x) if "x" in log else x, np.log10(y) if "y" in log else y)
+                         for x, y in points] for name, points in series.items()}
+    series = {name: [point for point in points if np.isfinite(point).all()]
               for name, points in series.items()}
-    if log:
-        series = {name: np.log10(points) for name, points in series.items()}
     every = np.array([point for points in series.values() for point in points], dtype=np.float64)
     if len(every) == 0:
         raise ValueError("save_curve needs at least one finite point")
-    x_ticks, y_ticks = ((_log_ticks if log else _ticks)(*_range(values)) for values in every.T)
+    x_ticks, y_ticks = ((_log_ticks if axis in log else _ticks)(*_range(values))
+                        for axis, values in zip("xy", every.T))
+    x_names, y_names = ([f"{10 ** tick:.3g}" if axis in log else f"{tick:g}" for tick in ticks]
+                        for axis, ticks in (("x", x_ticks), ("y", y_ticks)))
     font = ImageFont.load_default(size=13)
-
-    def name_of(tick):
-        return f"{10 ** tick:.3g}" if log else f"{tick:g}"
-    left = 20 + max(_text_size(font, name_of(tick))[0] for tick in y_ticks)
+    left = 20 + max(_text_size(font, name)[0] for name in y_names)
     right, top, bottom = size[0] - 24, 48, size[1] - 44
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
@@ -134,12 +136,12 @@ def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400
         return (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left),
                 bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top))
 
-    for tick in x_ticks:
+    for tick, name in zip(x_ticks, x_names):
         pen.line([place(tick, y_ticks[0]), place(tick, y_ticks[-1])], PALE)
-        pen.text((place(tick, 0)[0], bottom + 5), name_of(tick), INK, font, "mt")
-    for tick in y_ticks:
+        pen.text((place(tick, 0)[0], bottom + 5), name, INK, font, "mt")
+    for tick, name in zip(y_ticks, y_names):
         pen.line([place(x_ticks[0], tick), place(x_ticks[-1], tick)], PALE)
-        pen.text((left - 6, place(0, tick)[1]), name_of(tick), INK, font, "rm")
+        pen.text((left - 6, place(0, tick)[1]), name, INK, font, "rm")
     pen.text((left, 8), title, INK, font)
     pen.text((left, 27), y_label, INK, font)
     pen.text((right, size[1] - 20), x_label, INK, font, "rt")
@@ -149,7 +151,7 @@ def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400
         pen.line([place(*point) for point in points], colour, 2)
         for x_, y_ in [place(*point) for point in points] if len(points) < 10 else []:
             pen.ellipse((x_ - 3, y_ - 3, x_ + 3, y_ + 3), colour)
-        x -= _text_size(font, name)[0] + 14  # the legend grows leftwards along the top
+        x -= _text_size(font, name)[0] + 14      # the names of the lines, right to left on top
         pen.text((x + 8, 8), name, colour, font)
     _save(sheet, path)
 

@@ -21,8 +21,8 @@ MAY_NOT_IMPORT = {"data": {"report"}, "engine": {"data", "report"}, "report": se
 LONGEST_FUNCTION, LONGEST_CHAPTER = 50, 420
 # What does not keep the rules yet. These lists only shrink.
 IMPORTS_TOO_MUCH = {("engine/token_cache.py", "data")}
-HANDS_ITSELF_OVER = {"06_sample_and_edit.py"}
-LONG_FUNCTIONS = {("05_train.py", "train"), ("report/studio.py", "read_arguments")}
+HANDS_ITSELF_OVER = set()
+LONG_FUNCTIONS = {("05_train.py", "train")}
 LONG_CHAPTERS = {"05_train.py"}
 DESIGNED = {
     "05_train.py": "--device --seed --out --dataset --data-dir --stage --tokenizer-steps --steps "

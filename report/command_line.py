@@ -1,0 +1,259 @@
+"""The command line of chapter 6: its options, and the runs, classes, images and masks they name."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import folder, imagenet
+from data.batches import load_data, rows_of, stack, to_float
+from engine import BadInput, devices
+from engine.checkpoints import fingerprint
+from engine.options import OneLineParser, number
+from engine.progress import progress
+
+SHIPPED = Path(__file__).resolve().parents[1] / "data" / "pretrained"
+PICTURES = ("sample", "guidance", "think", "reconstruct", "inpaint", "outpaint", "edit")
+ON_REQUEST = ("density", "evaluate")                       # these take longer
+
+
+def read_arguments(description):
+    """-> the options as a namespace; device becomes a torch.device."""
+    p = OneLineParser(description=description, allow_abbrev=False)
+    p.add_argument("--run", help="folder of a run, or a shipped file; default: newest in out/")
+    p.add_argument("--released", choices=("d16", "d20", "d24", "d30", "d36"),
+                   help="the paper's models (d36: 512 px)")
+    p.add_argument("--tokenizer-file", help="released tokenizer, instead of downloading it")
+    p.add_argument("--var-file", help="released transformer, instead of downloading it")
+    p.add_argument("--task", default="all", choices=("all", *PICTURES, *ON_REQUEST),
+                   help="all: every task except density and evaluate")
+    p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
+    p.add_argument("--n", type=number(int, 1),
+                   help="images per class (sample, export) or in all (density, evaluate)")
+    p.add_argument("--cfg", type=number(float, 0), help="guidance: logits are (1 + t) conditional - "
+                   "t unconditional, and t grows from 0 at the first scale to CFG at the last; at 0 "
+                   "the class is used, but not exaggerated")
+    p.add_argument("--top-k", type=number(int, 0),
+                   help="draw from the k most probable tokens; 0: from all")
+    p.add_argument("--top-p", type=number(float, 0),
+                   help="draw from the fewest tokens that have probability p together; 0: from all")
+    p.add_argument("--smooth", action="store_true", help="mix codes instead of drawing one")
+    p.add_argument("--image", help="image to edit or to weigh; default: held-out ones")
+    p.add_argument("--box", nargs=4, type=number(float, 0), metavar=("X0", "Y0", "X1", "Y1"),
+                   help="region to repaint, in fractions of the side")
+    p.add_argument("--mask", help="image file instead of a box; white: repaint")
+    p.add_argument("--grow", nargs=4, type=number(float, 0), default=(0.25,) * 4,
+                   metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+                   help="outpaint: room to add, in fractions of the side [0.25 each]")
+    p.add_argument("--paste", action="store_true",
+                   help="put the original pixels back into the region that is kept")
+    p.add_argument("--export-npz", metavar="FILE",
+                   help="only write samples of every class for the ImageNet evaluator")
+    p.add_argument("--data-dir", default="", help="folder of the held-out images")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    p.add_argument("--precision", default="auto",
+                   choices=("auto", "float32", "float16", "bfloat16"),
+                   help="of transformer and decoder [float32; models above 100 M parameters: "
+                   "float16 on a CUDA GPU, bfloat16 on a CPU that is fast at it]")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--out", help="folder for the results; default: out/NAME")
+    args = p.parse_args()
+    check(args)
+    for path in filter(None, (args.image, args.mask)):
+        read(path)                                         # fail before anything is loaded or drawn
+    args.device = devices.pick_device(args.device)
+    return args
+
+
+def check(args):
+    """Raise BadInput for options that contradict each other or are out of range."""
+    if args.box and not (args.box[0] < args.box[2] <= 1 and args.box[1] < args.box[3] <= 1):
+        raise BadInput(f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1")
+    files = bool(args.tokenizer_file) + bool(args.var_file)
+    if args.run and (args.released or files) or files == 1 and not args.released:
+        raise BadInput("give --run, or --released, or both --tokenizer-file and --var-file")
+    if args.top_p is not None and args.top_p > 1:
+        raise BadInput(f"--top-p {args.top_p}: a probability, at most 1")
+    if args.smooth and args.task not in ("all", "sample", "guidance"):
+        raise BadInput(f"--smooth only works for samples, not with --task {args.task}")
+    if not 0 < max(args.grow) <= 2:
+        raise BadInput(f"--grow {args.grow}: fractions of the side, at most 2, and not all 0")
+    if args.task == "evaluate" and args.classes:
+        raise BadInput("--task evaluate uses all classes: leave out --classes")
+    if args.n and args.n > 1_000_000:
+        raise BadInput(f"--n {args.n}: at most a million")
+
+
+def find_run(given):
+    """--run, or the newest run in out/, or the model that came with the code. -> path"""
+    if given:
+        if not Path(given).exists():
+            raise BadInput(f"--run {given}: no such folder or file")
+        return Path(given)
+    runs = sorted(Path("out").glob("*/transformer.pt"), key=lambda path: path.stat().st_mtime)
+    shipped = sorted(SHIPPED.glob("*.pt"))
+    if not runs and not shipped:
+        raise BadInput("no run in out/: train one with `python 05_train.py`, or use --run")
+    return runs[-1].parent if runs else shipped[-1]
+
+
+def files_of(run, tokenizer_is_enough):
+    """A run's folder, or a file that holds both models -> paths of tokenizer and transformer (None
+    where there is none and the tokenizer is enough)"""
+    print(f"model: {run}")
+    if run.is_file():
+        return run, run
+    if (run / "transformer.pt").exists():
+        return run / "tokenizer.pt", run / "transformer.pt"
+    if not tokenizer_is_enough:
+        raise BadInput(f"{run / 'transformer.pt'}: no such file; train the transformer with "
+                       "05_train.py, or use --task reconstruct")
+    return run / "tokenizer.pt", None
+
+
+def check_match(run, about, tokenizer):
+    """Raise BadInput if a run's transformer was trained on the tokens of another tokenizer."""
+    if run.is_dir() and about["settings"]["tokenizer"] != fingerprint(tokenizer):
+        raise BadInput(f"{run}: its transformer was trained on the tokens of another tokenizer; "
+                       "train it again: 05_train.py --stage transformer --fresh")
+
+
+def released_facts(args, classes):
+    """What a released model's file does not tell: class names, data set, the paper's sampling."""
+    names = imagenet.class_names() if classes == 1000 else [f"class {i}" for i in range(classes)]
+    return dict(class_names=names, dataset="imagenet" if args.data_dir else None,
+                sampling=dict(cfg=1.5, top_k=900, top_p=0.96), folder="released")
+
+
+def find_class(names, text):
+    """A class by name or index -> index. Raises BadInput that lists some of the names."""
+    if len(names) == 1000 and names == imagenet.class_names():
+        return imagenet.find_class(text)
+    folded = [name.casefold() for name in names]
+    if text.casefold() in folded:
+        return folded.index(text.casefold())
+    if text.isdecimal() and len(text) < 9 and int(text) < len(names):
+        return int(text)
+    raise BadInput(f"no class {text!r}; this model has {len(names)}, 0 to {len(names) - 1}: "
+                   + ", ".join(names[:12]))
+
+
+# -- The job ---------------------------------------------------------------------------------------
+
+class Job:
+    """What the options ask for, and the models to do it with. about: class_names, dataset (None: no
+    images are at hand) and sampling (cfg, top_k, top_p), as a checkpoint of 05_train.py has them."""
+
+    def __init__(self, args, tokenizer, var, about):
+        self.args, self.device, self.tokenizer, self.var = args, args.device, tokenizer, var
+        torch.manual_seed(args.seed)
+        self.at_once = devices.prepare_to_sample(tokenizer, var, self.device, args.precision)
+        self.names, self.dataset = about["class_names"], about["dataset"]
+        self.side, self.n, self.tasks = tokenizer.config.image_size, args.n, [args.task]
+        if args.export_npz:
+            self.tasks = ["export"]
+        elif args.task == "all":
+            self.tasks = list(PICTURES)
+        self.sampling = {k: v if getattr(args, k) is None else getattr(args, k)
+                         for k, v in about.get("sampling", {}).items()}
+        self.judge_steps = 100 if self.dataset == "shapes" else 2000
+        self.every_class = list(range(len(self.names)))
+        self.asked = [find_class(self.names, text) for text in args.classes or []]
+        self.classes = list(dict.fromkeys(self.asked)) or self.every_class[:10]
+        print("sampling: " + ", ".join(f"{k} {v:g}" for k, v in self.sampling.items()))
+        self.out = Path(args.out or Path("out") / about["folder"])
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def generator(self, seed=0):
+        return torch.Generator(self.device).manual_seed(self.args.seed + seed)
+
+    def in_batches(self, paint, labels, *more, at_once=None):
+        """paint(labels, ...) a few images at a time, as many as fit. labels: ints; more: tensors
+        (N, ...) that are cut like them -> the results (n, 3, H, W), on the CPU"""
+        cut = [x.split(at_once or self.at_once)
+               for x in (torch.tensor(labels, device=self.device), *more)]
+        return progress((paint(*part).cpu() for part in zip(*cut)), len(labels))
+
+    def real_images(self, split):
+        """A split of the model's data set, with labels in the order of the model's classes.
+        -> images, labels (N,). Raises BadInput for a class that the model does not know."""
+        if not self.dataset:
+            raise BadInput("the released models come without images: give --data-dir, an ImageNet "
+                           "folder")
+        images, labels, names = load_data(self.dataset, split, self.side, self.args.data_dir)
+        if names == self.names:
+            return images, labels
+        for name in names:                                 # a subset of the classes, say
+            if self.names.count(name) != 1:
+                raise BadInput(f"these images have a class {name!r}, of which this model knows "
+                               f"{self.names.count(name)}: {', '.join(self.names[:5])}, ...")
+        return images, np.array([self.names.index(name) for name in names])[labels]
+
+    def images_to_edit(self, count):
+        """--image, or the first held-out image of each class, up to `count` of them.
+        -> (n, 3, H, W) in [-1, 1], labels (a list); None for the images if there are none"""
+        if self.args.image:
+            c = self.classes[0]
+            print(f"--image: taken as class {self.names[c]!r}, the first of --classes")
+            return photo(self.args.image, self.side).to(self.device), [c]
+        try:
+            images, labels = self.real_images("test")
+            rows = [np.flatnonzero(labels == c)[0] for c in self.classes if c in labels][:count]
+            if not rows:
+                raise BadInput("none of these classes among them")
+        except BadInput as error:
+            if self.var is None:
+                raise
+            print(f"no held-out pictures ({error}): working on pictures drawn by the model itself")
+            return None, self.classes[:count]
+        image = to_float(stack([images[int(i)] for i in rows]))
+        return image.to(self.device), labels[rows].tolist()
+
+    def images_to_weigh(self, classes):
+        """--image (whose class is not known: labels None), or --n held-out images of these classes.
+        -> (N, 3, H, W) in [-1, 1], labels (a list of indices into `classes`)"""
+        if self.args.image:
+            return photo(self.args.image, self.side), None
+        images, labels = self.real_images("test")
+        rows = np.flatnonzero(np.isin(labels, classes))
+        if len(rows) == 0:
+            raise BadInput("none of the held-out pictures is of these classes")
+        rows = rows[rows_of(len(rows), self.n or max(1, 5000 // len(classes)))]
+        return (to_float(stack([images[int(i)] for i in rows])),
+                [classes.index(label) for label in labels[rows].tolist()])
+
+    def kept_region(self, box):
+        """--mask, --box or `box` -> (side, side) bool, True = keep: where the mask file is not
+        white, or outside the box (fractions of the side)."""
+        keep = torch.ones(self.side, self.side, dtype=torch.bool)
+        if self.args.mask:
+            grey = square(read(self.args.mask).convert("L"), self.side)
+            keep = torch.from_numpy(grey <= 127)
+        else:
+            x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or box)
+            keep[y0:y1, x0:x1] = False
+        if keep.all():
+            raise BadInput("nothing to repaint: --mask is nowhere white, or --box is smaller than "
+                           f"a pixel of {self.side}")
+        return keep.to(self.device)
+
+
+def photo(path, side):
+    """An image file -> (1, 3, side, side) in [-1, 1], its middle square"""
+    return to_float(torch.from_numpy(square(read(path), side))[None])
+
+
+def read(path):
+    """An image file as a Pillow image in RGB. Raises BadInput if it is none."""
+    try:
+        return folder.decode(path)[0]
+    except Exception as error:                             # whatever a broken file makes Pillow say
+        raise BadInput(f"{path}: not a readable picture ({error})") from None
+
+
+def square(picture, side):
+    """The largest square in the middle of a Pillow image, resized. -> uint8 (side, side[, 3])"""
+    short = min(picture.size)
+    left, top = (picture.width - short) // 2, (picture.height - short) // 2
+    return np.array(picture.resize((side, side), Image.LANCZOS,
+                                   (left, top, left + short, top + short)))
