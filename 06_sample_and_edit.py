@@ -336,7 +336,7 @@ def load_models(args):
 def draw_images(job, labels, seed=0, **changes):
     """Any number of images of these classes (ints) -> tensors (n, 3, H, W), as many as fit"""
     options = dict(job.sampling, smooth=job.args.smooth, generator=job.generator(seed), **changes)
-    return job.in_batches(lambda labels: generate(job.tokenizer, job.var, labels, **options), labels)
+    return job.in_batches(lambda part: generate(job.tokenizer, job.var, part, **options), labels)
 
 
 def repaint(job, paint, image, region, labels, seed=0, at_once=None, **options):

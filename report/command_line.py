@@ -1,4 +1,4 @@
-"""The command line of chapter 6: its options, and the runs, classes, images and masks they name."""
+"""The command line of chapter 6: options, and the runs, classes, images and masks they name."""
 from pathlib import Path
 
 import numpy as np
