@@ -30,9 +30,8 @@ def read_arguments(description):
     p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
     p.add_argument("--n", type=number(int, 1),
                    help="images per class (sample, export) or in all (density, evaluate)")
-    p.add_argument("--cfg", type=number(float, 0), help="guidance: logits are (1 + t) conditional - "
-                   "t unconditional, and t grows from 0 at the first scale to CFG at the last; at 0 "
-                   "the class is used, but not exaggerated")
+    p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale: how far to go "
+                   "beyond what the class alone predicts; 0: none, still of the class")
     p.add_argument("--top-k", type=number(int, 0),
                    help="draw from the k most probable tokens; 0: from all")
     p.add_argument("--top-p", type=number(float, 0),
@@ -142,7 +141,7 @@ def find_class(names, text):
 
 class Job:
     """What the options ask for, and the models to do it with. about: class_names, dataset (None: no
-    images are at hand) and sampling (cfg, top_k, top_p), as a checkpoint of 05_train.py has them."""
+    images are at hand), sampling (cfg, top_k, top_p), and the folder for results in out/."""
 
     def __init__(self, args, tokenizer, var, about):
         self.args, self.device, self.tokenizer, self.var = args, args.device, tokenizer, var
