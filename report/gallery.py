@@ -3,7 +3,6 @@
 Each function is given images and a model, and writes PNGs into the folder `out`. What a model has
 painted is (N, 3, H, W) in [0, 1]; `names` are the class names of the images."""
 import math
-import os
 import zipfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from engine import BadInput
+from engine.files import written_whole
 from report import health, plots
 
 
@@ -209,15 +209,10 @@ def export_npz(path, batches, count, side):
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(f"--export-npz {path}: give a file in a folder that exists")
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     header = dict(descr="|u1", fortran_order=False, shape=(count, side, side, 3))
-    try:
-        with zipfile.ZipFile(part, "w") as file:
-            with file.open("arr_0.npy", "w", force_zip64=True) as array:
-                np.lib.format.write_array_header_1_0(array, header)
-                for batch in batches:
-                    array.write(plots.to_uint8(batch).tobytes())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for batch in batches:
+                array.write(plots.to_uint8(batch).tobytes())
     print(f"wrote {path}: {count} pictures")

@@ -8,7 +8,6 @@ They are not the FID of the literature, which uses the Inception network.
     images (N, 3, H, W) in [0, 1]  ->  features (N, F)  ->  logits (N, classes)
 """
 import collections
-import os
 import time
 from pathlib import Path
 
@@ -20,9 +19,8 @@ from torch import nn
 from data.batches import fingerprint, per_pass, picture_batches, rows_of, to_float
 from engine import BadInput
 from engine.checkpoints import save_atomically
+from engine.devices import loading_workers
 from report import gallery
-
-WORKERS = min(8, os.cpu_count() or 1)    # processes that decode image files
 
 
 class Judge(nn.Module):
@@ -104,7 +102,7 @@ def train_judge(images, labels, num_classes, *, steps, seed, device="cpu", batch
             coming.append((rows, random_changes(batch_size, len(images[0]), generator)))
             yield [(int(i), -1) for i in rows]             # -1: the crop in the middle
     start = time.time()
-    for step, batch in enumerate(picture_batches(images, rows_of_steps(), WORKERS), 1):
+    for step, batch in enumerate(picture_batches(images, rows_of_steps(), loading_workers(1)), 1):
         rows, changes = coming.popleft()
         batch = augment(as_floats(batch), changes).to(device)
         loss = F.cross_entropy(judge(batch), labels[rows].to(device), label_smoothing=0.02)
@@ -158,7 +156,8 @@ def batches_of(images, rows, size=None):
     """Images in memory or in files (data/batches.py), a few at a time, decoded ahead by workers.
     -> uint8 tensors (n, H, W, 3)"""
     parts = torch.from_numpy(np.asarray(rows)).split(size or per_pass(len(images[0])))
-    return picture_batches(images, [[(int(i), -1) for i in part] for part in parts], WORKERS)
+    return picture_batches(images, [[(int(i), -1) for i in part] for part in parts],
+                           loading_workers(1))
 
 
 @torch.no_grad()
