@@ -69,12 +69,20 @@ class VARConfig:
             raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}")
 
 
+class LinearOfBias(nn.Linear):
+    """A linear layer whose bias comes with the input. (Calling a layer, instead of reading its
+    weight, is what lets --shard fetch that weight in time.)"""
+
+    def forward(self, x, bias):
+        return F.linear(x, self.weight, bias)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads, self.scales, self.qk_norm = cfg.heads, cfg.scales, cfg.qk_norm
         head_dim = cfg.width // cfg.heads
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
+        self.qkv = LinearOfBias(cfg.width, 3 * cfg.width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(cfg.width))           # a key bias would cancel in
         self.v_bias = nn.Parameter(torch.zeros(cfg.width))           # the softmax: there is none
         if cfg.qk_norm:
@@ -86,7 +94,7 @@ class SelfAttention(nn.Module):
     def project(self, x):
         """x (B, n, D) -> queries, keys, values (B, heads, n, d) and the scale of their products"""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)                     # (B, n, 3 D)
+        qkv = self.qkv(x, bias)                                      # (B, n, 3 D)
         qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)                                      # each (B, heads, n, d)
         if not self.qk_norm:

@@ -5,9 +5,11 @@ from importlib import import_module
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_nothing_lost import stage_of
 
 from engine import checkpoints
+from engine.run import Run
 
 m5 = import_module("05_train")
 
@@ -45,3 +47,30 @@ def test_a_checkpoint_is_read_from_the_disk_when_and_where_it_is_used(tmp_path):
     before = own()
     state = checkpoints.load_checkpoint(tmp_path / "model.pt")
     assert torch.equal(state["model"], wanted) and own() - before < 8e6
+
+
+# -- Shards ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_are_multiplied_in_bfloat16_but_the_attentions_factor_is_not(alone):
+    """bfloat16 has 7 bits after the first: the factor would be off by up to 0.4 %."""
+    run, stage = stage_of("transformer", optimizer="adamw")
+    run.settings.shard, run.settings.precision, seen = True, "bfloat16", {}
+    run.place = partial(Run.place, run)
+    run.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    names = stage.model.state_dict().keys()
+    stage = type(stage)(run, stage.tokenizer, stage.model.config, stage.data, "abc")
+    assert stage.model.state_dict().keys() == names
+    layer = stage.model.blocks[1].attention
+    for module, name in ((layer, "log_scale"), (layer.qkv, "weight"), (layer.proj, "bias")):
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: getattr(module, name).dtype}))
+    assert not m5.take_step(run, stage, stage.model.train(), next(stage.batches(0)), 0.5).skipped
+    assert seen == dict(log_scale=torch.float32, weight=torch.bfloat16, bias=torch.bfloat16)
