@@ -209,11 +209,36 @@ def test_scales_of_an_independent_pyramid_depend_on_their_own_tokens_only():
 
 @given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), mode=st.sampled_from(["area", "bicubic"]),
        seed=seeds)
-def test_resize_equals_interpolate(n_in, n_out, mode, seed):
+def test_a_resize_matrix_does_what_interpolate_does(n_in, n_out, mode, seed):
     torch.manual_seed(seed)
-    x = torch.randn(2, 3, n_in, n_in)
+    x, matrix = torch.randn(2, 3, n_in, n_in), ms.resize_matrix(n_in, n_out, mode)
     expected = F.interpolate(x, size=(n_out, n_out), mode=mode)
-    assert torch.allclose(ms.resize(x, n_out, mode), expected, atol=1e-5)
+    assert matrix.shape == (n_out, n_in)
+    assert torch.allclose(matrix @ x @ matrix.t(), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_step_builds_no_resize_matrix_anew():
+    tokenizer, called = tiny().train(), []
+    _, image = some(tokenizer)
+    tokenizer(image)                                  # the codes are placed outside of the graph
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+    torch.compile(tokenizer, backend=backend)(image)
+    assert any("conv2d" in name for name in called)
+    assert not [name for name in called if "eye" in name or "interpolate" in name]
+
+
+def test_resize_matrices_are_no_part_of_a_checkpoint_and_follow_the_model():
+    tokenizer = tiny((1, 3, 4))
+    assert not [name for name in tokenizer.state_dict() if name.split(".")[0] in ("down", "up")]
+    with torch.device("meta"):                        # as chapter 6 builds what it then fills
+        bare = tiny((1, 3, 4))
+    assert torch.equal(bare.down, tokenizer.down) and torch.equal(bare.up, tokenizer.up)
+    tokens = [torch.randint(8, (2, s * s)) for s in (1, 3, 4)]
+    assert tokenizer.half().pyramid(tokens)[-1].dtype == torch.float16
 
 
 def test_phi_of_scale_goes_to_the_nearest_tick():
@@ -453,7 +478,7 @@ def test_a_short_training_lowers_the_loss_and_uses_most_codes():
     torch.manual_seed(0)
     tokenizer = tiny((1, 2, 4), vocab_size=16, latent_dim=4, channels=8).train()
     _, image = some(tokenizer, batch=16)
-    image = ms.resize(ms.resize(image, 3, "area"), 8, "bicubic")             # smooth pictures
+    image = F.interpolate(F.interpolate(image, size=3), size=8, mode="bicubic")   # smooth
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=3e-3)
     curve = []
     for _ in range(120):
