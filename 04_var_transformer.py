@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, cache=None):                                # (B, n, D)
         q, k, v, scale = self.project(x)
         if cache is None:
-            y = mask.block_causal_attention(q, k, v, self.scales, scale)
+            y = mask.block_causal_attention(q, k, v, self.scales, qk_factor=scale)
         else:                                                        # everything cached is coarser
             k, v = cache.append(k, v)                                # or in this block: no mask
             y = F.scaled_dot_product_attention(q, k, v, scale=scale)

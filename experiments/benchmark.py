@@ -126,15 +126,20 @@ def original_sizes(device, repeats):
 
 @contextlib.contextmanager
 def way_of(how):
-    """bfloat16 by autocast; the plain way with the written-out attention under its mask."""
-    prefix = mask.prefix_attention
+    """bfloat16 by autocast; the plain way computes all products of attention and hides some."""
+    prefix = mask.block_causal_attention
     if how == "plain":
-        mask.prefix_attention = mask.dense_attention
+        mask.block_causal_attention = hide_afterwards
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
             yield
     finally:
-        mask.prefix_attention = prefix
+        mask.block_causal_attention = prefix
+
+
+def hide_afterwards(q, k, v, scales, allowed=None, qk_factor=None):
+    allowed = mask.block_causal_mask(scales).to(q.device) if allowed is None else allowed
+    return mask.attention(q, k, v, allowed, qk_factor)
 
 
 def print_original_sizes(found, U, memory):
@@ -245,9 +250,9 @@ def kernels(device, batch, repeats, scales=SCALES, heads=16):
     L = sum(side * side for side in scales)
     q, k, v = torch.randn(3, batch, heads, L, 64, device=device, dtype=torch.bfloat16)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    ways = {"prefix": lambda: mask.prefix_attention(q, k, v, scales),
-            "written out, masked": lambda: mask.dense_attention(q, k, v, scales),
-            "SDPA, dense mask": lambda: mask.masked_attention(q, k, v, scales)}
+    allowed = mask.block_causal_mask(scales).to(device)
+    ways = {"prefix": lambda: mask.block_causal_attention(q, k, v, scales, allowed),
+            "SDPA, dense mask": lambda: mask.attention(q, k, v, allowed)}
     if device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         scale = mask.scale_of_token(scales).to(device)

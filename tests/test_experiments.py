@@ -123,8 +123,7 @@ def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
     assert "| 1 | 4 | off |" in out and "| 1 | 4 | on |" not in out and "| prefix |" in out
     for times in found.values():
         assert set(times) >= {"float32", "plain"} and all(t > 0 for t in times.values())
-    dense = import_module("03_block_causal_mask")
-    assert dense.prefix_attention is not dense.dense_attention, "everything is put back"
+    assert benchmark.mask.block_causal_attention is not benchmark.hide_afterwards, "put back"
 
 
 def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
