@@ -39,6 +39,7 @@ from engine import BadInput, perceptual, plan, released
 from report import health
 from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
+from data.views import Views
 from engine.checkpoints import (export, fingerprint, load_checkpoint, resume, save,
                                 save_atomically)
 from engine.muon import Muon
@@ -674,8 +675,10 @@ def train_all(settings, config, var_fields):
     tokenizer, about = load_tokenizer(path, run.device)
     if about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
         run.say(f"note: the tokenizer was trained for {about['step']} steps of {planned}")
-    data = {"train": (cache_tokens(run, tokenizer, images, "train", settings.views), labels),
-            "test": (cache_tokens(run, tokenizer, test_images, "test", 1), test_labels)}
+    views = Views(images, settings.views, settings.workers)
+    test_views = Views(test_images, 1, settings.workers)
+    data = {"train": (cache_tokens(run, tokenizer, views, "train"), labels),
+            "test": (cache_tokens(run, tokenizer, test_views, "test"), test_labels)}
     sizes = var_sizes(var_fields, tokenizer.config, len(class_names))
     train(run, TransformerStage(run, tokenizer, sizes, data, class_names), settings.steps)
     if run.rank == 0 and settings.export:

@@ -38,14 +38,13 @@ def batch_indices(step, n, batch, seed):
 
 
 class Crops:
-    """A folder's pictures as DataLoader wants them; an index is (picture, seed of its crop), and
-    the seed -1 asks for the crop in the middle."""
+    """A folder's pictures as DataLoader wants them; an index is (picture, seeds of its crops)."""
 
     def __init__(self, images):
         self.images = images
 
     def __getitem__(self, index):
-        return self.images[index[0]] if index[1] < 0 else self.images.crop(*index)
+        return self.images.crops(*index)
 
 
 def stack(crops):
@@ -59,10 +58,20 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def crop_batches(images, batches, workers):
+    """Decode picture files ahead, in workers, each file once for all its crops. batches: lists of
+    (picture, seeds of its crops), any number -> uint8 (B, crops, H, W, 3), in order"""
+    yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
+                          num_workers=min(workers, os.cpu_count() or 1),
+                          worker_init_fn=ignore_signals)
+    if skipped := images.skipped():
+        print(f"{skipped:,} of {len(images):,} pictures skipped: others of their class stand in "
+              "for them", file=sys.stderr)
+
+
 def picture_batches(images, batches, workers):
     """batches: lists of (picture, crop seed), any number -> uint8 tensors (B, H, W, 3), in order.
-    Pictures in memory, a GPU's too, are simply indexed; pictures in files are decoded ahead by
-    workers."""
+    Pictures in memory, a GPU's too, are simply indexed."""
     if torch.is_tensor(images):
         for batch in batches:
             rows = torch.tensor([i for i, _ in batch])
@@ -72,12 +81,9 @@ def picture_batches(images, batches, workers):
         for batch in batches:
             yield torch.from_numpy(images[[i for i, _ in batch]])
     else:
-        yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
-                              num_workers=min(workers, os.cpu_count() or 1),
-                              worker_init_fn=ignore_signals)
-        if skipped := images.skipped():
-            print(f"{skipped:,} of {len(images):,} pictures skipped: others of their class stand "
-                  "in for them", file=sys.stderr)
+        wanted = ([(i, [seed]) for i, seed in batch] for batch in batches)
+        for crops in crop_batches(images, wanted, workers):
+            yield crops[:, 0]
 
 
 def to_float(images):

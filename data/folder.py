@@ -126,9 +126,9 @@ def held_out(names):
 
 
 class FolderImages:
-    """Pictures read on demand: images[i] is the centre crop, images.crop(i, seed) a random one.
+    """Pictures read on demand: images[i] is the centre crop, images.crops(i, seeds) random ones.
 
-    Both are uint8 (size, size, 3), from the picture with its short side brought to 1.125 x size.
+    All are uint8 (size, size, 3), from the picture with its short side brought to 1.125 x size.
     A picture that is unreadable or has more than MAX_PIXELS is replaced by the next readable one of
     its class (of any class, if its own has none) and marked in `bad`, (N,) bool, which all
     data-loading workers share.
@@ -147,12 +147,23 @@ class FolderImages:
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, i):
-        return self._cut(i, 0.5, 0.5)
+    @property
+    def shape(self):
+        return len(self), self.size, self.size, 3
 
-    def crop(self, i, seed):
-        """Random crop, uint8 (size, size, 3), decided by (seed, i) alone; both >= 0."""
-        return self._cut(i, *np.random.default_rng([seed, i]).random(2))
+    def __getitem__(self, i):
+        return self.crops(i, [-1])[0]
+
+    def crops(self, i, seeds):
+        """Crops of one picture, which is decoded once: each decided by (seed, i) alone, or the
+        centre for the seed -1. -> uint8 (len(seeds), size, size, 3)"""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        i %= len(self)
+        image, extent = self._readable(i)
+        places = [np.random.default_rng([seed, i]).random(2) if seed >= 0 else (0.5, 0.5)
+                  for seed in seeds]
+        return np.stack([self._cut(image, extent, place) for place in places])
 
     def skipped(self):
         """How many pictures have been found that cannot be read."""
@@ -163,15 +174,12 @@ class FolderImages:
         start = self._ends[i - 1] if i else 0
         return os.path.join(self.root, os.fsdecode(self.names[start:self._ends[i]]))
 
-    def _cut(self, i, across, down):
+    def _cut(self, image, extent, place):
         """Resize and crop in one go: only what is kept gets computed, however long the picture."""
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"picture {i} of {len(self)}")
-        image, extent = self._readable(i % len(self))
         box = []
-        for side, where in zip(extent, (across, down)):
+        for side, share in zip(extent, place):
             resized = round(side * self.short / min(extent))
-            start = int(where * (resized - self.size + 1)) * side / resized
+            start = int(share * (resized - self.size + 1)) * side / resized
             box += [start, min(start + self.size * side / resized, side)]
         return np.array(image.resize((self.size, self.size), Image.Resampling.LANCZOS,
                                      box[::2] + box[1::2]))   # left, top, right, bottom

@@ -3,9 +3,6 @@
     tokens_train.npy     (views, N, L) integers, memory-mapped: never loaded whole
     tokens_train.json    whose tokens these are: data set, pictures, tokenizer
 
-View 0 is the picture (of a file: its middle). Further views of files are random crops; of pictures
-in memory every other view is mirrored, and those after the first two are shifted.
-
 While it is being made the cache lies beside, under names that end in .tmp, its rows filled with
 ones (no code has all bits set): a run that was stopped half way finds the rows that are missing,
 and makes only those.
@@ -19,25 +16,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data import batches
 from engine.checkpoints import fingerprint
 from engine.progress import clock
 
 
 @torch.no_grad()
-def cache_tokens(run, tokenizer, images, split, views):
-    """Tokenize every picture once. -> memory-mapped (views, N, L) uint16 (int32 for V > 65,535).
+def cache_tokens(run, tokenizer, pictures, split):
+    """Tokenize every view of every picture once. -> memory-mapped (views, N, L) uint16 (int32 for
+    V > 65,535). pictures: data.views.Views
 
     A cache that belongs to other data or another tokenizer is made again; one that was interrupted
     is finished. Raises OSError, leaving nothing behind, where the disk is full."""
     path = run.folder / f"tokens_{split}.npy"
     note, half, half_note = path.with_suffix(".json"), f"{path}.tmp", Path(f"{path}.json.tmp")
-    header = dict(dataset=run.settings.dataset, split=split, views=views,
-                  scales=list(tokenizer.scales), pictures=batches.fingerprint(images),
+    header = dict(dataset=run.settings.dataset, split=split, views=pictures.count,
+                  scales=list(tokenizer.scales), pictures=pictures.fingerprint(),
                   tokenizer=fingerprint(tokenizer))
-    shape = (views, len(images), sum(s * s for s in tokenizer.scales))
+    shape = (pictures.count, len(pictures), sum(s * s for s in tokenizer.scales))
     dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size < 65536 else np.int32)
     if (cache := opened(path, note, header, shape, dtype)) is not None:
         return cache
@@ -53,7 +49,7 @@ def cache_tokens(run, tokenizer, images, split, views):
         else:
             run.say(f"  tokens of {split}: going on where they were interrupted")
     run.barrier()
-    encode(run, tokenizer, images, half, split)
+    encode(run, tokenizer, pictures, half, split)
     run.barrier()
     if run.rank == 0:
         os.replace(half, path)
@@ -62,54 +58,35 @@ def cache_tokens(run, tokenizer, images, split, views):
     return np.load(path, mmap_mode="r")
 
 
-def encode(run, tokenizer, images, path, split):
+def encode(run, tokenizer, pictures, path, split):
     """Fill the rows of this process that are not yet filled, with a line every 5 seconds. Written
     as ranges of bytes, not through the memory map: machines that share a folder over a network
     would overwrite each other's neighbouring rows, page by page."""
     cache = np.load(path, mmap_mode="r")
-    mine = np.array_split(np.arange(len(images)), run.world)[run.rank]
-    many, missing = batches.per_pass(tokenizer.config.image_size), np.array(-1).astype(cache.dtype)
-    jobs = [(view, mine[i:i + many]) for view in range(len(cache))
-            for i in range(0, len(mine), many)]
-    jobs = [(view, rows) for view, rows in jobs if (cache[view, rows] == missing).any()]
-    plan = ([(int(i), view - 1) for i in rows] for view, rows in jobs)
+    n, missing = len(pictures), np.array(-1).astype(cache.dtype)
+    mine = np.array_split(np.arange(n), run.world)[run.rank]
+    parts = np.split(mine, range(pictures.at_once, len(mine), pictures.at_once))
+    jobs = [(rows, [view for view in range(len(cache)) if (cache[view, rows] == missing).any()])
+            for rows in parts]
+    steps = [(view, rows) for rows, views in jobs for view in views]
+    images = pictures.batches([job for job in jobs if job[1]], run.to_device)
     begin = said = time.time()
     with open(path, "r+b") as file:
-        for done, pixels in enumerate(batches.picture_batches(images, plan, run.settings.workers)):
-            view, rows = jobs[done]
-            image = batches.to_float(run.to_device(pixels))
-            if isinstance(images, np.ndarray):
-                image = view_of(image, view, rows, len(images))
+        for done, ((view, rows), image) in enumerate(zip(steps, images)):
             with run.autocast():
                 found = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
-            file.seek(cache.offset + (view * len(images) + rows[0]) * cache[0, 0].nbytes)
+            file.seek(cache.offset + (view * n + rows[0]) * cache[0, 0].nbytes)
             file.write(found.astype(cache.dtype).tobytes())
             file.flush()
             if stop := run.asked_to_stop():
-                run.say(f"stopped at {100 * (done + 1) // len(jobs)}% of the tokens: {run.again} "
+                run.say(f"stopped at {100 * (done + 1) // len(steps)}% of the tokens: {run.again} "
                         "goes on from there")
                 sys.exit(128 + stop)
             if time.time() - said > 5:
                 said = time.time()
-                eta = clock((said - begin) / (done + 1) * (len(jobs) - done - 1))
-                run.say(f"  tokens of {split}: {100 * (done + 1) // len(jobs)}% | eta {eta}")
+                eta = clock((said - begin) / (done + 1) * (len(steps) - done - 1))
+                run.say(f"  tokens of {split}: {100 * (done + 1) // len(steps)}% | eta {eta}")
         os.fsync(file.fileno())
-
-
-def view_of(image, view, rows, n):
-    """Pictures in memory (B, 3, H, W), rows (B,) of the n of their data set, as this view shows
-    them: odd ones mirrored; from the third on shifted, each picture by its own number of pixels, up
-    to a sixteenth of its side, what is missing at the border reflected. -> (B, 3, H, W)"""
-    if view % 2:
-        image = image.flip(3)
-    reach, side = image.shape[-1] // 16, image.shape[-1]
-    if view < 2 or not reach:
-        return image
-    # Drawn for all of them, so that it does not matter which are encoded together.
-    by = np.random.default_rng(view).integers(0, 2 * reach + 1, (n, 2))[rows]
-    down, right = torch.from_numpy(by).to(image.device).unbind(1)
-    windows = F.pad(image, (reach,) * 4, "reflect").unfold(2, side, 1).unfold(3, side, 1)
-    return windows[torch.arange(len(rows), device=image.device), :, down, right]
 
 
 def opened(path, note, header, shape, dtype):

@@ -324,7 +324,7 @@ def test_unreadable_files_are_skipped_and_named_once(tmp_path, capsys, monkeypat
     assert grey == [10, 60, 60, 60, 110, 110, 110, 10, 210]
     bad = [Path(images.path(i)).name for i in np.flatnonzero(images.bad)]
     assert bad == ["1.jpg", "2.jpg", "4.jpg", "5.png", "7.jpg"]
-    [images.crop(i, 5) for i in range(len(images))]
+    [images.crops(i, [5])[0] for i in range(len(images))]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 and all(x.startswith("skipped unreadable picture ") for x in lines)
     assert [images.path(i) for i in (0, 8)] == [str(tmp_path / p) for p in ("a/0.png", "b/0.png")]
@@ -364,8 +364,8 @@ def test_crops_are_those_of_the_whole_resized_picture_and_repeat(noise, seed, si
     images = folder.FolderImages(noise[0].root, ["n.png"], [0], size)
     short = round(1.125 * size)
     whole = np.asarray(noise[1].resize((round(90 * short / 61), short), Image.Resampling.LANCZOS))
-    crop = images.crop(0, seed)
-    assert (crop == pickle.loads(pickle.dumps(images)).crop(0, seed)).all()
+    crop = images.crops(0, [seed])[0]
+    assert (crop == pickle.loads(pickle.dumps(images)).crops(0, [seed])[0]).all()
     views = np.lib.stride_tricks.sliding_window_view(whole, (size, size, 3))[:, :, 0]
     apart = np.abs(views.astype(int) - crop).max(axis=(2, 3, 4))
     assert apart.min() <= 2   # the slow way: resize everything, then cut
@@ -375,17 +375,18 @@ def test_crops_are_those_of_the_whole_resized_picture_and_repeat(noise, seed, si
 
 def test_crops_reach_everywhere_and_differ(noise):
     images = noise[0]
-    crops = {images.crop(0, seed).tobytes() for seed in range(800)}
+    crops = {images.crops(0, [seed])[0].tobytes() for seed in range(800)}
     assert len(crops) > 90   # 5 rows x 22 columns of places = 110
     twice = folder.FolderImages(images.root, ["n.png"] * 30, [0] * 30, 32)
-    assert len({twice.crop(i, 7).tobytes() for i in range(30)}) > 15   # one seed, many pictures
+    # One seed, many pictures.
+    assert len({twice.crops(i, [7])[0].tobytes() for i in range(30)}) > 15
 
 
 @pytest.mark.parametrize("w, h", [(1, 500), (500, 1), (1, 1), (3, 40000)])
 def test_extreme_shapes(tmp_path, w, h):
     write(tmp_path / "a.png", size=(w, h))
     images = only(tmp_path / "a", size=64)
-    for seen in (images[0], images.crop(0, 1)):
+    for seen in (images[0], images.crops(0, [1])[0]):
         assert seen.shape == (64, 64, 3) and (seen == (200, 100, 50)).all()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import batches, folder, shapes
+from data import batches, folder, shapes, views
 from engine import token_cache
 
 m2 = import_module("02_multiscale_vqvae")
@@ -42,13 +42,13 @@ def studio(tmp_path, monkeypatch):
         s.encoded += len(image)
         return s.make(self, image)
     monkeypatch.setattr(m2.MultiScaleVQVAE, "image_to_tokens", spy)
-    monkeypatch.setattr(batches, "per_pass", lambda side: 4)
+    monkeypatch.setattr(views, "per_pass", lambda side: 4)
     return s
 
 
 def build(s, limit=10 ** 9):
     s.limit, s.encoded = limit, 0
-    return token_cache.cache_tokens(s.run, s.tokenizer, s.images, "train", s.views)
+    return token_cache.cache_tokens(s.run, s.tokenizer, views.Views(s.images, s.views), "train")
 
 
 def interrupt(s, after=20):
@@ -99,24 +99,27 @@ def test_further_views_of_pictures_in_memory_are_shifted_each_by_its_own_pixels(
 def test_a_view_does_not_depend_on_which_pictures_are_encoded_together():
     image, rows = torch.rand(20, 3, 32, 32), np.arange(20)
     for view in (0, 1, 2, 3, 7):
-        whole = token_cache.view_of(image, view, rows, 20)
-        parts = [token_cache.view_of(image[part], view, part, 20)
+        whole = views.view_of(image, view, rows, 20)
+        parts = [views.view_of(image[part], view, part, 20)
                  for part in np.split(rows, [3, 11])]
         assert torch.equal(whole, torch.cat(parts)) and whole.shape == image.shape
     tiny = torch.rand(2, 3, 8, 8)
-    unmoved = token_cache.view_of(tiny, 4, rows[:2], 20)
+    unmoved = views.view_of(tiny, 4, rows[:2], 20)
     assert torch.equal(unmoved, tiny), "no room to shift eight pixels"
 
 
 def test_pictures_in_files_get_a_crop_for_each_view_and_are_known_by_their_names(
-        studio, picture_folder, tmp_path, capsys):
+        studio, picture_folder, tmp_path, capsys, monkeypatch):
     def load():
         return folder.load("train", data_dir=tmp_path / "pictures", size=16)[0]
     one, *_ = sorted(shutil.copytree(picture_folder, tmp_path / "pictures").glob("bee/*"))
     images = studio.images = load()
-    studio.views = 3
+    studio.views, decoded, decode = 3, [], folder.decode
+    monkeypatch.setattr(folder, "decode", lambda path, enough: decoded.append(path) or decode(
+        path, enough))
     cache = build(studio)
-    cuts = zip(*[(images[i], images.crop(i, 0), images.crop(i, 1)) for i in range(57)])
+    assert len(decoded) == 20 + 57, "20 for the fingerprint; each file once for all views"
+    cuts = zip(*[images.crops(i, [-1, 0, 1]) for i in range(57)])
     assert np.array_equal(cache, [tokens_of(studio, np.stack(view)) for view in cuts])
     assert len({view.tobytes() for view in cache}) == 3 and capsys.readouterr().out == ""
     for change, count in ((Path.rename, 57), (shutil.copy, 58)):      # the order stays the same
