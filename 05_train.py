@@ -605,7 +605,14 @@ class TransformerStage:
     def describe(self, loss, right):
         scales = [float(part.mean()) for part in loss.split(self.sizes)]
         text = f"per-scale {' '.join(f'{x:.2f}' for x in scales)} | right {right:.1%}"
-        return text, dict(per_scale=scales, right=right)
+        numbers = dict(per_scale=scales, right=right)
+        # Half precision cannot tell products apart that are multiplied by much: 100 is the most.
+        if self.settings.precision != "float32" and self.model.config.qk_norm:
+            found = [block.attention.log_scale.detach().max() for block in self.model.blocks]
+            largest = max(float(getattr(x, "full_tensor", lambda x=x: x)()) for x in found)
+            numbers["qk_factor"] = min(math.exp(largest), 100.0)
+            text += f" | qk {numbers['qk_factor']:.0f}"
+        return text, numbers
 
     @torch.no_grad()
     def evaluate(self):

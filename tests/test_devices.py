@@ -74,3 +74,17 @@ def test_sharded_weights_are_multiplied_in_bfloat16_but_the_attentions_factor_is
             lambda module, args, name=name: seen.update({name: getattr(module, name).dtype}))
     assert not m5.take_step(run, stage, stage.model.train(), next(stage.batches(0)), 0.5).skipped
     assert seen == dict(log_scale=torch.float32, weight=torch.bfloat16, bias=torch.bfloat16)
+    assert stage.describe(torch.zeros(21), 0.0)[1]["qk_factor"] == pytest.approx(4, abs=0.1)
+
+
+def test_the_largest_factor_on_queries_and_keys_is_logged_where_products_are_rounded():
+    run, stage = stage_of("transformer")
+    for block, value in zip(stage.model.blocks, (0.5, 9.0, 2.0), strict=True):   # 9: cut to ln 100
+        block.attention.log_scale.data[:, 1] = value
+    loss = torch.zeros(stage.model.L)
+    assert "qk_factor" not in stage.describe(loss, 0.0)[1]
+    run.settings.precision = "bfloat16"
+    text, numbers = stage.describe(loss, 0.0)
+    assert numbers["qk_factor"] == pytest.approx(100) and text.endswith("| qk 100")
+    stage.model.blocks[1].attention.log_scale.data.fill_(1.0)
+    assert stage.describe(loss, 0.0)[1]["qk_factor"] == pytest.approx(7.389, abs=1e-3)
