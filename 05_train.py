@@ -20,9 +20,7 @@ Differs from the original VAR code: stage 1 exists, its losses are those of VQGA
 (engine/perceptual.py), its health is measured scale by scale (report/health.py);
 tokens are computed once, not every step.
 """
-import math
 import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -42,8 +40,8 @@ from data.batches import (batch_indices, load_data, per_pass, picture_batches, r
 from data.views import Views
 from engine.checkpoints import (export, fingerprint, load_checkpoint, resume, save,
                                 save_atomically)
-from engine.muon import Muon
 from engine.devices import loading_workers, pick_device
+from engine.optimizers import make_optimizers, parameter_groups, set_schedule
 from engine.options import OneLineParser, add_options, assignment, one_line, option
 from engine.progress import clock
 from engine.run import Run, launch
@@ -72,9 +70,7 @@ class RunSettings:
     log_every: int = option(50, "steps between log lines")
     fresh: bool = option(False, "train again what --stage names, instead of resuming")
     export: str = option("", "also write both models, in half precision, to this file")
-    dry_run: bool = option(False, "print sizes, memory, steps and days; do nothing")
-    gpu_tflops: float = 989.0
-    mfu: float = 0.4
+    dry_run: bool = option(False, "print sizes, arithmetic and memory; train nothing")
     vgg_file: str = option("", "VGG-16 weights of --perceptual, if they cannot be downloaded")
     lpips_file: str = option("", "LPIPS weights of --perceptual, likewise")
     shard: bool = option(False, "spread stage 2's weights over the GPUs (needs adamw)")
@@ -249,44 +245,6 @@ def identity(settings, cls):
 
 
 # -- The training loop, shared by both stages ------------------------------------------------------
-
-def learning_rate(progress, final):
-    """Share of the peak: warm-up over the first 2 %, flat to 5 %, then a straight line down."""
-    if progress < 0.02:
-        return 0.005 + 0.995 * progress / 0.02
-    return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
-
-
-def set_schedule(optimizers, progress, final_lr, final_decay=None):
-    """Learning rate of every parameter group, and weight decay of those that have one, which goes
-    to `final_decay` along half a cosine, at this share of the training."""
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(progress, final_lr)
-        if final_decay is not None and group["weight_decay"]:
-            first = group.setdefault("first_decay", group["weight_decay"])
-            done = (1 - math.cos(math.pi * progress)) / 2
-            group["weight_decay"] = first + (final_decay - first) * done
-
-
-def make_optimizers(model, lr, weight_decay, settings):
-    """Weights of linear layers and convolutions decay; biases, embeddings, gains and the q/k
-    temperature do not. The matrices and convolutions inside the blocks may go to Muon."""
-    blocks = r"^blocks\..*(attention|mlp)|^(en|de)coder\.(levels|middle)"
-    decayed = {id(m.weight) for m in model.modules()
-               if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    groups = {"muon": [], "decay": [], "plain": []}
-    for name, p in model.named_parameters():
-        inside = settings.optimizer == "muon" and re.search(blocks, name)
-        kind = "plain" if id(p) not in decayed else "muon" if inside else "decay"
-        groups[kind].append(p)
-    optimizers = [torch.optim.AdamW(
-        [dict(params=groups["decay"], weight_decay=weight_decay),
-         dict(params=groups["plain"], weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)]
-    if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], lr=settings.muon_lr, weight_decay=weight_decay,
-                               dtype=getattr(torch, settings.precision)))
-    return optimizers
-
 
 def train(run, stage, total):
     """The loop of both stages, from the last checkpoint to step `total`.
@@ -697,13 +655,32 @@ def train_all(settings, config, var_fields):
                          "--data-dir", settings.data_dir])
 
 
+def dry_run(settings, config, var_fields):
+    """Print what a training takes. Nothing is read, written or trained."""
+    sizes = var_sizes(var_fields, config, var_fields.get("num_classes", 10))
+    side, L = config.image_size, sum(side * side for side in config.scales)
+    with torch.device("meta"):                             # tensors with shapes but no memory
+        tokenizer, var = vqvae.MultiScaleVQVAE(config), transformer.VAR(sizes)
+        image, labels = torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.long)
+        inputs = torch.zeros(1, L - config.scales[0] ** 2, config.latent_dim)
+    print(f"dry run: an image of {side} x {side} is {L} tokens, {len(config.scales)} maps of sides "
+          f"{', '.join(map(str, config.scales))}\n{plan.HEADER}")
+    plan.show("tokenizer", tokenizer, lambda: tokenizer.decode(tokenizer.encode(image)),
+              settings.tokenizer_batch_size, f"{settings.tokenizer_steps:,}",
+              parameter_groups(tokenizer, settings.optimizer))
+    plan.show("transformer", var, lambda: var(labels, inputs), settings.batch_size,
+              f"{settings.epochs} epochs" if settings.epochs else f"{settings.steps:,}",
+              parameter_groups(var, settings.optimizer))
+    size = settings.views * L * (2 if config.vocab_size < 65536 else 4)
+    print(f"token cache: {settings.views} views, {size / 1e3:.3g} MB for every 1,000 images\n"
+          "TFLOP: forward and backward pass of one batch, without LPIPS and critic\nGB: on every "
+          "GPU, in float32 (--shard divides them); activations come on top")
+
+
 def main():
     settings, config, var_fields = read_settings()
     if settings.dry_run:
-        sizes = var_sizes(var_fields, config, var_fields.get("num_classes", 10))
-        follow_recipe(settings, plan.IMAGENET)             # nothing is read, so we assume them all
-        processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
-        return plan.show(settings, processes, config, vqvae.MultiScaleVQVAE, sizes, transformer.VAR)
+        return dry_run(settings, config, var_fields)
     if settings.gpus > 1 and "RANK" not in os.environ:
         load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
         return relaunch(settings)

@@ -221,8 +221,10 @@ def full_size(device, depth, batch, repeats, compiled):
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak = next((value for key, value in PEAK.items() if key in name), None)
     config, sizes = vqvae.TokenizerConfig(**released.TOKENIZER), var_config(depth)
-    flops = plan.TransformerWork(training.read_settings(options)[0], sizes,
-                                 transformer.VAR).flops()[1]
+    with torch.device("meta"):
+        model = transformer.VAR(sizes)
+    flops = plan.flops(lambda: model(torch.zeros(1, dtype=torch.long), torch.zeros(
+        1, model.L - model.first, sizes.latent_dim)))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:

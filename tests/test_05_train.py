@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import batches, shapes
-from engine import BadInput, checkpoints, devices, muon
+from engine import BadInput, checkpoints, devices
 
 m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")
@@ -237,157 +237,6 @@ def test_the_training_loop_uses_the_shuffled_order(cli, tiny, tmp_path, monkeypa
     assert len({tuple(labels) for labels in seen}) > 12
 
 
-def test_the_learning_rate_warms_up_stays_and_falls_to_the_final_share():
-    assert m5.learning_rate(0, 0.1) == pytest.approx(0.005)
-    assert m5.learning_rate(0.01, 0.1) == pytest.approx(0.5025)
-    for progress in (0.02, 0.03, 0.05):
-        assert m5.learning_rate(progress, 0.1) == pytest.approx(1)
-    assert m5.learning_rate(0.525, 0.1) == pytest.approx(0.55)
-    assert m5.learning_rate(1, 0.1) == pytest.approx(0.1)
-    falling = [m5.learning_rate(p, 0.0) for p in np.linspace(0.06, 1, 20)]
-    assert np.allclose(np.diff(falling), falling[1] - falling[0]) and falling[-1] < 1e-12
-
-
-def test_the_weight_decay_of_large_models_follows_half_a_cosine():
-    """As the original's lr_wd_annealing: 0.05 at first, 0.08 at last, half way 0.065."""
-    model = var_model()
-    optimizers = m5.make_optimizers(model, 1e-3, 0.05, chosen("muon"))
-    decayed = [group for o in optimizers for group in o.param_groups if group["weight_decay"]]
-    for progress, decay in ((0, 0.05), (0.25, 0.08 - 0.03 * (0.5 + 0.5 ** 1.5)), (0.5, 0.065),
-                            (1, 0.08)):
-        m5.set_schedule(optimizers, progress, 0.1, 0.08)
-        assert [g["weight_decay"] for g in decayed] == pytest.approx([decay] * len(decayed))
-        assert decayed[0]["lr"] == pytest.approx(1e-3 * m5.learning_rate(progress, 0.1))
-        assert decayed[-1]["lr"] == pytest.approx(0.03 * m5.learning_rate(progress, 0.1))
-    plain = [g["weight_decay"] for o in optimizers for g in o.param_groups if g not in decayed]
-    assert plain == [0]
-    m5.set_schedule(optimizers, 0.5, 0.1)                  # without a last value it stays
-    assert [g["weight_decay"] for g in decayed] == pytest.approx([0.08] * len(decayed))
-
-
-# -- Optimizers ------------------------------------------------------------------------------------
-
-def var_model(**options):
-    torch.manual_seed(0)
-    return m4.VAR(m4.VARConfig(**{**dict(num_classes=3, scales=(1, 2, 4), vocab_size=16,
-                                         latent_dim=4, depth=2, width=16, heads=2), **options}))
-
-
-def chosen(optimizer):
-    return m5.Settings(optimizer=optimizer, precision="float32", muon_lr=0.03)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("shared", [False, True])
-def test_what_decays_and_what_goes_to_muon(optimizer, shared):
-    model = var_model(shared_adaln=shared)
-    names = {id(p): name for name, p in model.named_parameters()}
-    optimizers = m5.make_optimizers(model, 1e-3, 0.05, chosen(optimizer))
-    groups = [g for o in optimizers for g in o.param_groups]
-    assert sorted(names[id(p)] for g in groups for p in g["params"]) == sorted(names.values())
-    decayed = {names[id(p)] for g in groups for p in g["params"] if g["weight_decay"] > 0}
-    for name in names.values():
-        small = name.endswith("bias") or any(part in name for part in (
-            "embed", "position", "start", "log_scale", "offset")) and "word_embed.w" not in name
-        assert (name in decayed) == (not small), name
-    if optimizer == "muon":
-        assert optimizers[1].param_groups[0]["lr"] == 0.03
-        inside = {names[id(p)] for p in optimizers[1].param_groups[0]["params"]}
-        assert len(inside) == 2 * 4 and all(n.startswith("blocks.") for n in inside)
-        assert not any("modulation" in n or "log_scale" in n for n in inside)
-    assert len(optimizers) == (2 if optimizer == "muon" else 1)
-
-
-def test_convolutions_of_the_tokenizers_blocks_go_to_muon_and_its_ends_do_not():
-    model = m2.MultiScaleVQVAE(m2.TokenizerConfig(multipliers=(1, 2), image_size=64,
-                                                  attention=True))
-    names = {id(p): name for name, p in model.named_parameters()}
-    _, second = m5.make_optimizers(model, 1e-3, 0.05, chosen("muon"))
-    inside = {names[id(p)] for p in second.param_groups[0]["params"]}
-    assert inside == {name for name, p in model.named_parameters() if p.ndim == 4 and re.match(
-        r"(encoder|decoder)\.(levels|middle)\.", name)}
-    assert any("qkv" in name for name in inside) and any("shortcut" in name for name in inside)
-    assert not any(word in name for name in inside for word in ("conv_in", "conv_out", "phi"))
-
-
-def test_the_codebook_does_not_decay():
-    model = m2.MultiScaleVQVAE(m2.TokenizerConfig(learn="gradient"))
-    (optimizer,) = m5.make_optimizers(model, 1e-3, 0.05, chosen("adamw"))
-    plain = [id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
-    assert id(model.quantizer.codebook) in plain
-
-
-def slow_orthogonal(g):
-    """The same five steps on one matrix at a time, in float64."""
-    x = g.double() if g.shape[0] <= g.shape[1] else g.double().t()
-    x = x / x.norm()
-    for _ in range(5):
-        a = x @ x.t()
-        x = 3.4445 * x - 4.7750 * (a @ x) + 2.0315 * (a @ a @ x)
-    return x if g.shape[0] <= g.shape[1] else x.t()
-
-
-@given(rows=st.integers(1, 24), columns=st.integers(1, 24), n=st.integers(1, 3),
-       seed=st.integers(0, 99))
-def test_stacked_matrices_are_orthogonalised_as_one_at_a_time(rows, columns, n, seed):
-    g = torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(seed))
-    ours = muon.orthogonal(g)
-    assert ours.shape == g.shape and ours.dtype == g.dtype
-    for one, matrix in zip(ours, g):
-        assert torch.allclose(one.double(), slow_orthogonal(matrix), atol=1e-3)
-
-
-@pytest.mark.parametrize("shape", [(3, 10, 40), (3, 40, 10), (2, 1, 7), (2, 7, 1)])
-def test_orthogonal_makes_all_singular_values_about_one(shape):
-    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(muon.orthogonal(g))
-    assert values.min() > 0.6 and values.max() < 1.3
-    aligned = (muon.orthogonal(g) * g).sum((1, 2))
-    assert (aligned > 0).all(), "the update must still point along the gradient"
-
-
-def test_muon_equals_a_slow_loop():
-    torch.manual_seed(0)
-    shapes_ = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 2, 3, 3), (2, 2, 1, 1)]
-    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes_]
-    wanted = [p.detach().double() for p in params]
-    momentum = [torch.zeros(s, dtype=torch.float64) for s in shapes_]
-    optimizer = muon.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.2)
-    for _ in range(3):
-        for i, p in enumerate(params):
-            p.grad = torch.randn_like(p)
-            g = p.grad.double()
-            momentum[i] = 0.9 * momentum[i] + 0.1 * g
-            step = slow_orthogonal((0.1 * g + 0.9 * momentum[i]).flatten(1)).view_as(p)
-            size = 0.1 * max(1, p.shape[0] / p[0].numel()) ** 0.5
-            wanted[i] = wanted[i] * (1 - 0.1 * 0.2) - size * step
-        optimizer.step()
-    for p, slow in zip(params, wanted):
-        assert torch.allclose(p.detach().double(), slow, atol=1e-3)
-
-
-@pytest.mark.parametrize("make", [
-    lambda params: muon.Muon(params, lr=0.1, weight_decay=0.2),
-    lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.2, fused=True)])
-def test_an_optimizer_that_is_told_of_infinities_changes_nothing_at_all(make):
-    """As a GPU's are, without anyone waiting for it: not the weights, not the moments, though the
-    gradient is nan; and the next good step is as if the bad one had never been."""
-    torch.manual_seed(0)
-    start, good = torch.randn(2, 6, 4)
-    left = []
-    for told in ([0, 0], [0, 1, 0], [1, 0, 1, 0]):
-        p = torch.nn.Parameter(start.clone())
-        optimizer = make([p])
-        for bad in told:
-            p.grad = torch.full_like(p, torch.nan) if bad else good.clone()
-            before = p.detach().clone()
-            optimizer.found_inf = torch.tensor(float(bad))
-            optimizer.step()
-            assert torch.equal(before, p) == bool(bad)
-        left.append([p.detach(), optimizer.state_dict()["state"]])
-    assert same(left[0], left[1]) and same(left[0], left[2])
-
-
 def test_optimizer_states_of_another_memory_layout_go_on_as_they_were():
     """Weights of convolutions lie channels last; states that were saved otherwise must not be
     walked through side by side with them."""
@@ -397,6 +246,12 @@ def test_optimizer_states_of_another_memory_layout_go_on_as_they_were():
     laid = {key: checkpoints.spread(value, model.weight) for key, value in saved.items()}
     assert same(laid, saved) and laid["exp_avg"].stride() == model.weight.stride()
     assert saved["exp_avg"].stride() != model.weight.stride()
+
+
+def var_model():
+    torch.manual_seed(0)
+    return m4.VAR(m4.VARConfig(num_classes=3, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
+                               depth=2, width=16, heads=2))
 
 
 # -- The loss of stage 2 ---------------------------------------------------------------------------

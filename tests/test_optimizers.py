@@ -1,0 +1,149 @@
+"""Optimizers and schedule: which weights decay, and Muon against a slow loop and torch's own."""
+import re
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from conftest import same
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import optimizers
+
+m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
+m5 = import_module("05_train")
+
+
+def made(model, kind):
+    """-> optimizers, {name of a parameter: its group}, names of those that decay"""
+    settings = m5.Settings(optimizer=kind, precision="float32", muon_lr=0.03)
+    found = optimizers.make_optimizers(model, 1e-3, 0.05, settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [group for optimizer in found for group in optimizer.param_groups]
+    owner = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert sorted(owner) == sorted(names.values()) and len(found) == (2 if kind == "muon" else 1)
+    return found, owner, {name for name in owner if owner[name]["weight_decay"] > 0}
+
+
+def var_model(shared=False):
+    return m4.VAR(m4.VARConfig(num_classes=3, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
+                               depth=2, width=16, heads=2, shared_adaln=shared))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_decays_and_what_goes_to_muon(kind, shared):
+    found, owner, decayed = made(var_model(shared), kind)
+    for name in owner:
+        small = name.endswith("bias") or any(word in name for word in (
+            "embed", "position", "start", "log_scale", "offset")) and "word_embed.w" not in name
+        assert (name in decayed) == (not small), name
+    inside = {name for name in owner if owner[name] in found[-1].param_groups and kind == "muon"}
+    assert inside == {name for name in decayed if kind == "muon" and re.match(
+        r"blocks\.\d\.(attention|mlp)", name)} and len(inside) in (0, 8)
+
+
+def test_convolutions_of_the_tokenizers_blocks_go_to_muon_and_the_codebook_does_not_decay():
+    model = m2.MultiScaleVQVAE(m2.TokenizerConfig(multipliers=(1, 2), image_size=64,
+                                                  learn="gradient", attention=True))
+    (_, muon), owner, decayed = made(model, "muon")
+    inside = {name for name in owner if owner[name] in muon.param_groups}
+    assert inside == {name for name, p in model.named_parameters() if p.ndim == 4 and re.match(
+        r"(encoder|decoder)\.(levels|middle)\.", name)}
+    assert any("qkv" in name for name in inside) and any("shortcut" in name for name in inside)
+    assert "quantizer.codebook" in owner and "quantizer.codebook" not in decayed
+
+
+def test_the_learning_rate_warms_up_stays_and_falls_to_the_final_share():
+    for progress, share in ((0, 0.005), (0.01, 0.5025), (0.02, 1), (0.05, 1), (0.525, 0.55),
+                            (1, 0.1)):
+        assert optimizers.learning_rate(progress, 0.1) == pytest.approx(share)
+    falling = [optimizers.learning_rate(p, 0.0) for p in np.linspace(0.06, 1, 20)]
+    assert np.allclose(np.diff(falling), falling[1] - falling[0]) and falling[-1] < 1e-12
+
+
+def test_the_weight_decay_of_large_models_follows_half_a_cosine():
+    """As the original's lr_wd_annealing: 0.05 at first, 0.08 at last, half way 0.065."""
+    found, owner, decayed = made(var_model(), "muon")
+    for progress, decay in ((0, 0.05), (0.25, 0.08 - 0.03 * (0.5 + 0.5 ** 1.5)), (0.5, 0.065),
+                            (1, 0.08), (1, None)):         # without a last value it stays
+        optimizers.set_schedule(found, progress, 0.1, decay and 0.08)
+        for name, group in owner.items():
+            wanted = (decay or 0.08) if name in decayed else 0
+            peak = 0.03 if group in found[1].param_groups else 1e-3
+            assert group["weight_decay"] == pytest.approx(wanted)
+            assert group["lr"] == pytest.approx(peak * optimizers.learning_rate(progress, 0.1))
+
+
+def slow_orthogonal(g):
+    """Five Newton-Schulz steps on one matrix, in float64."""
+    x = g.double() if g.shape[0] <= g.shape[1] else g.double().t()
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.t()
+        x = 3.4445 * x - 4.7750 * (a @ x) + 2.0315 * (a @ a @ x)
+    return x if g.shape[0] <= g.shape[1] else x.t()
+
+
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), n=st.integers(1, 3),
+       seed=st.integers(0, 99))
+def test_stacked_matrices_are_orthogonalised_as_one_at_a_time(rows, columns, n, seed):
+    g = torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(seed))
+    found = optimizers.orthogonal(g)
+    assert found.shape == g.shape and ((found * g).sum((1, 2)) > 0).all(), "along the gradient"
+    for one, matrix in zip(found, g):
+        assert torch.allclose(one.double(), slow_orthogonal(matrix), atol=1e-3)
+    if max(rows, columns) >= 2 * min(rows, columns):       # others have singular values near 0
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_equals_a_slow_loop_and_torchs_own():
+    """A slow loop for matrices and convolutions; torch's takes matrices only, in bfloat16."""
+    torch.manual_seed(0)
+    start = [torch.randn(s) for s in ((6, 4), (4, 6), (6, 4), (5, 5), (6, 2, 3, 3), (2, 2, 1, 1))]
+    params = [[torch.nn.Parameter(x.clone()) for x in start[:n]] for n in (6, 4, 4)]
+    how = dict(lr=0.1, momentum=0.9, weight_decay=0.2)
+    ours, rounded, theirs = (optimizers.Muon(params[0], **how),
+                             optimizers.Muon(params[1], **how, dtype=torch.bfloat16),
+                             torch.optim.Muon(params[2], **how))
+    slow, momentum = [x.double() for x in start], [torch.zeros_like(x).double() for x in start]
+    for _ in range(3):
+        for i, x in enumerate(start):
+            gradient = torch.randn_like(x)
+            for group in params:
+                if i < len(group):
+                    group[i].grad = gradient.clone()
+            momentum[i] = 0.9 * momentum[i] + 0.1 * gradient
+            step = slow_orthogonal((0.1 * gradient + 0.9 * momentum[i]).flatten(1)).view_as(x)
+            size = 0.1 * max(1, x.shape[0] / x[0].numel()) ** 0.5
+            slow[i] = slow[i] * (1 - 0.1 * 0.2) - size * step
+        for optimizer in (ours, rounded, theirs):
+            optimizer.step()
+    for p, x in zip(params[0], slow):
+        assert torch.allclose(p.detach().double(), x, atol=1e-3)
+    for p, q in zip(params[1], params[2]):
+        assert (p - q).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("make", [
+    lambda params: optimizers.Muon(params, lr=0.1, weight_decay=0.2),
+    lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.2, fused=True)])
+def test_an_optimizer_that_is_told_of_infinities_changes_nothing_at_all(make):
+    """Neither weights nor moments, though the gradient is nan; the next good step is as if the bad
+    one had never been."""
+    torch.manual_seed(0)
+    start, good = torch.randn(2, 6, 4)
+    left = []
+    for told in ([0, 0], [0, 1, 0], [1, 0, 1, 0]):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make([p])
+        for bad in told:
+            p.grad = torch.full_like(p, torch.nan) if bad else good.clone()
+            before = p.detach().clone()
+            optimizer.found_inf = torch.tensor(float(bad))
+            optimizer.step()
+            assert torch.equal(before, p) == bool(bad)
+        left.append([p.detach(), optimizer.state_dict()["state"]])
+    assert same(left[0], left[1]) and same(left[0], left[2])
