@@ -20,6 +20,7 @@ Differs from the original VAR code: stage 1 exists, its losses are those of VQGA
 (engine/perceptual.py), its health is measured scale by scale (report/health.py);
 tokens are computed once, not every step.
 """
+import math
 import os
 import subprocess
 import sys
