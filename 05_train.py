@@ -36,10 +36,11 @@ import torch.nn.functional as F
 
 from engine import BadInput, perceptual, plan, released
 from report import health
-from data.batches import (batch_indices, load_data, per_pass, picture_batches, rows_of,
+from data.batches import (batch_indices, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
+from data.registry import load_data
 from data.views import Views
-from engine.checkpoints import (export, fingerprint, load_checkpoint, resume, save,
+from engine.checkpoints import (export, load_checkpoint, model_fingerprint, resume, save,
                                 save_atomically)
 from engine.devices import loading_workers, pick_device
 from engine.optimizers import make_optimizers, parameter_groups, set_schedule
@@ -492,7 +493,7 @@ def tokenizer_of_stage_2(settings, path, scales):
         return load_tokenizer(path)[0]
     tokenizer = open_tokenizer(settings.tokenizer_file, scales)
     if path.exists() and not settings.fresh and (
-            fingerprint(tokenizer) != fingerprint(load_tokenizer(path)[0])):
+            model_fingerprint(tokenizer) != model_fingerprint(load_tokenizer(path)[0])):
         raise BadInput(f"{path} is another tokenizer than {settings.tokenizer_file}; --fresh "
                        "starts over with the latter, --out takes another folder")
     return tokenizer
@@ -522,7 +523,7 @@ class TransformerStage:
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           sampling={k: getattr(settings, k) for k in ("cfg", "top_k", "top_p")},
                           settings={**identity(settings, TransformerSettings), **asdict(config),
-                                    "tokenizer": fingerprint(tokenizer)})
+                                    "tokenizer": model_fingerprint(tokenizer)})
 
     def rows(self, split, at):
         """Rows of the token cache, counted through all views. -> tokens (B, L), labels (B,)"""

@@ -1,4 +1,4 @@
-"""From a data set to batches: which reader, which pictures in which order, decoded ahead."""
+"""From images to batches: which images in which order, decoded ahead."""
 import functools
 import hashlib
 import os
@@ -8,21 +8,6 @@ import sys
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-
-from data import cifar10, folder, imagenet, shapes
-from engine import BadInput
-
-
-def load_data(dataset, split, image_size, data_dir=""):
-    """-> (images, labels (N,), class_names) through the reader that the data set's name chooses;
-    a name that is none of the built-in ones is the path of a folder."""
-    reader = {"shapes": shapes, "cifar10": cifar10, "imagenet": imagenet}.get(dataset)
-    if reader:
-        return reader.load(split, data_dir=data_dir or None, size=image_size)
-    if os.path.exists(dataset):
-        return folder.load(split, data_dir=dataset, size=image_size)
-    raise BadInput(f"unknown data set {dataset!r}: use shapes, cifar10, imagenet or the path "
-                   "of a folder with pictures")
 
 
 @functools.lru_cache(maxsize=2)
@@ -102,7 +87,7 @@ def in_parts(images, rows):
         yield stack([images[int(i)] for i in part])
 
 
-def fingerprint(images):
+def image_fingerprint(images):
     """A short name for these pictures: of all bytes in memory; of files, from all names and the
     pixels of twenty."""
     digest = hashlib.sha256(images.tobytes() if isinstance(images, np.ndarray)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.batches import crop_batches, fingerprint, per_pass, to_float
+from data.batches import crop_batches, image_fingerprint, per_pass, to_float
 
 
 class Views:
@@ -21,7 +21,7 @@ class Views:
         return len(self.images)
 
     def fingerprint(self):
-        return fingerprint(self.images)
+        return image_fingerprint(self.images)
 
     def batches(self, jobs, to_device):
         """jobs: pairs of rows (B,) and numbers of views. -> for every pair, for each of its views,

@@ -35,7 +35,7 @@ def load_checkpoint(path):
     return state
 
 
-def fingerprint(model):
+def model_fingerprint(model):
     """A short name for exactly these weights."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():

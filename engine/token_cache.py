@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoints import fingerprint
+from engine.checkpoints import model_fingerprint
 from engine.progress import clock
 
 
@@ -32,7 +32,7 @@ def cache_tokens(run, tokenizer, pictures, split):
     note, half, half_note = path.with_suffix(".json"), f"{path}.tmp", Path(f"{path}.json.tmp")
     header = dict(dataset=run.settings.dataset, split=split, views=pictures.count,
                   scales=list(tokenizer.scales), pictures=pictures.fingerprint(),
-                  tokenizer=fingerprint(tokenizer))
+                  tokenizer=model_fingerprint(tokenizer))
     shape = (pictures.count, len(pictures), sum(s * s for s in tokenizer.scales))
     dtype = np.dtype(np.uint16 if tokenizer.config.vocab_size < 65536 else np.int32)
     if (cache := opened(path, note, header, shape, dtype)) is not None:

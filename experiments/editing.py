@@ -17,7 +17,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from report import plots                                               # noqa: E402
-from data.batches import load_data, sample_of, rows_of, to_float        # noqa: E402
+from data.batches import rows_of, sample_of, to_float    # noqa: E402
+from data.registry import load_data                      # noqa: E402
 
 m6 = import_module("06_sample_and_edit")
 # What is repainted: x0, y0, x1, y1 in fractions of the side.

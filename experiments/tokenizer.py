@@ -27,6 +27,7 @@ from engine.options import one_line  # noqa: E402
 from engine.run import Run  # noqa: E402
 from report import health, judge, plots  # noqa: E402
 from data.batches import rows_of, sample_of, to_float  # noqa: E402
+from data.registry import dataset_named  # noqa: E402
 
 vq, training = import_module("01_vq"), import_module("05_train")
 
@@ -87,7 +88,7 @@ def frechet(tokenizer, images, labels, held_out, dataset, count):
     """Frechet distance of reconstructions, and of the same held-out pictures themselves, from as
     many pictures to train on."""
     network = judge.judge_of(dataset, images, labels, len(np.unique(labels)),
-                             100 if dataset == "shapes" else 2000)
+                             dataset_named(dataset).judge_steps)
     known = judge.extract(network, judge.batches_of(images, rows_of(len(images), count)))[0]
     rows = rows_of(len(held_out), count)
     truth = judge.extract(network, judge.batches_of(held_out, rows))[0]

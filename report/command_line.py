@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from data import folder, imagenet
-from data.batches import load_data, rows_of, stack, to_float
+from data.batches import rows_of, stack, to_float
+from data.registry import load_data
 from engine import BadInput, devices
-from engine.checkpoints import fingerprint
+from engine.checkpoints import model_fingerprint
 from engine.options import OneLineParser, number
 from engine.progress import progress
 
@@ -112,7 +113,7 @@ def files_of(run, tokenizer_is_enough):
 
 def check_match(run, about, tokenizer):
     """Raise BadInput if a run's transformer was trained on the tokens of another tokenizer."""
-    if run.is_dir() and about["settings"]["tokenizer"] != fingerprint(tokenizer):
+    if run.is_dir() and about["settings"]["tokenizer"] != model_fingerprint(tokenizer):
         raise BadInput(f"{run}: its transformer was trained on the tokens of another tokenizer; "
                        "train it again: 05_train.py --stage transformer --fresh")
 
@@ -155,7 +156,6 @@ class Job:
             self.tasks = list(PICTURES)
         self.sampling = {k: v if getattr(args, k) is None else getattr(args, k)
                          for k, v in about.get("sampling", {}).items()}
-        self.judge_steps = 100 if self.dataset == "shapes" else 2000
         self.every_class = list(range(len(self.names)))
         self.asked = [find_class(self.names, text) for text in args.classes or []]
         self.classes = list(dict.fromkeys(self.asked)) or self.every_class[:10]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.batches import fingerprint, per_pass, picture_batches, rows_of, to_float
+from data.batches import image_fingerprint, per_pass, picture_batches, rows_of, to_float
 from engine import BadInput
 from engine.checkpoints import save_atomically
 from engine.devices import loading_workers
@@ -52,7 +52,7 @@ class Judge(nn.Module):
 
 def judge_of(dataset, images, labels, num_classes, steps, device="cpu"):
     """The judge of a data set, kept in out/: trained when it is first asked for."""
-    path = Path("out") / f"judge_{Path(dataset).name}_{fingerprint(images)}.pt"
+    path = Path("out") / f"judge_{Path(dataset).name}_{image_fingerprint(images)}.pt"
     return load_or_train(path, images, labels, num_classes, steps=steps, seed=0, device=device)
 
 

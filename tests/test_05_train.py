@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import batches, shapes
+from data import batches, registry, shapes
 from engine import BadInput, checkpoints, devices
 
 m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
@@ -422,7 +422,7 @@ def test_stage_2_trains_on_the_released_tokenizer_resumes_and_is_sampled_from(
     assert torch.equal(tokenizer.quantizer.codebook, weights["quantize.embedding.weight"])
     assert torch.equal(tokenizer.decoder.conv_out.weight, weights["decoder.conv_out.weight"])
     assert tokenizer.config.scales == (1, 2, 3, 4) and about["class_names"] == ["ant", "bee", "cat"]
-    images, *_ = batches.load_data(tiny.options[1], "test", 64)
+    images, *_ = registry.load_data(tiny.options[1], "test", 64)
     image = batches.to_float(batches.sample_of(images, len(images)))
     cache = np.load(tmp_path / "straight" / "tokens_test.npy")[0]
     assert np.array_equal(cache, torch.cat(tokenizer.image_to_tokens(image), 1).numpy())

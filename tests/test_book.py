@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 MAY_NOT_IMPORT = {"data": {"report"}, "engine": {"data", "report"}, "report": set()}
 LONGEST_FUNCTION, LONGEST_CHAPTER = 50, 420
 # What does not keep the rules yet. These lists only shrink.
-IMPORTS_TOO_MUCH = {("engine/token_cache.py", "data")}
+IMPORTS_TOO_MUCH = set()
 HANDS_ITSELF_OVER = set()
 LONG_FUNCTIONS = {("05_train.py", "train")}
 LONG_CHAPTERS = {"05_train.py"}

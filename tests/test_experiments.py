@@ -130,7 +130,7 @@ def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
         cli, tiny, tmp_path, monkeypatch):
     """With the tiny run in place of CIFAR-10, whose two chapters are really called."""
     judge, commands = import_module("report.judge"), []
-    real = import_module("data.batches").load_data
+    real = import_module("data.registry").load_data
     torch.manual_seed(0)
     network = judge.Judge(3, 16).eval()
     network.body[-2].weight.data.mul_(300)                 # distances with digits before the point

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import EpsImagePlugin, Image
 
-from data import batches, cifar10, folder, imagenet
+from data import batches, cifar10, folder, imagenet, registry
 from engine import BadInput
 
 # ---------------------------------------------------------------------------- CIFAR-10
@@ -664,3 +664,23 @@ def test_a_huge_picture_is_skipped_in_one_line_and_counted_over_all_workers(
     assert 1 <= len(skipped) <= 2 and f"more than {folder.MAX_PIXELS:,} pixels" in skipped[0]
     assert images.skipped() == 1
     assert lines.count("1 of 4 pictures skipped: others of their class stand in for them") == 2
+
+
+def test_a_data_set_from_outside_is_one_line_in_the_table(monkeypatch):
+    def load(split, *, data_dir, size):
+        return np.full((3, size, size, 3), len(split), np.uint8), np.arange(3), ["a", "b", "c"]
+    refused(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, imagenet")
+    monkeypatch.setitem(registry.DATASETS, "toy", registry.Dataset(load))
+    images, labels, names = registry.load_data("toy", "test", 16)
+    assert images.shape == (3, 16, 16, 3) and images[0, 0, 0, 0] == 4 and names[2] == "c"
+    assert registry.dataset_named("toy").judge_steps == 2000
+
+
+def test_a_path_is_a_folder_and_every_name_has_its_reader(tmp_path):
+    write(tmp_path / "train" / "cat" / "x.png")
+    write(tmp_path / "val" / "cat" / "y.png")
+    images, labels, names = registry.load_data(str(tmp_path), "test", 16)
+    assert images.path(0).endswith("y.png") and images[0].shape == (16, 16, 3) and names == ["cat"]
+    assert registry.load_data("shapes", "test", 16)[0].shape == (4000, 16, 16, 3)
+    refused(lambda: registry.load_data("imagenet", "train", 64), "--data-dir")
+    refused(lambda: registry.load_data("cifar10", "train", 64), "32x32")
