@@ -20,6 +20,7 @@ Differs from the original VAR code: stage 1 exists, its losses are those of VQGA
 (engine/perceptual.py), its health is measured scale by scale (report/health.py);
 tokens are computed once, not every step.
 """
+import functools
 import math
 import os
 import subprocess
@@ -75,6 +76,7 @@ class RunSettings:
     dry_run: bool = option(False, "print sizes, arithmetic and memory; train nothing")
     vgg_file: str = option("", "VGG-16 weights of --perceptual, if they cannot be downloaded")
     lpips_file: str = option("", "LPIPS weights of --perceptual, likewise")
+    accumulate: int = option(1, "compute a batch in this many parts, to save memory")
     shard: bool = option(False, "spread stage 2's weights over the GPUs (needs adamw)")
     activation_checkpointing: bool = option(False, "stage 2 keeps less memory and computes more")
     held_out: int = 1000                  # images that stage 1 is judged by (stage 2: 2,000)
@@ -95,7 +97,6 @@ class SharedSettings:
                             choices=("auto", "float32", "bfloat16"))
     optimizer: str = option("muon", "of the block matrices; the rest is always adamw",
                             choices=("muon", "adamw"))
-    accumulate: int = option(1, "compute a batch in this many parts, to save memory")
     muon_lr: float = 0.02                 # peak learning rate of muon
     clip: float = 2.0                     # largest gradient norm
 
@@ -364,7 +365,6 @@ class TokenizerStage:
         self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
-        self.perceptual = perceptual.perceptual_of(run) if settings.perceptual else None
         if settings.adversarial:
             critic = perceptual.Discriminator(config.image_size).to(run.device)
             self.parts["critic"] = critic
@@ -378,7 +378,12 @@ class TokenizerStage:
                 fused=True))
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           settings={**identity(settings, TokenizerSettings), **asdict(config)})
-        self.about["settings"]["perceptual"] *= self.perceptual is not None
+
+    @functools.cached_property
+    def perceptual(self):
+        """LPIPS, loaded at the first step: to read a finished tokenizer nobody needs it."""
+        weights = self.settings.vgg_file, self.settings.lpips_file
+        return perceptual.load_perceptual(*weights).to(self.run.device)
 
     def batches(self, start):
         seed = self.settings.seed
@@ -397,7 +402,7 @@ class TokenizerStage:
             picture = losses["reconstruction"]
             if settings.picture_loss == "l1":
                 picture = F.l1_loss(rebuilt.float(), image)
-            if self.perceptual:
+            if settings.perceptual:
                 picture = picture + settings.perceptual * self.perceptual(rebuilt, image).mean()
         loss = picture + settings.vq_weight * (losses["vq"] + losses["extra"])
         if share := settings.adversarial * perceptual.start_late(progress):

@@ -73,8 +73,6 @@ def resume(run, stage, path, total):
         old, new = state.get("settings"), stage.about["settings"]
         if not isinstance(old, dict) or set(old) != set(new):
             raise BadInput(f"{path} is no {stage.name} of this version; --fresh starts over")
-        for key in {"perceptual", "accumulate"} & set(new) if state["step"] >= total else ():
-            new[key] = old[key]                            # it is done, they matter no more
         changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
         if changed:
             raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "

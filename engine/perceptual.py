@@ -81,34 +81,21 @@ class Perceptual(nn.Module):
 
 def load_perceptual(vgg_file="", lpips_file=""):
     """The two files given, or those downloaded once into data/downloads/ and checked. -> Perceptual
-    Raises BadInput, with the reason, if there is neither file nor network."""
+    Raises BadInput if there is neither file nor network."""
     states = []
     for given, (url, checksum) in ((vgg_file, VGG), (lpips_file, LPIPS)):
         name = "lpips_" + Path(url).name if url == LPIPS[0] else Path(url).name
         path = Path(given) if given else files.DOWNLOADS / name
         if not given and not path.exists():
-            files.download(url, path, checksum)
-        states.append(load_checkpoint(path))
-    return Perceptual().load(*states)
-
-
-def perceptual_of(run):
-    """LPIPS for every process of a run, if its weights can be had, or for none of them: where they
-    cannot be downloaded, one line says so and training goes on without. -> Perceptual or None"""
-    given = run.settings.vgg_file, run.settings.lpips_file
-    model, reason = None, "another process could not load it"
-    for turn in (True, False):                             # one process downloads, the others read
-        if turn == (run.rank == 0):
             try:
-                model = load_perceptual(*given).to(run.device)
+                files.download(url, path, checksum)
             except BadInput as error:
-                reason = error
-        run.barrier()
-    if not run.total(torch.tensor(float(model is None), device=run.device)):
-        return model
-    if any(given):
-        raise BadInput(str(reason))
-    run.say(f"no perceptual loss: {reason}; give --vgg-file and --lpips-file to have it")
+                raise BadInput(f"{error}; --perceptual 0 trains without the perceptual loss") \
+                    from None
+        states.append(load_checkpoint(path))
+    # Its first weights are drawn. A resumed run must not draw where the first run did not.
+    with torch.random.fork_rng(devices=[]):
+        return Perceptual().load(*states)
 
 
 class Discriminator(nn.Module):
