@@ -1,7 +1,7 @@
-"""CIFAR-10 (Krizhevsky, 2009): 60,000 pictures of 32x32 pixels in ten classes.
+"""CIFAR-10 (Krizhevsky, 2009): 60,000 images of 32x32 pixels in ten classes.
 
 Reads the official binary layout: six files of 10,000 records, each 1 label byte and 3072 pixel
-bytes (a red, a green and a blue plane). What is missing is downloaded once, 170 MB, and checked.
+bytes (a red, a green and a blue plane). The archive, 170 MB, is downloaded once and checked.
 """
 import tarfile
 import zlib
@@ -30,14 +30,14 @@ def load(split, *, data_dir=None, size=None):
     if split not in FILES:
         raise BadInput(f"CIFAR-10 has the splits train and test, not {split!r}")
     if size not in (None, 32):
-        raise BadInput(f"CIFAR-10 pictures are 32x32: leave the size out or give 32, not {size}")
+        raise BadInput(f"CIFAR-10 images are 32x32: leave the size out or give 32, not {size}")
     root = Path(data_dir).expanduser() if data_dir else files.DOWNLOADS
     try:
         folder = _find_or_fetch(root, FILES[split])
-        parts = [_read(folder / name) for name in FILES[split]]
+        images, labels = zip(*[_read(folder / name) for name in FILES[split]])
     except OSError as error:   # no permission, disk full, a file where a folder should be
         raise BadInput(f"cannot use {root} for CIFAR-10: {error}") from error
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), [*CLASSES]
+    return np.concatenate(images), np.concatenate(labels), [*CLASSES]
 
 
 def _find_or_fetch(root, names):
@@ -61,13 +61,12 @@ def _unpack(archive, folder):
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
-                if name := wanted.get(member.name):
+                if name := wanted.pop(member.name, None):
                     if not member.isreg() or member.size != PER_FILE * RECORD:
                         raise BadInput(f"{archive}: {member.name} is not a plain file of "
                                        f"{PER_FILE * RECORD} bytes; fetch {ARCHIVE} again")
                     with files.written_whole(folder / name) as out:
                         out.write(tar.extractfile(member).read())
-                    del wanted[member.name]
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise BadInput(f"{archive} is damaged ({error}): fetch it again") from error
     if wanted:

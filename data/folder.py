@@ -1,14 +1,14 @@
-"""Any folder of class folders (an ImageNet subset, your own pictures), or one flat folder.
+"""Any folder of class folders (an ImageNet subset, your own images), or one flat folder.
 
-    pictures/cat/*.jpg   pictures/dog/*.png      two classes; one picture in 20 is held out
-    pictures/train/cat/*.jpg   pictures/val/cat/*.jpg      the splits as they stand
-    pictures/*.jpg                               one class, named after the folder: unconditional
+    insects/ant/*.jpg   insects/bee/*.png                  two classes; one image in 20 is held out
+    insects/train/ant/*.jpg   insects/val/ant/*.jpg        the splits as they stand
+    insects/*.jpg                                          one class: unconditional
 
-A hash of its name decides whether a picture is held out, so it stays on its side on every machine,
-and when others are added. It cannot know that two pictures look alike: frames of one video belong
-together into train/ or into val/.
+A hash of its name decides whether an image is held out. So it stays on its side on every machine
+and when others are added. But frames of one video look alike under different names: put all of
+them into train/ or all into val/.
 
-Pictures are decoded when asked for: 1.28 million of them take the memory of their names. Embedded
+Images are decoded when asked for: 1.28 million of them take the memory of their names. Embedded
 colour profiles are not applied.
 """
 import hashlib
@@ -28,95 +28,94 @@ from engine import BadInput
 # Formats are named, so that a disguised file can never reach decoders that start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
-MAX_PIXELS = 2 ** 27   # 134 million: as Pillow keeps them, half a gigabyte in every process
-HELD_OUT = 1 / 20   # share of the pictures that is kept for testing
+MAX_PIXELS = 2 ** 27   # 134 million take half a gigabyte in every process that decodes
+HELD_OUT = 1 / 20      # share of the images that is kept for testing
 
 
 def load(split, *, data_dir, size=256, classes_of=None):
-    """One split: (FolderImages of N pictures, labels int64 (N,), class names).
+    """One split: (FolderImages of N images, labels int64 (N,), class names).
 
-    split: "train" or "test". Test pictures come from val/, valid/ or test/ if there is one beside
+    split: "train" or "test". Test images come from val/, valid/ or test/ if there is one beside
     train/, else they are one in 20 of each class (see `held_out`). size: side of the square crops.
-    classes_of(folder): how the pictures of train/ or val/ are sorted, if not by `classes_in`.
+    classes_of(folder): how the images of train/ or val/ are sorted, if not by `classes_in`.
     Raises BadInput if the folder is missing, empty, or not laid out as above.
     """
     if split not in ("train", "test"):
         raise BadInput(f"the splits are train and test, not {split!r}")
     if not data_dir:
-        raise BadInput("give --data-dir FOLDER, a folder of class folders of pictures")
+        raise BadInput("give --data-dir FOLDER, a folder of class folders of images")
     root = Path(data_dir).expanduser()
     try:
-        base, paths, labels, class_names = _split(root, split, classes_of or classes_in)
+        base, classes, class_names = _split(root, split, classes_of or classes_in)
     except OSError as error:   # not there, a file, no permission
-        raise BadInput(f"expected a folder of class folders of pictures: {error}") from error
-    if not paths:
-        raise BadInput(f"{root} holds one picture, so none is left to test on: add more")
-    images = FolderImages(base, paths, labels, size)
+        raise BadInput(f"expected a folder of class folders of images: {error}") from error
+    label_of = {name: label for label, name in enumerate(class_names)}
+    labels = [label_of[name] for name, paths in classes.items() for _ in paths]
+    if not labels:
+        raise BadInput(f"{root} holds one image, so none is left to test on: add more")
+    images = FolderImages(base, chain.from_iterable(classes.values()), labels, size)
     images[0]   # finds out now, not after an hour, if nothing here can be read
-    return images, images.labels, class_names
+    return images, images.labels, [name or root.resolve().name for name in class_names]
 
 
 def scan(folder):
-    """Sorted names of the (sub-folders, pictures) in a folder; hidden entries do not count."""
+    """Sorted names of the (sub-folders, images) in a folder; hidden entries do not count."""
     with os.scandir(folder) as entries:   # asks the disk about links only: quick for a million
         entries = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
-    pictures = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file()]
-    return sorted(e.name for e in entries if e.is_dir()), sorted(pictures)
+    images = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file()]
+    return sorted(e.name for e in entries if e.is_dir()), sorted(images)
 
 
 def classes_in(folder):
-    """{class folder: [picture paths relative to `folder`]}, sorted; {"": [...]} if it is flat. The
-    pictures of a class may lie in images/ inside its folder, as those of Tiny-ImageNet do."""
+    """{class folder: [image paths relative to `folder`]}, sorted; {"": [...]} if it is flat. The
+    images of a class may lie in images/ inside its folder, as those of Tiny-ImageNet do."""
     folders, loose = scan(folder)
     classes = {}
     for name in folders:
-        inside, pictures = scan(folder / name)
-        if not pictures and "images" in inside:
-            pictures = [f"images/{picture}" for picture in scan(folder / name / "images")[1]]
-        if pictures:
-            classes[name] = [f"{name}/{picture}" for picture in pictures]
+        inside, images = scan(folder / name)
+        if not images and "images" in inside:
+            images = [f"images/{image}" for image in scan(folder / name / "images")[1]]
+        if images:
+            classes[name] = [f"{name}/{image}" for image in images]
     if classes and loose:
-        print(f"ignored pictures outside the folders of {folder}: {len(loose)}", file=sys.stderr)
+        print(f"ignored images outside the folders of {folder}: {len(loose)}", file=sys.stderr)
     if not classes and not loose:
-        raise BadInput(f"no pictures in {folder}: expected <class>/<picture>.jpg, .png or the like")
+        raise BadInput(f"no images in {folder}: expected <class>/<image>.jpg, .png or the like")
     return classes or {"": loose}
 
 
 def _split(root, split, classes_of):
-    """-> (folder, its chosen relative paths, their labels in rising order, class names)."""
+    """-> (folder, {class: [relative paths]} of this split, names of all classes)"""
     folders, _ = scan(root)
     other = next((name for name in ("val", "valid", "test") if name in folders), None)
     # A class may be called "train" (beside "car" and "bus"): a split has folders in or beside it.
     has_train = "train" in folders and (other or scan(root / "train")[0])
     base = root / "train" if has_train else root
     classes = classes_of(base)
-    label_of = {name: k for k, name in enumerate(classes)}
-    class_names = [name or root.resolve().name for name in classes]
-    if has_train and other and split == "test":
-        base = root / other
-        classes = classes_of(base)
-        for name in classes.keys() - label_of:
-            what = f"the class folder {name!r}" if name else "pictures outside class folders"
-            raise BadInput(f"{base} holds {what}: sort its pictures into those of {root}/train")
-        if missing := sorted(label_of.keys() - classes.keys()):
-            print(f"{base} lacks {len(missing)} of the {len(label_of)} classes of train: "
-                  f"{', '.join(missing[:3])}", file=sys.stderr)
-    paths = [path for name in classes for path in classes[name]]
-    labels = [label_of[name] for name in classes for _ in classes[name]]
+    names = list(classes)
     if not (has_train and other):
         groups = list(classes.values())
-        if max(map(len, groups)) == 1:   # no class has a picture to spare
-            groups = [paths]
-        held = np.concatenate([held_out(group) for group in groups])
-        keep = np.flatnonzero(held == (split == "test"))
-        paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
-    return base, paths, labels, class_names
+        if all(len(group) == 1 for group in groups):     # no class has an image to spare
+            groups = [[path for path, in groups]]
+        held = {path for group in groups for path, is_held in zip(group, held_out(group))
+                if is_held}
+        classes = {name: [path for path in paths if (path in held) == (split == "test")]
+                   for name, paths in classes.items()}
+    elif split == "test":
+        base = root / other
+        classes = classes_of(base)
+        for name in classes.keys() - set(names):
+            what = f"the class folder {name!r}" if name else "images outside class folders"
+            raise BadInput(f"{base} holds {what}: sort its images into those of {root}/train")
+        if missing := [name for name in names if name not in classes]:
+            print(f"{base} lacks {len(missing)} of the {len(names)} classes of train: "
+                  f"{', '.join(missing[:3])}", file=sys.stderr)
+    return base, classes, names
 
 
 def held_out(names):
-    """Which of the pictures with these names (paths below the folder) are held out: about one in
-    20, decided for each by a hash of its name; of two or more at least one, and never all. -> (n,)
-    bool"""
+    """Which of the images with these names (paths below the folder) are held out: about one in 20,
+    each decided by a hash of its name; of two or more at least one, and never all. -> (n,) bool"""
     hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
                        for name in names], np.uint64)
     held = hashes < HELD_OUT * 2 ** 64
@@ -126,20 +125,19 @@ def held_out(names):
 
 
 class FolderImages:
-    """Pictures read on demand: images[i] is the centre crop, images.crops(i, seeds) random ones.
+    """Images read on demand: images[i] is the centre crop, images.crops(i, seeds) are random ones.
 
-    All are uint8 (size, size, 3), from the picture with its short side brought to 1.125 x size.
-    A picture that is unreadable or has more than MAX_PIXELS is replaced by the next readable one of
-    its class (of any class, if its own has none) and marked in `bad`, (N,) bool, which all
-    data-loading workers share.
+    All are uint8 (size, size, 3), from the image with its short side brought to 1.125 x size. One
+    that is unreadable or has more than MAX_PIXELS is replaced by the next readable one of its class
+    (of any class, if its own has none) and marked in `bad` (N,), which all loading workers share.
     """
 
     def __init__(self, root, paths, labels, size):
         self.root, self.size, self.short = str(root), size, round(1.125 * size)
         self.labels = np.asarray(labels, np.int64)   # (N,), rising
-        self.bad = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
-        # One block of bytes: with a list of strings, every worker process would slowly copy it
-        # all, because merely reading a Python string writes its reference count.
+        self.bad = torch.zeros(len(self.labels), dtype=torch.bool).share_memory_()
+        # One block of bytes: of a list of strings every worker process would slowly make a copy,
+        # because merely reading a Python string writes its reference count.
         encoded = [os.fsencode(path) for path in paths]
         self.names = b"".join(encoded)
         self._ends = np.cumsum([len(name) for name in encoded])
@@ -155,10 +153,10 @@ class FolderImages:
         return self.crops(i, [-1])[0]
 
     def crops(self, i, seeds):
-        """Crops of one picture, which is decoded once: each decided by (seed, i) alone, or the
-        centre for the seed -1. -> uint8 (len(seeds), size, size, 3)"""
+        """Crops of one image, which is decoded once: each decided by (seed, i) alone, or the centre
+        for the seed -1. -> uint8 (len(seeds), size, size, 3)"""
         if not -len(self) <= i < len(self):
-            raise IndexError(f"picture {i} of {len(self)}")
+            raise IndexError(f"image {i} of {len(self)}")
         i %= len(self)
         image, extent = self._readable(i)
         places = [np.random.default_rng([seed, i]).random(2) if seed >= 0 else (0.5, 0.5)
@@ -166,16 +164,16 @@ class FolderImages:
         return np.stack([self._cut(image, extent, place) for place in places])
 
     def skipped(self):
-        """How many pictures have been found that cannot be read."""
+        """How many images have been found that cannot be read."""
         return int(self.bad.sum())
 
     def path(self, i):
-        """Where picture i lies."""
+        """Where image i lies."""
         start = self._ends[i - 1] if i else 0
         return os.path.join(self.root, os.fsdecode(self.names[start:self._ends[i]]))
 
     def _cut(self, image, extent, place):
-        """Resize and crop in one go: only what is kept gets computed, however long the picture."""
+        """Resize and crop in one go: only what is kept gets computed, however long the image."""
         box = []
         for side, share in zip(extent, place):
             resized = round(side * self.short / min(extent))
@@ -192,15 +190,15 @@ class FolderImages:
                     return decode(self.path(j), 2 * self.short)
                 except Exception as error:   # damaged files raise nearly anything
                     self.bad[j] = True
-                    print(f"skipped unreadable picture {self.path(j)}: {error}", file=sys.stderr)
-        raise BadInput(f"none of the {len(self)} pictures in {self.root} can be read")
+                    print(f"skipped unreadable image {self.path(j)}: {error}", file=sys.stderr)
+        raise BadInput(f"none of the {len(self)} images in {self.root} can be read")
 
 
 def decode(path, enough=10 ** 9):
-    """-> (the whole picture, an RGB image, upright, on white; its width and height).
+    """-> (the whole image as RGB, upright, on white; its width and height).
 
     JPEGs of twice `enough` pixels a side or more come at 1/2, 1/4 or 1/8, in less time. Their last
-    row and column may be partial, and the sizes fractions: rounding them shifts the picture.
+    row and column may be partial, and the sizes fractions: rounding them shifts the image.
     Raises ValueError for more than MAX_PIXELS, and nearly anything for a damaged file.
     """
     try:
@@ -210,17 +208,17 @@ def decode(path, enough=10 ** 9):
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
-                return _decode(image, enough)
+                drafted = image.draft(None, (enough, enough))
+                extent = drafted[1][2:] if drafted else image.size
+                return _upright(image, extent)
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MAX_PIXELS:,} pixels") from None
 
 
-def _decode(image, enough):
-    drafted = image.draft(None, (enough, enough))
-    extent = drafted[1][2:] if drafted else image.size
+def _upright(image, extent):
     image.load()
     stored = image.size
-    with suppress(Exception):   # broken notes about a picture do not make it unreadable
+    with suppress(Exception):   # broken notes about an image do not make it unreadable
         ImageOps.exif_transpose(image, in_place=True)
     extent = extent if image.size == stored else extent[::-1]
     if image.mode == "F" or image.mode.startswith("I"):

@@ -326,7 +326,7 @@ def test_unreadable_files_are_skipped_and_named_once(tmp_path, capsys, monkeypat
     assert bad == ["1.jpg", "2.jpg", "4.jpg", "5.png", "7.jpg"]
     [images.crops(i, [5])[0] for i in range(len(images))]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and all(x.startswith("skipped unreadable picture ") for x in lines)
+    assert len(lines) == 5 and all(x.startswith("skipped unreadable image ") for x in lines)
     assert [images.path(i) for i in (0, 8)] == [str(tmp_path / p) for p in ("a/0.png", "b/0.png")]
 
 
@@ -433,7 +433,7 @@ def test_held_out_pictures_are_disjoint_complete_and_spread(sizes):
             for i in range(n):
                 (Path(root) / f"c{k}" / f"{i:02}.png").write_bytes(picture)
         if sum(sizes) == 1:
-            refused(lambda: folder.load("test", data_dir=root, size=2), "one picture")
+            refused(lambda: folder.load("test", data_dir=root, size=2), "one image")
             return
         train, test = (folder.load(s, data_dir=root, size=2) for s in ("train", "test"))
         paths = [[Path(x.path(i)).relative_to(root).as_posix() for i in range(len(x))]
@@ -504,7 +504,7 @@ def test_loose_pictures_beside_class_folders_are_mentioned(tmp_path, capsys):
     write(tmp_path / "cat" / "0.png", size=(2, 2))
     write(tmp_path / "loose.png")
     assert len(folder.load("train", data_dir=tmp_path, size=2)[0]) == 1
-    assert "ignored pictures outside" in capsys.readouterr().err
+    assert "ignored images outside" in capsys.readouterr().err
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -513,7 +513,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     refused(lambda: folder.load("train", data_dir=None), "--data-dir")
     refused(lambda: folder.load("train", data_dir=tmp_path / "gone"), "gone", "No such")
     refused(lambda: folder.load("train", data_dir=tmp_path / "file.png"), "Not a directory")
-    refused(lambda: folder.load("train", data_dir=tmp_path / "empty"), "no pictures", "<class>")
+    refused(lambda: folder.load("train", data_dir=tmp_path / "empty"), "no images", "<class>")
     refused(lambda: folder.load("dev", data_dir=tmp_path), "'dev'")
 
 
@@ -663,7 +663,7 @@ def test_a_huge_picture_is_skipped_in_one_line_and_counted_over_all_workers(
     skipped = [line for line in lines if "1.png" in line]
     assert 1 <= len(skipped) <= 2 and f"more than {folder.MAX_PIXELS:,} pixels" in skipped[0]
     assert images.skipped() == 1
-    assert lines.count("1 of 4 pictures skipped: others of their class stand in for them") == 2
+    assert lines.count("1 of 4 images skipped: others of their class stand in for them") == 2
 
 
 def test_a_data_set_from_outside_is_one_line_in_the_table(monkeypatch):
