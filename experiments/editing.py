@@ -1,6 +1,6 @@
 """Does an edit keep what it should, and does the seam show?
 
-    python experiments/editing.py                       the table of README.md, and out/editing.png
+    python experiments/editing.py          the table of experiments/README.md, and out/editing.png
 
 All ways to edit get the same pictures, classes, masks and noise. "dB" is the PSNR of the kept
 region. "Seam" is the mean step across the edge of the mask over the mean step one pixel beside it:
@@ -56,7 +56,7 @@ WAYS = {"replay, with the leak (the paper's demo)": (replay, dict(leak=True)),
         "edit() in one pass": (m6.edit, ONE),
         "edit() in six passes": (m6.edit, SIX),
         "edit(), default: six passes and two settling": (m6.edit, {})}
-SHOWN = {"replay, with the leak (the paper's demo)": "the paper's demo",
+SHOWN = {"replay, with the leak (the paper's demo)": "tokens replayed\n(the paper's demo)",
          "edit(), default: six passes and two settling": "edit() of chapter 6"}
 
 
@@ -94,7 +94,7 @@ def main():
     p.add_argument("--data-dir", default="")
     p.add_argument("--n", type=int, default=64)
     p.add_argument("--cfg", type=float, default=1.5)
-    p.add_argument("--picture", default="right half", choices=MASKS, help="mask of editing.png")
+    p.add_argument("--picture", default="middle", choices=MASKS, help="mask of editing.png")
     args = p.parse_args()
     path = Path(args.run)
     one = path.is_file()
@@ -112,8 +112,8 @@ def main():
                           for result, keep in zip(results, keeps))
     keeps = [box_mask(box, side) for box in MASKS.values()]
     shown = list(MASKS).index(args.picture)
-    grey = torch.where(keeps[shown], original[:8], 0.5)
-    rows, texts = [grey], ["kept\n(grey: to be repainted)"]
+    some = slice(None, None, -(-args.n // 8))              # eight pictures from all classes
+    rows, texts = [torch.where(keeps[shown], original[some], 0.5)], ["kept\n(grey: to repaint)"]
     print(f"| {len(image)} pictures |" + "".join(f" {name}: dB | seam |" for name in MASKS))
     print("| --- |" + " --- | --- |" * len(MASKS))
     print("| original |" + "".join(f"  | {seam(original, keep):.2f} |" for keep in keeps))
@@ -123,10 +123,10 @@ def main():
                        generator=torch.Generator().manual_seed(0), **options) for keep in keeps]
         print(f"| {name} | {cells(results)} |", flush=True)
         if name in SHOWN:
-            rows.append(results[shown][:8])
-            texts.append(f"{SHOWN[name]}:\n"
-                         f"kept part {kept_db(results[shown], original, keeps[shown]):.1f} dB")
-    plots.save_grid("out/editing.png", torch.cat(rows), 8, row_labels=texts)
+            rows.append(results[shown][some])
+            texts.append(f"{SHOWN[name]}\n"
+                         f"kept part: {kept_db(results[shown], original, keeps[shown]):.1f} dB")
+    plots.save_grid("out/editing.png", torch.cat(rows), len(rows[0]), row_labels=texts)
     print("wrote out/editing.png")
 
 
