@@ -208,8 +208,8 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
     composite = hide(image, keep)                          # (B, 3, S, S): kept pixels and a guess
     noise = generator.get_state()
     for _ in range(paint_passes):
-        # The same noise again, so that a pass refines the figure of the pass before: where little is
-        # kept, new noise would draw another figure each time.
+        # The same noise again, so that a pass refines the figure of the pass before. New noise
+        # would draw another figure each time where little is kept.
         generator.set_state(noise)
         tokens = paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, cfg=cfg,
                        top_k=top_k, top_p=top_p, temperature=temperature, generator=generator)
