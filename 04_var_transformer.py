@@ -9,6 +9,9 @@ A transformer reads what has been rebuilt so far and predicts the whole next tok
 
     input = word_embed(f_hat, downsampled) + position + scale; the class steers each block (AdaLN)
 
+Place k of this row holds f_hat_{k-1} and never r_k, so no token sees itself. The L softmaxes are
+independent: the tokens of one map are drawn separately, given the coarser maps, which all see.
+
 Shapes: labels (B,) int64; teacher_inputs (B, L - first, C), first = scales[0]**2; logits (B, L, V);
 D width; L tokens; V codes; C latent channels. Class `num_classes` is "no class" (guidance).
 
@@ -16,12 +19,11 @@ Sources: VAR (Tian et al. 2024), section 3 and appendix; adaptive layer norm fro
 Xie 2023); query/key normalisation (Henry et al. 2020); drop-path (Huang et al. 2016).
 
 Differs from the original VAR code: no monkeypatched caching flags, the cache is a plain list handed
-to `step`; conditioning is computed once per picture, not once per scale; a raster next-token model
-is this class with scales=(1,) * 64.
+to `step`; conditioning is computed once per image, not once per scale; with scales=(1,) * 64 the
+same class is a raster next-token transformer, whose inputs embed one earlier token each.
 
     python 04_var_transformer.py     first loss = ln V, cached == masked, sizes of depth 16 to 30
 """
-import functools
 import math
 from dataclasses import dataclass
 from importlib import import_module
@@ -35,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from engine import BadInput
 from report import plots
 
-mask = import_module("03_block_causal_mask")
+masking = import_module("03_block_causal_mask")
 
 
 @dataclass
@@ -46,70 +48,64 @@ class VARConfig:
     vocab_size: int = 512                        # V, the tokenizer's
     latent_dim: int = 32                         # C, the tokenizer's
     depth: int = 16                              # blocks
-    width: int = 0                               # D; 0 means 64 * depth
-    heads: int = 0                               # 0 means depth
+    width: int = None                            # D; None means 64 * depth
+    heads: int = None                            # None means depth
     mlp_ratio: float = 4.0                       # hidden width of the MLP over D
     shared_adaln: bool = False                   # one AdaLN for all blocks (released d36)
-    qk_norm: bool = True                         # queries and keys of length 1, learnt temperature
+    qk_norm: bool = True                         # queries and keys of length 1, learnt factor
     label_dropout: float = 0.1                   # share of labels hidden in training, for guidance
-    drop_path: float = -1.0                      # of the last block; -1 means 0.1 * depth / 24
+    drop_path: float = None                      # of the last block; None means 0.1 * depth / 24
 
     def __post_init__(self):
         self.scales = tuple(self.scales)
-        if self.depth < 1 or not self.scales or min(self.scales) < 1:
-            raise BadInput("depth and every scale must be 1 or more")
-        self.width = self.width or 64 * self.depth
-        self.heads = self.heads or self.depth
-        self.drop_path = 0.1 * self.depth / 24 if self.drop_path < 0 else self.drop_path
-        if not (0 <= self.label_dropout <= 1 and self.drop_path < 1):
-            raise BadInput("label_dropout must lie in 0..1 and drop_path below 1")
+        self.width = 64 * self.depth if self.width is None else self.width
+        self.heads = self.depth if self.heads is None else self.heads
+        self.drop_path = 0.1 * self.depth / 24 if self.drop_path is None else self.drop_path
+        if min(self.depth, self.width, self.heads, len(self.scales), *self.scales) < 1:
+            raise BadInput("depth, width, heads and every scale must be 1 or more")
+        if not (0 <= self.label_dropout <= 1 and 0 <= self.drop_path < 1):
+            raise BadInput("label_dropout must lie in 0..1, drop_path in 0..1 and below 1")
         if int(self.mlp_ratio * self.width) < 1:
             raise BadInput(f"mlp_ratio {self.mlp_ratio} leaves the MLP no hidden unit")
         if self.width % self.heads:
             raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}")
 
 
-class LinearOfBias(nn.Linear):
-    """A linear layer whose bias comes with the input. (Calling a layer, instead of reading its
-    weight, is what lets --shard fetch that weight in time.)"""
-
-    def forward(self, x, bias):
-        return F.linear(x, self.weight, bias)
-
-
 class SelfAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads, self.scales, self.qk_norm = cfg.heads, cfg.scales, cfg.qk_norm
-        head_dim = cfg.width // cfg.heads
-        self.qkv = LinearOfBias(cfg.width, 3 * cfg.width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(cfg.width))           # a key bias would cancel in
-        self.v_bias = nn.Parameter(torch.zeros(cfg.width))           # the softmax: there is none
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
+        # There is no key bias b: it adds the same q.b to every score q.(k + b) of a query, and
+        # softmax does not change when all scores grow by the same number.
+        self.q_bias = nn.Parameter(torch.zeros(cfg.width))
+        self.v_bias = nn.Parameter(torch.zeros(cfg.width))
+        # Queries and keys can grow in training until softmax saturates. At length 1 their products
+        # lie in -1..1, too flat to choose among L tokens, so each head learns a factor: 4 at
+        # first, at most 100.
         if cfg.qk_norm:
             self.log_scale = nn.Parameter(torch.full((1, cfg.heads, 1, 1), math.log(4)))
-        else:
-            self.plain_scale = 0.25 / math.sqrt(head_dim)            # the released choice
         self.proj = nn.Linear(cfg.width, cfg.width)
 
     def project(self, x):
-        """x (B, n, D) -> queries, keys, values (B, heads, n, d) and the scale of their products"""
+        """x (B, n, D) -> queries, keys, values (B, heads, n, d) and the factor on q.k"""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(x, bias)                                      # (B, n, 3 D)
+        qkv = F.linear(x, self.qkv.weight, bias)                     # (B, n, 3 D)
         qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)                                      # each (B, heads, n, d)
+        q, k, v = qkv.unbind(0)                                      # (B, heads, n, d) each
         if not self.qk_norm:
-            return q, k, v, self.plain_scale
-        temperature = self.log_scale.clamp(max=math.log(100)).exp()
-        q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+            return q, k, v, 0.25 / math.sqrt(q.shape[-1])            # the released models' choice
+        head_factor = self.log_scale.clamp(max=math.log(100)).exp()
+        q, k = F.normalize(q, dim=-1) * head_factor, F.normalize(k, dim=-1)
         return q.to(v.dtype), k.to(v.dtype), v, 1.0                  # autocast leaves float32 here
 
-    def forward(self, x, cache=None):                                # (B, n, D)
-        q, k, v, scale = self.project(x)
+    def forward(self, x, mask=None, cache=None):                     # (B, n, D)
+        q, k, v, qk_factor = self.project(x)
         if cache is None:
-            y = mask.block_causal_attention(q, k, v, self.scales, qk_factor=scale)
-        else:                                                        # everything cached is coarser
-            k, v = cache.append(k, v)                                # or in this block: no mask
-            y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            y = masking.block_causal_attention(q, k, v, self.scales, mask, qk_factor)
+        else:
+            # All that is cached is coarser or of this map, so every query may look at all of it.
+            y = masking.attention(q, *cache.append(k, v), qk_factor=qk_factor)
         return self.proj(y.transpose(1, 2).flatten(2))               # (B, n, D)
 
 
@@ -124,54 +120,41 @@ class KVCache:
             shape = (*k.shape[:2], self.length, k.shape[3])
             self.k, self.v = k.new_empty(shape), v.new_empty(shape)
         end = self.filled + k.shape[2]
-        assert end <= self.length, "the cache holds one picture: make a new one for the next"
+        assert end <= self.length, "the cache holds one batch: make a new one for the next"
         self.k[:, :, self.filled:end], self.v[:, :, self.filled:end] = k, v
         self.filled = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class Block(nn.Module):
-    """Attention and MLP, each between a modulated norm and a gate that the class opens."""
+    """Attention and MLP, each between a norm that the class modulates and a gate that it opens."""
 
-    def __init__(self, cfg, drop_path):
+    def __init__(self, cfg, drop_rate):
         super().__init__()
-        D = cfg.width
-        self.drop_path = drop_path
+        D, hidden = cfg.width, int(cfg.mlp_ratio * cfg.width)
+        self.drop_rate = drop_rate
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
         self.attention = SelfAttention(cfg)
-        self.mlp = nn.Sequential(nn.Linear(D, int(cfg.mlp_ratio * D)), nn.GELU(approximate="tanh"),
-                                 nn.Linear(int(cfg.mlp_ratio * D), D))
+        self.mlp = nn.Sequential(nn.Linear(D, hidden), nn.GELU(approximate="tanh"),
+                                 nn.Linear(hidden, D))
         if cfg.shared_adaln:
             self.modulation_offset = nn.Parameter(torch.zeros(1, 1, 6, D))
         else:
             self.modulation = nn.Linear(D, 6 * D)
 
-    def forward(self, x, modulation, cache=None):                    # x (B, n, D)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)    # (B, 1, D) each
-        h = self.attention(self.norm(x) * (1 + scale1) + shift1, cache)          # (B, n, D)
-        x = x + self.skip(h * gamma1)
-        h = self.mlp(self.norm(x) * (1 + scale2) + shift2)                       # (B, n, D)
-        return x + self.skip(h * gamma2)
+    def forward(self, x, modulation, mask=None, cache=None):         # x (B, n, D)
+        gate1, gate2, scale_by1, scale_by2, shift1, shift2 = modulation.unbind(2)  # (B, 1, D) each
+        h = self.attention(self.norm(x) * (1 + scale_by1) + shift1, mask, cache)   # (B, n, D)
+        x = x + self.drop_path(h * gate1)                                          # (B, n, D)
+        h = self.mlp(self.norm(x) * (1 + scale_by2) + shift2)                      # (B, n, D)
+        return x + self.drop_path(h * gate2)                                       # (B, n, D)
 
-    def skip(self, h):
-        """Drop-path: in training, leave this branch out for a random share of the pictures."""
-        if not self.training or self.drop_path == 0:
+    def drop_path(self, h):
+        """In training, leave this branch out for a random share of the images."""
+        if not self.training or self.drop_rate == 0:
             return h
-        keep = torch.rand(len(h), 1, 1, device=h.device) >= self.drop_path
-        return h * keep / (1 - self.drop_path)
-
-
-def in_half_if_stored_so(method):
-    """A large model may be sampled with half-precision weights of its linear layers: products are
-    then taken in half precision, while what the blocks add up stays float32."""
-    @functools.wraps(method)
-    def call(self, *args):
-        weight = self.head.weight
-        if weight.dtype not in (torch.float16, torch.bfloat16):      # training chooses for itself
-            return method(self, *args)
-        with torch.autocast(weight.device.type, weight.dtype):
-            return method(self, *args)
-    return call
+        keep = torch.rand(len(h), 1, 1, device=h.device) >= self.drop_rate
+        return h * keep / (1 - self.drop_rate)
 
 
 class VAR(nn.Module):
@@ -183,16 +166,23 @@ class VAR(nn.Module):
         super().__init__()
         self.config = cfg = config
         D, self.K, self.first = cfg.width, len(cfg.scales), cfg.scales[0] ** 2
-        self.L = sum(s * s for s in cfg.scales)
+        self.L = sum(side * side for side in cfg.scales)
+        # 1. What stands in a position: the start or a cell of f_hat, where it is, in which map.
         self.class_embed = nn.Embedding(cfg.num_classes + 1, D)
         self.start = nn.Parameter(torch.empty(1, self.first, D))
         self.word_embed = nn.Linear(cfg.latent_dim, D)
         self.scale_embed = nn.Embedding(self.K, D)
         self.position = nn.Parameter(torch.empty(1, self.L, D))
-        self.register_buffer("scale_of_token", mask.scale_of_token(cfg.scales), persistent=False)
+        # 2. Who belongs to which map and may look at whom: no part of the checkpoint.
+        for name, table in (("scale_of_token", masking.scale_of_token(cfg.scales)),
+                            ("mask", masking.block_causal_mask(cfg.scales))):
+            self.register_buffer(name, table, persistent=False)
+        # 3. The blocks; drop-path grows linearly from none in the first.
         self.shared_modulation = nn.Linear(D, 6 * D) if cfg.shared_adaln else None
         rates = [cfg.drop_path * i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
         self.blocks = nn.ModuleList(Block(cfg, rate) for rate in rates)
+        # 4. The head: one logit per code. (With the 2^24 codes of a lookup-free quantizer one would
+        # predict the bits of a code instead.)
         self.head_norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, cfg.vocab_size)
@@ -200,10 +190,10 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """As in the original: small everywhere, and gates almost shut, so that every block starts
-        as the identity; the head starts near zero, so that the first loss is ln V."""
-        cfg = self.config
-        std = math.sqrt(1 / (3 * cfg.width))
+        """As in the original."""
+        cfg, D = self.config, self.config.width
+        # 1. Small weights everywhere, no biases.
+        std = math.sqrt(1 / (3 * D))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -211,24 +201,27 @@ class VAR(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.start, std=std)
         nn.init.trunc_normal_(self.position, std=std)
-        gate = next(g for least, g in ((36, 5e-6), (30, 1e-5), (24, 1e-4), (0, 1e-3))
-                    if cfg.depth >= least)
+        # 2. 2 * depth branches are added up: divided by its root, the sum is as large at any depth.
+        # Their gates are almost shut, so that every block starts as the identity and a deep stack
+        # trains from the first step.
+        gate = 1e-3 if cfg.depth < 24 else 1e-4 if cfg.depth < 30 else 1e-5
+        gate = 5e-6 if cfg.depth >= 36 else gate
         for block in self.blocks:
             block.attention.proj.weight.div_(math.sqrt(2 * cfg.depth))
             block.mlp[2].weight.div_(math.sqrt(2 * cfg.depth))
             if cfg.shared_adaln:
-                nn.init.trunc_normal_(block.modulation_offset, std=1 / math.sqrt(cfg.width))
+                nn.init.trunc_normal_(block.modulation_offset, std=1 / math.sqrt(D))
                 block.modulation_offset[:, :, 2:].mul_(0.5)
                 block.modulation_offset[:, :, :2].mul_(gate)
             else:
-                block.modulation.weight[2 * cfg.width:].mul_(0.5)
-                block.modulation.weight[:2 * cfg.width].mul_(gate)
+                block.modulation.weight[2 * D:].mul_(0.5)
+                block.modulation.weight[:2 * D].mul_(gate)
+        # 3. The head is close to zero, so that the first loss is ln V.
         self.head.weight.mul_(0.02)
         self.head_modulation.weight.mul_(0.5)
 
-    @in_half_if_stored_so
     def conditioning(self, labels):
-        """All that depends on the class alone, computed once per picture. labels (B,) ->
+        """All that depends on the class alone, computed once per image. labels (B,) ->
         (class row (B, 1, D), modulation of each block [(B, 1, 6, D)], of the head (B, 1, 2, D))"""
         row = self.class_embed(labels)[:, None]                      # (B, 1, D)
         c = F.silu(row)
@@ -240,10 +233,9 @@ class VAR(nn.Module):
         return row, blocks, self.head_modulation(c).unflatten(2, (2, -1))
 
     def predict(self, x, conditioning):                              # (B, n, D) -> (B, n, V)
-        scale, shift = conditioning[2].unbind(2)
-        return self.head(self.head_norm(x) * (1 + scale) + shift)
+        scale_by, shift = conditioning[2].unbind(2)                  # (B, 1, D) each
+        return self.head(self.head_norm(x) * (1 + scale_by) + shift)
 
-    @in_half_if_stored_so
     def forward(self, labels, teacher_inputs):
         """labels (B,), teacher_inputs (B, L - first, C) -> logits (B, L, V).
         In training a share `label_dropout` of the labels becomes "no class"; never in eval."""
@@ -251,31 +243,30 @@ class VAR(nn.Module):
             hidden = torch.rand(len(labels), device=labels.device) < self.config.label_dropout
             labels = torch.where(hidden, self.config.num_classes, labels)
         conditioning = self.conditioning(labels)
-        start = conditioning[0] + self.start                         # (B, first, D)
-        x = torch.cat([start, self.word_embed(teacher_inputs)], 1)   # (B, L, D)
-        x = x + self.scale_embed(self.scale_of_token) + self.position
+        start = conditioning[0] + self.start                              # (B, first, D)
+        x = torch.cat([start, self.word_embed(teacher_inputs)], 1)        # (B, L, D)
+        x = x + self.scale_embed(self.scale_of_token) + self.position     # (B, L, D)
         for block, modulation in zip(self.blocks, conditioning[1]):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, use_reentrant=False)
+                x = checkpoint(block, x, modulation, self.mask, use_reentrant=False)
             else:
-                x = block(x, modulation)                             # (B, L, D)
-        return self.predict(x, conditioning)                         # (B, L, V)
+                x = block(x, modulation, self.mask)                       # (B, L, D)
+        return self.predict(x, conditioning)                              # (B, L, V)
 
     def new_cache(self):
-        """An empty cache for one batch of pictures."""
+        """An empty cache for one batch of images."""
         return [KVCache(self.L) for _ in self.blocks]
 
-    @in_half_if_stored_so
     def step(self, k, inputs, conditioning, cache):
         """Scale k alone, given the scales before it in `cache` (which grows).
         inputs (B, h_k*w_k, C), None at k = 0 -> logits (B, h_k*w_k, V)"""
-        begin = sum(s * s for s in self.config.scales[:k])
+        begin = sum(side * side for side in self.config.scales[:k])
         end = begin + self.config.scales[k] ** 2
         x = conditioning[0] + self.start if k == 0 else self.word_embed(inputs)
-        x = x + self.scale_embed.weight[k] + self.position[:, begin:end]
+        x = x + self.scale_embed.weight[k] + self.position[:, begin:end]  # (B, h_k*w_k, D)
         for block, modulation, block_cache in zip(self.blocks, conditioning[1], cache):
-            x = block(x, modulation, block_cache)
-        return self.predict(x, conditioning)
+            x = block(x, modulation, cache=block_cache)
+        return self.predict(x, conditioning)                              # (B, h_k*w_k, V)
 
 
 # -- Demo ------------------------------------------------------------------------------------------
@@ -293,19 +284,21 @@ def influence(model):
 
 
 def show_influence():
-    """The block-causal mask, seen from outside."""
+    """The block-causal mask, seen from outside, in transformers of random weights."""
     maps = []
-    for scales in ((1, 2, 3, 4), (1,) * 30):               # raster order is the same class
+    for scales in ((1, 2, 3, 4), (1,) * 16):               # raster order is the same class
         small = VAR(VARConfig(depth=2, width=64, heads=2, scales=scales)).eval()
         for p in small.parameters():
             p.add_(0.1 * torch.randn_like(p))
         moved = influence(small)
-        assert bool((moved[~mask.block_causal_mask(scales)] == 0).all())
-        maps.append(plots.heat_map((moved + 1e-3).log().numpy()))
+        assert bool((moved[~masking.block_causal_mask(scales)] == 0).all())
+        room = 30 - small.L                                # both pictures have one size
+        maps.append(plots.heat_map(F.pad((moved + 1e-3).log(), (0, room, 0, room), value=-7)))
     print("changing an input moves no output of a coarser scale (raster: no earlier output)")
     plots.save_grid("out/04_var_transformer.png", np.stack(maps), columns=2, scale=9,
-                       column_labels=["next scale: 1 4 9 16", "raster: 30 blocks of 1"])
-    print("wrote out/04_var_transformer.png: row output, column input, bright: moves more")
+                    column_labels=["next scale: 1 4 9 16", "raster: 16 blocks of 1"])
+    print("wrote out/04_var_transformer.png: row output, column input (the first is the class), "
+          "bright: moves more")
 
 
 @torch.no_grad()

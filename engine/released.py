@@ -171,9 +171,6 @@ def fill(model, state):
             raise KeyError(f"entries missing or unknown: {sorted(map(str, wrong))[:3]}")
         zeros = {name: torch.zeros_like(own[name], device="cpu") for name in unused}
         model.load_state_dict({**state, **zeros}, assign=True)
-    if hasattr(model, "scale_of_token"):                   # not stored, so still without memory
-        sides = torch.tensor([side * side for side in model.config.scales])
-        model.scale_of_token = torch.arange(len(sides)).repeat_interleave(sides)
     return model.eval().requires_grad_(False)
 
 
