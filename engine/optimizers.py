@@ -92,8 +92,8 @@ def orthogonal(g, dtype=torch.float32):
     """Nearest matrix with singular values about 1, by five Newton-Schulz steps, with the numbers of
     Jordan et al.: small singular values grow fast, all end between 0.7 and 1.2. (n, r, c)"""
     tall = g.shape[1] > g.shape[2]
-    x = (g.mT if tall else g).to(dtype)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = g.mT if tall else g
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)        # float16 holds no 1e-8
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
