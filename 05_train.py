@@ -28,6 +28,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -43,13 +44,17 @@ from data.registry import load_data
 from data.views import Views
 from engine.checkpoints import (export, load_checkpoint, model_fingerprint, resume, save,
                                 save_atomically)
-from engine.devices import pick_device
+from engine.devices import (autocast, choose_precision, free_gpu_memory,
+                            move_small_arrays_to_gpu, peak_memory, pick_device, to_device)
+from engine.guard import SkippedInARow, clip_gradients, step_unless
 from engine.optimizers import make_optimizers, parameter_groups, set_schedule
 from engine.options import OneLineParser, add_options, assignment, one_line
-from engine.progress import clock
-from engine.run import Run, launch
+from engine.processes import Processes, launch, sync_gradients
+from engine.progress import Stopwatch, clock
+from engine.run_folder import RunFolder
 from engine.settings import (Settings, TokenizerSettings, TransformerSettings, check,
                              follow_recipe, identity)
+from engine.stop import StopSignal
 from engine.token_cache import cache_tokens
 
 vqvae = import_module("02_multiscale_vqvae")
@@ -133,126 +138,132 @@ def read_settings(argv=None):
 
 # -- The training loop, shared by both stages ------------------------------------------------------
 
-def train(run, stage, total):
-    """The loop of both stages, from the last checkpoint to step `total`.
-
-    A stage has a name, a model, optimizers, `about` (what the checkpoint tells of it) and
-      batches(start)      what each step from `start` on works on: a tuple of tensors (B, ...)
-      parts               its modules, by the name that the checkpoint gives their weights
-      loss(model, batch, progress)   -> (loss (), what to remember for the log)
-      step_without_gradients(accepted)   of what the optimizers do not move: the codes
-      summary(memories)   -> (text, dict) since the last log line
-      evaluate()          -> (text, dict) on held-out pictures, a few times and at the end"""
-    path, settings = run.folder / f"{stage.name}.pt", run.settings
-    start = resume(run, stage, path, total)
-    if start >= total:
-        return run.say(f"{stage.name}: trained for {start} steps")
-    wrapped, taken, in_a_row = run.wrap(stage.model), [], 0
-    often = 1 if run.device.type == "cpu" else 10          # looking at a result waits for the GPU
-    begin = started = time.time()
-    for step, batch in enumerate(stage.batches(start), start=start):
-        run.seed(stage.name, step)
-        set_schedule(stage.optimizers, step / total, stage.final_lr, stage.final_decay)
-        stage.model.train()
-        taken.append(take_step(run, stage, wrapped, batch, step / total))
-        in_a_row = (in_a_row + 1) * taken[-1].skipped      # a tensor: back to 0 by a good step
-        step += 1
-        if step % often == 0 and in_a_row >= 10:
-            raise BadInput(f"{stage.name}: no finite loss or gradient in {int(in_a_row)} steps, "
-                           f"last at step {step - 1}; lower the learning rate and train the stage "
-                           f"again: --stage {stage.name} --fresh ({path} is from before)")
-        if step % settings.log_every == 0 or step == total:
-            report(run, stage, step, total, taken, (time.time() - begin) / (step - start))
-            taken = []
-        pause = time.time()
-        if step in {total * quarter // 4 for quarter in (1, 2, 3, 4)}:
-            stage.model.eval()
-            text, numbers = stage.evaluate()               # by all: sharded weights need them all
-            run.say(f"  held out at step {step}: {text}")
-            run.log(dict(stage=stage.name, step=step, held_out=numbers))
-        stop = run.stopping(step)
-        if step % settings.save_every == 0 or step == total or stop:
-            save(run, stage, path, step)
-        if stop:
-            run.say(f"stopped and saved at step {step} of the {stage.name}: {run.again} goes on "
-                    "from there")
-            sys.exit(128 + stop)
-        if step == total:
-            break
-        begin += time.time() - pause                       # img/s and eta are those of training
-    run.say(f"{stage.name}: steps {start} to {total} in {time.time() - started:.0f} s"
-            + run.peak_memory())
+def seed_step(seed, stage, step, rank):
+    """All randomness of one step in one process."""
+    parts = [seed, ["tokenizer", "transformer"].index(stage), step, rank]
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
 
 
 @dataclass
-class Taken:
-    """What a step leaves behind, on the device: nobody has waited for it yet."""
+class StepResult:
+    """What a step leaves on the device. Nothing has waited for it yet."""
     loss: torch.Tensor                    # ()
-    norm: torch.Tensor                    # (), of the gradient before clipping
-    skipped: torch.Tensor                 # () bool
-    memories: list                        # of each part of the batch
+    norm: torch.Tensor                    # (), of the model's gradient before clipping
+    skipped: torch.Tensor                 # () bool: not everything was finite, nothing has changed
+    metrics: list                         # what the stage wants to log, of each part of the batch
 
 
-def take_step(run, stage, wrapped, batch, progress):
-    """Gradients of one batch, in parts if asked, then the optimizers' step. Where any gradient is
-    not finite, nothing changes: one bad batch must not spoil all. -> Taken"""
-    parts = list(zip(*[tensor.chunk(run.settings.accumulate) for tensor in batch]))
-    loss, memories = 0, []
+def train_step(stage, model, batch, progress):
+    """Learn from one batch. batch: tuple of tensors (B, ...) -> StepResult"""
+    parts = list(zip(*[tensor.chunk(stage.settings.accumulate) for tensor in batch]))
+    loss, metrics = 0, []
     for i, part in enumerate(parts):
-        with run.exchange(wrapped, now=i == len(parts) - 1):
-            part_loss, memory = stage.loss(wrapped, part, progress)
+        with sync_gradients(model, now=i == len(parts) - 1):
+            part_loss, part_metrics = stage.loss(model, part, progress)
             (part_loss / len(parts)).backward()
         loss = loss + part_loss.detach() / len(parts)
-        memories.append(memory)
-    norms = [torch.nn.utils.clip_grad_norm_(
-                 part.parameters(), run.settings.clip if part is stage.model else torch.inf)
-             for part in stage.parts.values()]
-    norm = getattr(norms[0], "full_tensor", lambda: norms[0])()          # whole, if sharded
-    skipped = run.total(1.0 * ~(loss + norm + sum(norms[1:])).isfinite()) > 0     # by all or none
+        metrics.append(part_metrics)
+    # Only the model's gradient is clipped; that of a critic beside it must be finite, too.
+    norms = [clip_gradients(module, stage.settings.clip if module is stage.model else torch.inf)
+             for module in stage.parts.values()]
+    skipped = stage.processes.any(~(loss + sum(norms)).isfinite())       # by all of them, or none
     stage.step_without_gradients(accepted=~skipped)
-    for optimizer in stage.optimizers:
-        optimizer.found_inf = skipped.float()              # on a GPU optimizers look at it, so
-        if run.device.type == "cuda" or not skipped:       # that nobody has to wait
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return Taken(loss, norm, skipped, memories)
+    step_unless(skipped, stage.optimizers)
+    return StepResult(loss, norms[0], skipped, metrics)
 
 
-def report(run, stage, step, total, taken, pace):
-    """The log line, and the same as JSON."""
-    skipped = [bool(t.skipped) for t in taken]
-    good = [t for t, bad in zip(taken, skipped) if not bad] or taken
-    loss = float(run.mean(torch.stack([t.loss for t in good]).mean()))
-    text, numbers = stage.summary([memory for t in good for memory in t.memories])
+def train(stage, folder, stop, everything):
+    """The loop of both stages, from the last checkpoint to the stage's last step.
+
+    A stage has settings, processes, a name, a model, optimizers, a number of steps, and
+      batches(start)      what each step from `start` on works on: a tuple of tensors (B, ...)
+      parts               its modules, by the name that the checkpoint gives their weights
+      loss(model, batch, progress)   -> (loss (), what to keep for the log)
+      step_without_gradients(accepted)   of what the optimizers do not move: the codes
+      summary(metrics)    -> (text, dict) since the last log line
+      evaluate()          -> (text, dict) on held-out images
+      about               what else the checkpoint says; its "settings" must stay the same
+    everything: the dict of all settings, for settings.json"""
+    settings, processes, total = stage.settings, stage.processes, stage.steps
+    path = folder.checkpoint(stage.name)
+    start = 0 if settings.fresh else resume(path, stage)
+    if settings.fresh and stage.invalidates:
+        folder.remove(stage.invalidates)
+    folder.begin(stage.name, start, everything)
+    processes.barrier()
+    if start >= total:
+        return processes.say(f"{stage.name}: trained for {start} steps")
+    if start:
+        processes.say(f"{stage.name}: resuming at step {start}")
+
+    model, results = processes.wrap(stage.model, settings.compile), []
+    skipped, watch, begin = SkippedInARow(processes.device), Stopwatch(), time.time()
+    for step, batch in enumerate(stage.batches(start), start=start + 1):
+        progress = (step - 1) / total
+        seed_step(settings.seed, stage.name, step - 1, processes.rank)
+        set_schedule(stage.optimizers, progress, stage.final_lr, stage.final_decay)
+        stage.model.train()
+        results.append(train_step(stage, model, batch, progress))
+        if skipped.ten(step, results[-1].skipped):
+            raise BadInput(f"{stage.name}: no finite loss or gradient in ten steps, last at step "
+                           f"{step - 1}; lower the learning rate and train the stage again: "
+                           f"--stage {stage.name} --fresh ({path} is from before)")
+        if step % settings.log_every == 0 or step == total:
+            report(stage, step, results, watch.seconds() / (step - start), folder)
+            results = []
+        with watch.paused():
+            if step in {total * quarter // 4 for quarter in (1, 2, 3, 4)}:
+                stage.model.eval()
+                text, numbers = stage.evaluate()           # by all: sharded weights need them all
+                processes.say(f"  held out at step {step}: {text}")
+                folder.log(dict(stage=stage.name, step=step, held_out=numbers))
+            stopping = stop.agreed(step)
+            if step % settings.save_every == 0 or step == total or stopping:
+                save(path, stage, step)
+            if stopping:
+                stop.leave(f"and saved at step {step} of the {stage.name}")
+    processes.say(f"{stage.name}: steps {start} to {total} in {time.time() - begin:.0f} s"
+                  + peak_memory(processes.device))
+
+
+def report(stage, step, results, seconds, folder):
+    """The log line, and the same as JSON. seconds: of one step"""
+    skipped = [bool(result.skipped) for result in results]
+    good = [result for result, bad in zip(results, skipped) if not bad] or results
+    loss = float(stage.processes.mean(torch.stack([result.loss for result in good]).mean()))
+    text, numbers = stage.summary([part for result in good for part in result.metrics])
     lr, norm = stage.optimizers[0].param_groups[0]["lr"], float(good[-1].norm)
     if any(skipped):
         text, numbers["skipped"] = f"{text} | skipped {sum(skipped)}", sum(skipped)
-    run.say(f"{stage.name} {step}/{total} ({100 * step // total}%) | loss {loss:.4g} | {text} | "
-            f"lr {lr:.1e} | grad {norm:.2f} | {stage.batch_size / pace:.0f} img/s | "
-            f"eta {clock(pace * (total - step))}")
-    run.log(dict(stage=stage.name, step=step, loss=loss, lr=lr, grad=norm, **numbers))
+    stage.processes.say(
+        f"{stage.name} {step}/{stage.steps} ({100 * step // stage.steps}%) | loss {loss:.4g} | "
+        f"{text} | lr {lr:.1e} | grad {norm:.2f} | {stage.batch_size / seconds:.0f} img/s | "
+        f"eta {clock(seconds * (stage.steps - step))}")
+    folder.log(dict(stage=stage.name, step=step, loss=loss, lr=lr, grad=norm, **numbers))
 
 
 # -- Stage 1: the tokenizer ------------------------------------------------------------------------
 
 class TokenizerStage:
     name = "tokenizer"
-    spoils = "transformer.pt"                              # --fresh deletes it: of other tokens
+    invalidates = "transformer.pt"                         # --fresh removes it: of other tokens
     final_lr, final_decay = 0.0, None
 
-    def __init__(self, run, config, train_images, test_images, class_names):
-        settings = self.settings = run.settings
+    def __init__(self, settings, processes, folder, config, train_images, test_images,
+                 class_names):
+        self.settings, self.processes, self.folder = settings, processes, folder
+        self.steps, self.batch_size = settings.tokenizer_steps, settings.tokenizer_batch_size
+        self.autocast = partial(autocast, processes.device, settings.precision)
         torch.manual_seed(settings.seed)
-        self.run, self.batch_size = run, settings.tokenizer_batch_size
-        self.images, = run.hold(train_images)
+        self.images, = move_small_arrays_to_gpu((train_images,), processes.device)
         self.held_out = sample_of(test_images, settings.held_out)
-        self.model = vqvae.MultiScaleVQVAE(config).to(run.device)
+        self.model = vqvae.MultiScaleVQVAE(config).to(processes.device)
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
         if settings.adversarial:
-            critic = perceptual.Discriminator(config.image_size).to(run.device)
+            critic = perceptual.Discriminator(config.image_size).to(processes.device)
             self.parts["critic"] = critic
-            self.critic = run.wrap(critic)
+            self.critic = processes.wrap(critic, settings.compile)
             # Two more gradients end at the decoder's last layer. A compiled graph always computes
             # all of its gradients, so this layer stays outside.
             last = self.model.decoder.conv_out
@@ -267,21 +278,21 @@ class TokenizerStage:
     def perceptual(self):
         """LPIPS, loaded at the first step: to read a finished tokenizer nobody needs it."""
         weights = self.settings.vgg_file, self.settings.lpips_file
-        return perceptual.load_perceptual(*weights).to(self.run.device)
+        return perceptual.load_perceptual(*weights).to(self.processes.device)
 
     def batches(self, start):
         seed = self.settings.seed
-        wanted = ([(int(i), seed * 10 ** 9 + step) for i in self.run.share(
+        wanted = ([(int(i), seed * 10 ** 9 + step) for i in self.processes.share(
                     batch_indices(step, len(self.images), self.batch_size, seed))]
-                for step in range(start, self.settings.tokenizer_steps))
+                for step in range(start, self.steps))
         return zip(picture_batches(self.images, wanted, self.settings.workers))      # tuples of one
 
     def loss(self, model, batch, progress):
-        settings, image = self.settings, to_float(self.run.to_device(batch[0]))
+        settings, image = self.settings, to_float(to_device(batch[0], self.processes.device))
         if settings.flip:
             mirrored = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
             image = torch.where(mirrored, image.flip(3), image)
-        with self.run.autocast():
+        with self.autocast():
             rebuilt, tokens, losses = model(image)
             picture = losses["reconstruction"]
             if settings.picture_loss == "l1":
@@ -296,11 +307,11 @@ class TokenizerStage:
     def criticise(self, image, rebuilt, picture):
         """The critic learns from this batch (its optimizer steps with the others).
         -> what the tokenizer adds to its loss to please the critic, as heavy as `picture`"""
-        with self.run.autocast():
+        with self.autocast():
             scores = self.critic(torch.cat([image, rebuilt.detach()]))
         (perceptual.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
         critic = self.parts["critic"].requires_grad_(False)      # the next pass teaches it nothing
-        with self.run.autocast():
+        with self.autocast():
             displeased = -critic(rebuilt).float().mean()
         critic.requires_grad_(True)
         last = self.model.decoder.conv_out.weight
@@ -309,23 +320,23 @@ class TokenizerStage:
     def step_without_gradients(self, accepted):
         self.model.quantizer.update(accepted)
 
-    def summary(self, memories):
-        error = self.run.mean(torch.stack([error for error, _ in memories]).mean())
+    def summary(self, metrics):
+        error = self.processes.mean(torch.stack([error for error, _ in metrics]).mean())
         db = float(10 * torch.log10(4 / error))
-        seen = [torch.cat(tokens) for tokens in zip(*[tokens for _, tokens in memories])]
-        counts = self.run.total(health.count_codes(seen, self.model.config.vocab_size))
+        seen = [torch.cat(tokens) for tokens in zip(*[tokens for _, tokens in metrics])]
+        counts = self.processes.total(health.count_codes(seen, self.model.config.vocab_size))
         numbers = health.usage(counts)
         return f"psnr {db:.1f} dB | {health.short(self.model.scales, numbers)}", dict(
             psnr=db, **numbers)
 
     def evaluate(self):
-        images = (to_float(part.to(self.run.device)) for part in
+        images = (to_float(part.to(self.processes.device)) for part in
                   self.held_out.split(per_pass(self.held_out.shape[1])))
-        numbers = health.examine(self.model, images, self.run.autocast)
+        numbers = health.examine(self.model, images, self.autocast)
         stride = max(1, len(self.held_out) // 10)             # test sets come sorted by class
-        if self.run.rank == 0:
-            health.save_picture(self.run.folder / "reconstructions.png", self.model,
-                                to_float(self.held_out[::stride][:10].to(self.run.device)))
+        if self.processes.rank == 0:
+            health.save_picture(self.folder.path / "reconstructions.png", self.model,
+                                to_float(self.held_out[::stride][:10].to(self.processes.device)))
         numbers["warnings"] = health.warnings(self.model, numbers, len(self.held_out))
         most = min(1, len(self.held_out) * sum(s * s for s in self.model.scales)
                    / self.model.config.vocab_size)         # each token can be one code at most
@@ -391,22 +402,28 @@ def tokenizer_of_stage_2(settings, path, scales):
 # -- Stage 2: the transformer ----------------------------------------------------------------------
 
 class TransformerStage:
-    name = "transformer"
+    name, invalidates = "transformer", None
 
-    def __init__(self, run, tokenizer, config, data, class_names):
+    def __init__(self, settings, processes, tokenizer, config, data, class_names):
         """data: {"train": (tokens (views, N, L), labels (N,)), "test": the same}"""
-        settings = self.settings = run.settings
+        self.settings, self.processes, self.tokenizer = settings, processes, tokenizer
+        self.steps, self.batch_size = settings.steps, settings.batch_size
+        self.sizes = [s * s for s in config.scales]
+        self.autocast = partial(autocast, processes.device, settings.precision)
         torch.manual_seed(settings.seed)
-        self.run, self.tokenizer = run, tokenizer
-        self.data = {split: run.hold(*arrays) for split, arrays in data.items()}
-        self.batch_size, self.sizes = settings.batch_size, [s * s for s in config.scales]
+        self.data = {split: move_small_arrays_to_gpu(arrays, processes.device)
+                     for split, arrays in data.items()}
         self.final_lr, self.final_decay = settings.final_lr, settings.final_weight_decay
         self.model = transformer.VAR(config)
         self.model.activation_checkpointing = settings.activation_checkpointing
-        # Only the matrices are shared out and multiplied in half precision. What is left in a block
-        # is small and stays float32: 7 bits would not do for the attention's factor.
-        run.place(self.model, [layer for layer in self.model.blocks.modules()
-                               if isinstance(layer, torch.nn.Linear)])
+        if settings.shard:
+            # Only the matrices are shared out and multiplied in half precision. What is left in a
+            # block is small and stays float32: 7 bits would not do for the attention's factor.
+            processes.shard(self.model, [layer for layer in self.model.blocks.modules()
+                                         if isinstance(layer, torch.nn.Linear)],
+                            bfloat16=settings.precision == "bfloat16")
+        else:
+            self.model.to(processes.device)
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
@@ -419,22 +436,23 @@ class TransformerStage:
         tokens, labels = self.data[split]
         _, n, L = tokens.shape
         if torch.is_tensor(tokens):
-            at = self.run.to_device(torch.from_numpy(at))
+            at = to_device(torch.from_numpy(at), self.processes.device)
             return tokens.view(-1, L)[at].long(), labels[at % n]
         found = torch.from_numpy(tokens.reshape(-1, L)[at].astype(np.int64))
-        return self.run.to_device(found), self.run.to_device(torch.from_numpy(labels[at % n]))
+        labels = torch.from_numpy(labels[at % n])
+        return tuple(to_device(rows, self.processes.device) for rows in (found, labels))
 
     def batches(self, start):
         views, n, _ = self.data["train"][0].shape
-        for step in range(start, self.settings.steps):
+        for step in range(start, self.steps):
             at = batch_indices(step, views * n, self.batch_size, self.settings.seed + 1)
-            yield self.rows("train", self.run.share(at))
+            yield self.rows("train", self.processes.share(at))
 
     def per_token(self, model, tokens, labels):
         """-> (cross-entropy in nats (B, L), right (B, L) bool)"""
         with torch.no_grad():
             inputs = self.tokenizer.teacher_inputs(list(tokens.split(self.sizes, 1)))
-        with self.run.autocast():
+        with self.autocast():
             logits = model(labels, inputs)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
         return loss.view_as(tokens), logits.argmax(-1) == tokens
@@ -446,9 +464,9 @@ class TransformerStage:
     def step_without_gradients(self, accepted):
         """All of the transformer learns by gradients."""
 
-    def summary(self, memories):
-        loss = self.run.mean(torch.stack([loss for loss, _ in memories]).mean(0))
-        right = self.run.mean(torch.stack([right for _, right in memories]).mean())
+    def summary(self, metrics):
+        loss = self.processes.mean(torch.stack([loss for loss, _ in metrics]).mean(0))
+        right = self.processes.mean(torch.stack([right for _, right in metrics]).mean())
         return self.describe(loss, float(right))
 
     def describe(self, loss, right):
@@ -497,53 +515,86 @@ def var_sizes(var_fields, config, num_classes):
 
 
 def train_all(settings, config, var_fields):
-    run = Run(settings)
+    """Both stages, or the one of --stage. On return nothing of them is left in memory."""
+    again = "the same command" + " without --fresh" * settings.fresh
+    with (Processes(settings.device) as processes,
+          RunFolder(settings.out, writes=processes.rank == 0) as folder,
+          StopSignal(processes, again) as stop):
+        if settings.precision == "auto":
+            before = None if settings.fresh else folder.settings().get("precision")
+            settings.precision = choose_precision(processes, before)
+        if settings.stage == "transformer":                # its tokenizer sets the picture size
+            tokenizer = tokenizer_of_stage_2(settings, folder.checkpoint("tokenizer"),
+                                             config.scales)
+            config = tokenizer.config
+        train_data, test_data, class_names = load_splits(settings, config, processes)
+        recipe = follow_recipe(settings, len(train_data[0]))
+        everything = {**asdict(settings), **asdict(config), **var_fields}
+        processes.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in everything.items()), 100))
+        processes.say(f"{settings.dataset}: {len(train_data[0])} pictures to train on, "
+                      f"{len(test_data[0])} held out, {len(class_names)} classes, "
+                      f"{config.image_size} px; {processes.world} process(es) on "
+                      f"{processes.device.type} in {settings.precision}")
+        if settings.stage != "tokenizer":
+            processes.say(recipe)
+        if settings.stage != "transformer":
+            train(TokenizerStage(settings, processes, folder, config, train_data[0], test_data[0],
+                                 class_names), folder, stop, everything)
+            free_gpu_memory()
+        if settings.stage != "tokenizer":
+            if settings.tokenizer_file and (settings.fresh
+                                            or not folder.checkpoint("tokenizer").exists()):
+                keep_tokenizer(settings, processes, folder, tokenizer, class_names)
+            stage = transformer_stage(settings, processes, folder, stop, var_fields, train_data,
+                                      test_data, class_names)
+            train(stage, folder, stop, everything)
+        if processes.rank == 0 and settings.stage != "tokenizer" and settings.export:
+            export(folder.path, settings.export)
 
+
+def keep_tokenizer(settings, processes, folder, tokenizer, class_names):
+    """That of --tokenizer-file becomes the run's own: to resume or to sample, the file is no longer
+    needed."""
+    processes.barrier()                                    # all have seen that it is not there yet
+    if processes.rank == 0:
+        save_atomically(dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(), step=0,
+                             class_names=class_names, dataset=settings.dataset, settings={}),
+                        folder.checkpoint("tokenizer"))
+    processes.barrier()
+
+
+def load_splits(settings, config, processes):
+    """-> (images, labels) to train on, the same held out, class names"""
     def load(split):
         return load_data(settings.dataset, split, config.image_size, settings.data_dir)
-    path = run.folder / "tokenizer.pt"
-    if settings.stage == "transformer":                    # its tokenizer sets the picture size
-        tokenizer = tokenizer_of_stage_2(settings, path, config.scales)
-        config = tokenizer.config
-    train_data = load("train") if run.rank == 0 else None  # a download happens once, not N times
-    run.barrier()
-    images, labels, class_names = train_data or load("train")
-    test_images, test_labels, _ = load("test")
-    recipe = follow_recipe(settings, len(images))
-    run.everything = {**asdict(settings), **asdict(config), **var_fields}
-    run.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in run.everything.items()), 100))
-    run.say(f"{settings.dataset}: {len(images)} pictures to train on, {len(test_images)} held out, "
-            f"{len(class_names)} classes, {config.image_size} px; {run.world} process(es) on "
-            f"{run.device.type} in {settings.precision}")
-    if settings.stage != "tokenizer":
-        run.say(recipe)
-    if settings.stage != "transformer":
-        stage = TokenizerStage(run, config, images, test_images, class_names)
-        train(run, stage, settings.tokenizer_steps)
-    if settings.stage == "tokenizer":
-        return
-    if settings.tokenizer_file and run.rank == 0 and (settings.fresh or not path.exists()):
-        # From here on it is the run's own: to resume or to sample, the file is not needed.
-        run.folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(dict(config=asdict(config), model=tokenizer.state_dict(), step=0,
-                             class_names=class_names, dataset=settings.dataset, settings={}), path)
-    run.barrier()
-    tokenizer, about = load_tokenizer(path, run.device)
+    first = load("train") if processes.rank == 0 else None           # one download, not N at once
+    processes.barrier()
+    *train_data, class_names = first or load("train")
+    return train_data, load("test")[:2], class_names
+
+
+def transformer_stage(settings, processes, folder, stop, var_fields, train_data, test_data,
+                      class_names):
+    """-> TransformerStage on the tokens of the run's tokenizer, which are made here"""
+    tokenizer, about = load_tokenizer(folder.checkpoint("tokenizer"), processes.device)
     if about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
-        run.say(f"note: the tokenizer was trained for {about['step']} steps of {planned}")
-    views = Views(images, settings.views, settings.workers)
-    test_views = Views(test_images, 1, settings.workers)
-    data = {"train": (cache_tokens(run, tokenizer, views, "train"), labels),
-            "test": (cache_tokens(run, tokenizer, test_views, "test"), test_labels)}
+        processes.say(f"note: the tokenizer was trained for {about['step']} steps of {planned}")
+    data = {}
+    for split, (images, labels), views in (("train", train_data, settings.views),
+                                           ("test", test_data, 1)):
+        pictures = Views(images, views, settings.workers)
+        data[split] = cache_tokens(settings, processes, folder, stop, tokenizer, pictures,
+                                   split), labels
     sizes = var_sizes(var_fields, tokenizer.config, len(class_names))
-    train(run, TransformerStage(run, tokenizer, sizes, data, class_names), settings.steps)
-    if run.rank == 0 and settings.export:
-        export(run.folder, settings.export)
-    if run.rank == 0 and settings.steps:                   # chapter 6, as you would call it
-        script = Path(__file__).with_name("06_sample_and_edit.py")
-        subprocess.call([sys.executable, str(script), "--run", str(run.folder), "--out",
-                         str(run.folder), "--device", run.device.type,
-                         "--data-dir", settings.data_dir])
+    return TransformerStage(settings, processes, tokenizer, sizes, data, class_names)
+
+
+def draw_samples(settings):
+    """Chapter 6 on this run, as you would call it. -> exit status"""
+    script = Path(__file__).with_name("06_sample_and_edit.py")
+    return subprocess.call([sys.executable, str(script), "--run", settings.out, "--out",
+                            settings.out, "--device", settings.device, "--data-dir",
+                            settings.data_dir])
 
 
 def dry_run(settings, config, var_fields):
@@ -575,7 +626,10 @@ def main():
     if settings.gpus > 1 and "RANK" not in os.environ:
         load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
         return relaunch(settings)
-    return train_all(settings, config, var_fields)
+    train_all(settings, config, var_fields)
+    free_gpu_memory()                                      # chapter 6 needs it
+    if settings.stage != "tokenizer" and settings.steps and os.environ.get("RANK", "0") == "0":
+        return draw_samples(settings)
 
 
 if __name__ == "__main__":

@@ -54,50 +54,50 @@ def export(folder, path):
     save_atomically(both, path)
 
 
-def save(run, stage, path, step):
+def save(path, stage, step):
     """All of a stage after `step` steps. Every process calls this, rank 0 writes."""
-    mine = run.rank == 0
+    mine = stage.processes.rank == 0
     weights = {name: whole(part.state_dict(), mine) for name, part in stage.parts.items()}
     optimizers = [whole(optimizer.state_dict(), mine) for optimizer in stage.optimizers]
-    if run.rank == 0:
+    if mine:
         save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
-    run.barrier()
+    stage.processes.barrier()
 
 
-def resume(run, stage, path, total):
-    """Load the checkpoint, if there is one and it belongs to the same settings. -> first step"""
-    state = {}
-    if not run.settings.fresh and path.exists():
-        state = load_checkpoint(path)
-    if state:
-        old, new = state.get("settings"), stage.about["settings"]
-        if not isinstance(old, dict) or set(old) != set(new):
-            raise BadInput(f"{path} is no {stage.name} of this version; --fresh starts over")
-        changed = [f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
-        if changed:
-            raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
-                           "give the old ones, or --fresh starts over (with --stage transformer "
-                           "only stage 2), --out takes another folder")
-        try:
-            for name, part in stage.parts.items():
-                own, saved = part.state_dict(), state[name]
-                part.load_state_dict({key: spread(saved[key], own.get(key)) for key in saved})
-            for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
-                owners = [p for group in optimizer.param_groups for p in group["params"]]
-                for i, values in saved["state"].items():
-                    values.update({k: spread(v, owners[i]) for k, v in values.items()})
-                optimizer.load_state_dict(saved)
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
-            raise BadInput(f"{path} is damaged; --fresh starts over") from None
-        run.say(f"{stage.name}: going on at step {state['step']}")
-    if run.settings.fresh and run.rank == 0 and hasattr(stage, "spoils"):
-        (run.folder / stage.spoils).unlink(missing_ok=True)
-    run.remember_settings()
-    run.forget_log_after(stage.name, state.get("step", 0))
-    run.barrier()
-    return state.get("step", 0)
+def resume(path, stage):
+    """Load the checkpoint of a stage. -> the steps that it was trained for, 0 if there is none
+    Raises BadInput for the checkpoint of another run, or a damaged one."""
+    if not path.exists():
+        return 0
+    state = load_checkpoint(path)
+    check_identity(path, state, stage)
+    try:
+        for name, module in stage.parts.items():
+            own, saved = module.state_dict(), state[name]
+            module.load_state_dict({key: spread(saved[key], own.get(key)) for key in saved})
+        for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
+            owners = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, values in saved["state"].items():
+                values.update({k: spread(v, owners[i]) for k, v in values.items()})
+            optimizer.load_state_dict(saved)
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
+        raise BadInput(f"{path} is damaged; --fresh starts over") from None
+    return state["step"]
+
+
+def check_identity(path, state, stage):
+    """Raises BadInput unless the checkpoint was made with the stage's settings, all of them."""
+    old, new = state.get("settings"), stage.about["settings"]
+    if not isinstance(old, dict) or set(old) != set(new):
+        raise BadInput(f"{path} was saved by a different version of this code, or is no "
+                       f"{stage.name}, and cannot be resumed; --fresh trains again from scratch")
+    changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+    if changed:
+        raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
+                       "give the old ones, or --fresh starts over (with --stage transformer "
+                       "only stage 2), --out takes another folder")
 
 
 def whole(state, mine=True):

@@ -1,7 +1,10 @@
-"""Which device to use, and whether it is fast in bfloat16."""
+"""Which device to use, in which precision, and how to get there and off again."""
+import contextlib
+import gc
 import os
 import time
 
+import numpy as np
 import torch
 
 from engine import BadInput
@@ -82,3 +85,52 @@ def prepare_to_sample(tokenizer, var, device, precision="auto"):
     print(f"tokenizer {sizes[0] / 1e6:.1f} M, transformer {sizes[1] / 1e6:.1f} M parameters, "
           f"{(4 * sizes[0] + dtype.itemsize * sizes[1]) / 1e6:,.0f} MB; {at_once} images at once")
     return at_once
+
+
+def choose_precision(processes, before=None):
+    """What --precision auto means: what the run used before, else bfloat16 where it is fast. One
+    answer for all processes."""
+    known = "float32", "bfloat16"
+    if before not in known:
+        before = known[fast_bfloat16(processes.device)]
+    return known[processes.of_first(known.index(before))]
+
+
+def autocast(device, precision):
+    """A context in which products and convolutions are computed in this precision."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))
+
+
+def to_device(tensor, device):
+    """Without waiting for the GPU to finish what it is doing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def move_small_arrays_to_gpu(arrays, device):
+    """Arrays that fit beside a model (1 GB together) become tensors on the GPU. Others stay what
+    and where they are, in memory or in a file, and so do all without a GPU."""
+    in_memory = all(isinstance(array, np.ndarray) for array in arrays)
+    if device.type != "cuda" or not in_memory or sum(a.nbytes for a in arrays) > 2 ** 30:
+        return arrays
+    signed = [a.astype(np.int32) if a.dtype == np.uint16 else a for a in arrays]
+    return tuple(torch.from_numpy(array).to(device) for array in signed)
+
+
+def peak_memory(device):
+    """The most GPU memory that was in use since the last call, as text."""
+    if device.type != "cuda":
+        return ""
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return f", {peak / 1e9:.2f} GB of the GPU at most"
+
+
+def free_gpu_memory():
+    """Give back what deleted tensors leave, for other processes and larger blocks."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -2,8 +2,6 @@
 import argparse
 import math
 import os
-import re
-import signal
 import sys
 import time
 from dataclasses import field, fields
@@ -11,9 +9,9 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import torch.distributed as dist
 
 from engine import BadInput
+from engine.processes import lost_connection
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -102,36 +100,27 @@ def assignment(*classes):
 
 
 def one_line(main):
-    """Run a script's main(); a user's mistake ends in one line and exit status 2. Of many processes
-    the first to fail speaks: the others wait, and whoever started them ends them meanwhile."""
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Run a script's main(). A user's mistake ends in one line and exit status 2. Of several
+    processes only the first to fail prints; the others wait for the launcher to end them."""
+    name, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
     try:
         status = main()
     except (BadInput, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":             # rank 0 may be about to say the same
-            give_way(3)
+        if rank:                                           # rank 0 may be about to say the same
+            time.sleep(3)
         line = (str(error) or type(error).__name__).splitlines()[-1]
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        print(f"{name}: {line}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
     except torch.OutOfMemoryError as error:
-        print(f"{Path(sys.argv[0]).name}: the GPU's memory is full ({str(error).splitlines()[0]}) "
+        print(f"{name}: the GPU's memory is full ({str(error).splitlines()[0]}) "
               "use smaller batches, or in training --accumulate 2, --activation-checkpointing, "
               "--shard", file=sys.stderr)
         status = 2
-    except RuntimeError as error:                          # a lost connection is no news: another
-        if many and re.search("gloo|nccl|ncclcomm|socket|connection", str(error).lower()):
-            give_way(10)                                   # process failed first, let it be heard
+    except RuntimeError as error:
+        # A lost connection is no news: another process failed first and is to be heard.
+        if "RANK" in os.environ and lost_connection(error):
+            time.sleep(10)
         raise
-    if dist.is_initialized() and not status:               # others may wait where this one failed
-        dist.destroy_process_group()
     sys.exit(status)
-
-
-def give_way(seconds):
-    """Time for another process to speak, and for the launcher to end this one."""
-    run = getattr(signal.signal(signal.SIGTERM, signal.SIG_DFL), "__self__", None)
-    time.sleep(0 if run and run.stop else seconds)
-    if run and run.stop:                                   # it has been told to already
-        sys.exit(128 + run.stop)

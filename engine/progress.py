@@ -1,4 +1,5 @@
 """How far is it? Lines for work that takes long, always with the time that is left."""
+import contextlib
 import time
 
 
@@ -18,3 +19,19 @@ def progress(parts, total, what="pictures", size=len):
         if now - said > 3 and done < total:
             said, eta = now, clock((now - begin) / done * (total - done))
             print(f"  {done:,} of {total:,} {what} | eta {eta}", flush=True)
+
+
+class Stopwatch:
+    """Seconds since it was made, less those of its pauses."""
+
+    def __init__(self):
+        self.begin = time.monotonic()
+
+    def seconds(self):
+        return time.monotonic() - self.begin
+
+    @contextlib.contextmanager
+    def paused(self):
+        since = time.monotonic()
+        yield
+        self.begin += time.monotonic() - since

@@ -10,27 +10,28 @@ and makes only those.
 import contextlib
 import json
 import os
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from engine.checkpoints import model_fingerprint
+from engine.devices import autocast, to_device
 from engine.progress import clock
 
 
 @torch.no_grad()
-def cache_tokens(run, tokenizer, pictures, split):
+def cache_tokens(settings, processes, folder, stop, tokenizer, pictures, split):
     """Tokenize every view of every picture once. -> memory-mapped (views, N, L) uint16 (int32 for
     V > 65,535). pictures: data.views.Views
 
     A cache that belongs to other data or another tokenizer is made again; one that was interrupted
     is finished. Raises OSError, leaving nothing behind, where the disk is full."""
-    path = run.folder / f"tokens_{split}.npy"
+    path = folder.path / f"tokens_{split}.npy"
     note, half, half_note = path.with_suffix(".json"), f"{path}.tmp", Path(f"{path}.json.tmp")
-    header = dict(dataset=run.settings.dataset, split=split, views=pictures.count,
+    header = dict(dataset=settings.dataset, split=split, views=pictures.count,
                   scales=list(tokenizer.scales), pictures=pictures.fingerprint(),
                   tokenizer=model_fingerprint(tokenizer))
     shape = (pictures.count, len(pictures), sum(s * s for s in tokenizer.scales))
@@ -38,54 +39,54 @@ def cache_tokens(run, tokenizer, pictures, split):
     if (cache := opened(path, note, header, shape, dtype)) is not None:
         return cache
     if changed := differences(note, header):
-        run.say(f"  tokens of {split}: {changed} changed since they were made; making them again")
+        processes.say(f"  tokens of {split}: {changed} changed since they were made; making them "
+                      "again")
     ready = opened(half, half_note, header, shape, dtype) is not None
-    run.barrier()                                          # nobody writes while others compare
-    if run.rank == 0:
+    processes.barrier()                                    # nobody writes while others compare
+    if processes.rank == 0:
         note.unlink(missing_ok=True)
         if not ready:
             half_note.unlink(missing_ok=True)
             fill(half, half_note, header, shape, dtype)
         else:
-            run.say(f"  tokens of {split}: going on where they were interrupted")
-    run.barrier()
-    encode(run, tokenizer, pictures, half, split)
-    run.barrier()
-    if run.rank == 0:
+            processes.say(f"  tokens of {split}: resuming where they were interrupted")
+    processes.barrier()
+    encode(settings, processes, stop, tokenizer, pictures, half, split)
+    processes.barrier()
+    if processes.rank == 0:
         os.replace(half, path)
         os.replace(half_note, note)
-    run.barrier()
+    processes.barrier()
     return np.load(path, mmap_mode="r")
 
 
-def encode(run, tokenizer, pictures, path, split):
+def encode(settings, processes, stop, tokenizer, pictures, path, split):
     """Fill the rows of this process that are not yet filled, with a line every 5 seconds. Written
     as ranges of bytes, not through the memory map: machines that share a folder over a network
     would overwrite each other's neighbouring rows, page by page."""
     cache = np.load(path, mmap_mode="r")
     n, missing = len(pictures), np.array(-1).astype(cache.dtype)
-    mine = np.array_split(np.arange(n), run.world)[run.rank]
+    mine = np.array_split(np.arange(n), processes.world)[processes.rank]
     parts = np.split(mine, range(pictures.at_once, len(mine), pictures.at_once))
     jobs = [(rows, [view for view in range(len(cache)) if (cache[view, rows] == missing).any()])
             for rows in parts]
     steps = [(view, rows) for rows, views in jobs for view in views]
-    images = pictures.batches([job for job in jobs if job[1]], run.to_device)
+    images = pictures.batches([job for job in jobs if job[1]],
+                              partial(to_device, device=processes.device))
     begin = said = time.time()
     with open(path, "r+b") as file:
         for done, ((view, rows), image) in enumerate(zip(steps, images)):
-            with run.autocast():
+            with autocast(processes.device, settings.precision):
                 found = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
             file.seek(cache.offset + (view * n + rows[0]) * cache[0, 0].nbytes)
             file.write(found.astype(cache.dtype).tobytes())
             file.flush()
-            if stop := run.asked_to_stop():
-                run.say(f"stopped at {100 * (done + 1) // len(steps)}% of the tokens: {run.again} "
-                        "goes on from there")
-                sys.exit(128 + stop)
+            if stop.asked():
+                stop.leave(f"at {100 * (done + 1) // len(steps)}% of the tokens")
             if time.time() - said > 5:
                 said = time.time()
                 eta = clock((said - begin) / (done + 1) * (len(steps) - done - 1))
-                run.say(f"  tokens of {split}: {100 * (done + 1) // len(steps)}% | eta {eta}")
+                processes.say(f"  tokens of {split}: {100 * (done + 1) // len(steps)}% | eta {eta}")
         os.fsync(file.fileno())
 
 

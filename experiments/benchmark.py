@@ -14,7 +14,6 @@ import contextlib
 import copy
 import platform
 import resource
-import signal
 import sys
 import tempfile
 import time
@@ -28,8 +27,9 @@ sys.path.insert(0, str(ROOT))
 from data import shapes  # noqa: E402
 from engine import plan, released  # noqa: E402
 from data.batches import to_float  # noqa: E402
-from engine.devices import fast_bfloat16  # noqa: E402
-from engine.run import Run  # noqa: E402
+from engine.devices import choose_precision, fast_bfloat16  # noqa: E402
+from engine.processes import Processes  # noqa: E402
+from engine.run_folder import RunFolder  # noqa: E402
 
 vqvae, mask = import_module("02_multiscale_vqvae"), import_module("03_block_causal_mask")
 transformer, training = import_module("04_var_transformer"), import_module("05_train")
@@ -66,15 +66,17 @@ def var_config(depth):
 def stage_of(options, tokenizer_config, config, batch, folder):
     """Stage 2 as chapter 5 builds it, on invented tokens, whose last batch is ready to be used."""
     settings, *_ = training.read_settings([*options, "--out", folder])
-    run = Run(settings)
-    signal.signal(signal.SIGINT, signal.default_int_handler)         # nothing to save here
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config).to(run.device).eval().requires_grad_(False)
+    processes = Processes(settings.device)
+    if settings.precision == "auto":
+        settings.precision = choose_precision(processes)
+    tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config).to(processes.device)
+    tokenizer.eval().requires_grad_(False)
     L = sum(side * side for side in config.scales)
     tokens = torch.randint(config.vocab_size, (1, batch, L)).numpy().astype("uint16")
     labels = torch.randint(config.num_classes, (batch,)).numpy()
     data = {"train": (tokens, labels), "test": (tokens, labels)}
-    return training.TransformerStage(run, tokenizer, config, data, [""] * config.num_classes)
+    return training.TransformerStage(settings, processes, tokenizer, config, data,
+                                     [""] * config.num_classes)
 
 
 def original_sizes(device, repeats):
@@ -94,7 +96,7 @@ def original_sizes(device, repeats):
         if how == "plain":
             tokenizer.image_to_tokens(image)
         with torch.enable_grad():
-            training.take_step(stage.run, stage, stage.model.train(), batch, 0.5)
+            training.train_step(stage, stage.model.train(), batch, 0.5)
     work = {"tokenise": lambda tokenizer, how: tokenizer.image_to_tokens(image),
             "decode": lambda tokenizer, how: tokenizer.tokens_to_image(tokens),
             "sample": lambda tokenizer, how: sampling.generate(
@@ -183,10 +185,11 @@ def small_sizes(device, repeats):
         options = ["--dataset", name, "--device", device.type]
         settings, config, var_fields = training.read_settings(options)
         with tempfile.TemporaryDirectory() as folder:
-            settings.out = folder
-            run = Run(settings)
+            processes = Processes(settings.device)
+            settings.precision = choose_precision(processes)
             images = torch.randint(256, (settings.tokenizer_batch_size, 32, 32, 3)).byte().numpy()
-            first = training.TokenizerStage(run, config, images, images[:1], [""] * 10)
+            first = training.TokenizerStage(settings, processes, RunFolder(folder), config, images,
+                                            images[:1], [""] * 10)
             pixels = (torch.from_numpy(images),)
             sizes = training.var_sizes(var_fields, config, 10)
             second = stage_of(options, config, sizes, settings.batch_size, folder)
@@ -194,12 +197,11 @@ def small_sizes(device, repeats):
             for stage, batch in ((first, pixels), (second, rows)):
                 parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
                 for how in ("off", "on")[:1 + (device.type == "cuda")]:
-                    stage.run.settings.compile = how == "on"
-                    model = stage.run.wrap(stage.model.train())
-                    time_ = seconds(lambda: training.take_step(stage.run, stage, model, batch,
-                                                               0.5), device, repeats)
+                    model = stage.processes.wrap(stage.model.train(), compile=how == "on")
+                    time_ = seconds(lambda: training.train_step(stage, model, batch, 0.5), device,
+                                    repeats)
                     print(f"| {name} | {stage.name} | {stage.batch_size} | {parameters:.1f} M | "
-                          f"{stage.run.settings.precision} | {how} | {1e3 * time_:.0f} | "
+                          f"{stage.settings.precision} | {how} | {1e3 * time_:.0f} | "
                           f"{stage.batch_size / time_:.0f} |", flush=True)
 
 
@@ -230,9 +232,9 @@ def full_size(device, depth, batch, repeats, compiled):
     try:
         with tempfile.TemporaryDirectory() as folder:
             stage = stage_of(options, config, sizes, batch, folder)
-        wrapped = stage.run.wrap(stage.model.train())
+        wrapped = stage.processes.wrap(stage.model.train(), stage.settings.compile)
         rows = stage.rows("train", torch.arange(batch).numpy())
-        step = seconds(lambda: training.take_step(stage.run, stage, wrapped, rows, 0.5), device,
+        step = seconds(lambda: training.train_step(stage, wrapped, rows, 0.5), device,
                        repeats)
         memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0
         labels = torch.arange(batch, device=device)

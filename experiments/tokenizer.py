@@ -23,8 +23,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine import BadInput  # noqa: E402
+from engine.devices import choose_precision  # noqa: E402
 from engine.options import one_line  # noqa: E402
-from engine.run import Run  # noqa: E402
+from engine.processes import Processes  # noqa: E402
+from engine.run_folder import RunFolder  # noqa: E402
+from engine.stop import StopSignal  # noqa: E402
 from report import health, judge, plots  # noqa: E402
 from data.batches import rows_of, sample_of, to_float  # noqa: E402
 from data.registry import dataset_named  # noqa: E402
@@ -105,14 +108,17 @@ def run_row(name, options, count):
     log = Path(settings.out) / "log.jsonl"
     held_out, _, _ = training.load_data(settings.dataset, "test", config.image_size,
                                         settings.data_dir)
-    run = Run(settings)
-    run.everything = vars(settings)
     images, labels, names = training.load_data(settings.dataset, "train", config.image_size,
                                                settings.data_dir)
-    stage = training.TokenizerStage(run, config, images, held_out, names)
-    for change in changes:
-        change(stage.model.quantizer)
-    training.train(run, stage, settings.tokenizer_steps)   # nothing, if this row is there already
+    processes = Processes(settings.device)
+    with RunFolder(settings.out) as folder, StopSignal(processes) as stop:
+        if settings.precision == "auto":
+            settings.precision = choose_precision(processes, folder.settings().get("precision"))
+        stage = training.TokenizerStage(settings, processes, folder, config, images, held_out,
+                                        names)
+        for change in changes:
+            change(stage.model.quantizer)
+        training.train(stage, folder, stop, vars(settings))    # nothing, if it has been trained
     tokenizer, _ = training.load_tokenizer(log.with_name("tokenizer.pt"))
     for change in changes:
         change(tokenizer.quantizer)

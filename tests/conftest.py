@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -45,6 +46,26 @@ def no_automatic_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "best_device", lambda: pytest.fail("a test leaves the device open"))
         yield
+
+
+def stage_of(kind, learn="gradient", **settings):
+    """A stage of chapter 5 with the tiny sizes, on noise, in this process and without a folder."""
+    from engine.processes import Processes
+    m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
+    m5, processes = import_module("05_train"), Processes("cpu")
+    torch.manual_seed(0)
+    settings = m5.Settings(**dict(precision="float32", **settings))
+    sizes = dict(scales=(1, 2, 4), vocab_size=16, latent_dim=4)
+    config = m2.TokenizerConfig(**sizes, image_size=16, channels=8, groups=4, unshuffle=2,
+                                multipliers=(1, 2), learn=learn)
+    images = np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8)
+    if kind == "tokenizer":
+        return m5.TokenizerStage(settings, processes, None, config, images, images, ["noise"])
+    tokenizer = m2.MultiScaleVQVAE(config).eval().requires_grad_(False)
+    config = m4.VARConfig(**sizes, num_classes=3, depth=3, width=16, heads=2, drop_path=0.5)
+    data = np.random.default_rng(0).integers(0, 16, (1, 32, 21)), np.arange(32) % 3
+    return m5.TransformerStage(settings, processes, tokenizer, config,
+                               dict(train=data, test=data), "abc")
 
 
 def start(script, *options, cwd):

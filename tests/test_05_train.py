@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import same
+from conftest import same, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -334,7 +334,7 @@ def test_the_tokenizer_is_frozen_in_stage_2(cli, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(m2.MultiScaleVQVAE, "teacher_inputs", spy)
     result = cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
                  tmp_path / "run")
-    assert result.status == 0 and "going on" not in result.out
+    assert result.status == 0 and "resuming" not in result.out
     assert (tmp_path / "run" / "tokenizer.pt").read_bytes() == before
     assert same(checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"],
                 checkpoints.load_checkpoint(tiny.folder / "transformer.pt")["model"])
@@ -482,16 +482,14 @@ def test_data_that_lies_on_the_device_trains_the_same(cli, tiny, tmp_path, monke
     monkeypatch.setitem(shapes.DEFAULT_COUNT, "test", 20)
     options = [*tiny.options[2:], "--dataset", "shapes", "--tokenizer-steps", 3, "--steps", 3]
     assert cli(SCRIPT, *options, "--out", tmp_path / "one").status == 0
-    held, hold = [], m5.Run.hold
+    held, move = [], m5.move_small_arrays_to_gpu
 
-    def pretend(self, *arrays):
-        self.device, device = torch.device("cuda"), self.device
+    def pretend(arrays, device):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-            held.extend(found := hold(self, *arrays))
-        self.device = device
+            held.extend(found := move(arrays, torch.device("cuda")))
         return found
-    monkeypatch.setattr(m5.Run, "hold", pretend)
+    monkeypatch.setattr(m5, "move_small_arrays_to_gpu", pretend)
     assert cli(SCRIPT, *options, "--out", tmp_path / "two").status == 0
     assert [x.dtype for x in held if torch.is_tensor(x)] == [
         torch.uint8, torch.int32, torch.int64, torch.int32, torch.int64] and len(held) == 5
@@ -522,13 +520,12 @@ class Waits(TorchDispatchMode):
     ("tokenizer", dict(flip=True)), ("tokenizer", dict(adversarial=1.0, picture_loss="l1")),
     ("tokenizer", dict(learn="gradient"))])
 def test_a_training_step_does_not_make_a_gpu_wait(kind, settings):
-    from test_nothing_lost import stage_of
-    run, stage = stage_of(kind, **{"learn": "ema", **settings})
+    stage = stage_of(kind, **{"learn": "ema", **settings})
     batches_ = stage.batches(0)
-    m5.take_step(run, stage, stage.model, next(batches_), 0.9)     # places the codes on the data
+    m5.train_step(stage, stage.model, next(batches_), 0.9)     # places the codes on the data
     batch = next(batches_)
     with Waits() as waits:
-        m5.take_step(run, stage, stage.model, batch, 0.9)
+        m5.train_step(stage, stage.model, batch, 0.9)
     assert waits.count == len(stage.optimizers), "a CPU looks whether to skip the step, no more"
     with Waits() as waits:
         (torch.ones(3)[torch.ones(3) > 0].sum() > 1).item()
@@ -605,7 +602,7 @@ def test_killed_and_stopped_runs_go_on_bit_for_bit(cli, tiny, tmp_path):
 
     process = tiny.start(SCRIPT, *tiny.options, "--out", run, cwd=tmp_path)
     lines = wait_for(process, "transformer 7/24")
-    assert f"tokenizer: going on at step {step}\n" in lines
+    assert f"tokenizer: resuming at step {step}\n" in lines
     process.send_signal(signal.SIGTERM)                    # saves first
     out, err = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and err == ""
@@ -613,7 +610,7 @@ def test_killed_and_stopped_runs_go_on_bit_for_bit(cli, tiny, tmp_path):
     assert 7 <= step < 24 and re.search(rf"stopped .*at step {step} ", out)
 
     result = cli(SCRIPT, *tiny.options, "--out", run)
-    assert result.status == 0 and f"transformer: going on at step {step}" in result.out
+    assert result.status == 0 and f"transformer: resuming at step {step}" in result.out
     for name in ("tokenizer.pt", "transformer.pt"):
         straight, resumed = (checkpoints.load_checkpoint(f / name) for f in (tiny.folder, run))
         for key in ("model", "optimizers", "step", "config"):

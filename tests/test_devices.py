@@ -6,10 +6,9 @@ from importlib import import_module
 import pytest
 import torch
 import torch.distributed as dist
-from test_nothing_lost import stage_of
+from conftest import stage_of
 
 from engine import checkpoints
-from engine.run import Run
 
 m5 = import_module("05_train")
 
@@ -23,13 +22,13 @@ def test_the_critics_weight_does_not_go_backward_through_the_whole_compiled_mode
     monkeypatch.setattr(import_module("torch._functorch.config"), "donated_buffer", False)
     counts = []
     for compiled in (lambda model: model, partial(torch.compile, backend="aot_eager")):
-        run, stage = stage_of("tokenizer", adversarial=1.0, learn="ema")
+        stage = stage_of("tokenizer", adversarial=1.0, learn="ema")
         model, batches = compiled(stage.model.train()), stage.batches(0)
         stage.critic = compiled(stage.critic)
         for _ in range(2):                                 # the first places the codes
-            m5.take_step(run, stage, model, next(batches), 0.9)
+            m5.train_step(stage, model, next(batches), 0.9)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-            m5.take_step(run, stage, model, next(batches), 0.9)
+            m5.train_step(stage, model, next(batches), 0.9)
         counts += [e.count for e in found.key_averages() if "convolution_backward" in e.key]
     assert len(counts) == 2 and counts[0] == counts[1] > 20
 
@@ -61,29 +60,28 @@ def alone():
 
 def test_sharded_weights_are_multiplied_in_bfloat16_but_the_attentions_factor_is_not(alone):
     """bfloat16 has 7 bits after the first: the factor would be off by up to 0.4 %."""
-    run, stage = stage_of("transformer", optimizer="adamw")
-    run.settings.shard, run.settings.precision, seen = True, "bfloat16", {}
-    run.place = partial(Run.place, run)
-    run.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    stage = stage_of("transformer", optimizer="adamw")
+    stage.settings.shard, stage.settings.precision, seen = True, "bfloat16", {}
     names = stage.model.state_dict().keys()
-    stage = type(stage)(run, stage.tokenizer, stage.model.config, stage.data, "abc")
+    stage = type(stage)(stage.settings, stage.processes, stage.tokenizer, stage.model.config,
+                        stage.data, "abc")
     assert stage.model.state_dict().keys() == names
     layer = stage.model.blocks[1].attention
     for module, name in ((layer, "log_scale"), (layer.qkv, "weight"), (layer.proj, "bias")):
         module.register_forward_pre_hook(
             lambda module, args, name=name: seen.update({name: getattr(module, name).dtype}))
-    assert not m5.take_step(run, stage, stage.model.train(), next(stage.batches(0)), 0.5).skipped
+    assert not m5.train_step(stage, stage.model.train(), next(stage.batches(0)), 0.5).skipped
     assert seen == dict(log_scale=torch.float32, weight=torch.bfloat16, bias=torch.bfloat16)
     assert stage.describe(torch.zeros(21), 0.0)[1]["qk_factor"] == pytest.approx(4, abs=0.1)
 
 
 def test_the_largest_factor_on_queries_and_keys_is_logged_where_products_are_rounded():
-    run, stage = stage_of("transformer")
+    stage = stage_of("transformer")
     for block, value in zip(stage.model.blocks, (0.5, 9.0, 2.0), strict=True):   # 9: cut to ln 100
         block.attention.log_scale.data[:, 1] = value
     loss = torch.zeros(stage.model.L)
     assert "qk_factor" not in stage.describe(loss, 0.0)[1]
-    run.settings.precision = "bfloat16"
+    stage.settings.precision = "bfloat16"
     text, numbers = stage.describe(loss, 0.0)
     assert numbers["qk_factor"] == pytest.approx(100) and text.endswith("| qk 100")
     stage.model.blocks[1].attention.log_scale.data.fill_(1.0)

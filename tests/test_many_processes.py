@@ -13,11 +13,11 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import same
+from conftest import same, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_nothing_lost import (before, forked, log_of, run, server,  # noqa: F401  (fixtures)
-                               stage_of, stop_myself)
+                               stop_myself)
 
 from engine import BadInput, checkpoints
 
@@ -113,7 +113,7 @@ def test_two_processes_train_as_one_however_they_share_the_work(
 def stop_the_launcher(name, whom=os.kill):
     """Before its seventh step the first process sends a signal to the one that started it."""
     if rank() == 0:
-        before(7, "05_train", "take_step",
+        before(7, "05_train", "train_step",
                lambda *_: whom(os.getppid() if whom is os.kill else 0, name))
 
 
@@ -125,20 +125,20 @@ def test_what_sharded_processes_saved_one_process_goes_on_with_and_vice_versa(
     result = run(*stage_2, *first, patch=partial(killed, -1 if not first else 1, 11))
     assert result.status == (2 if first else -signal.SIGKILL)
     result = run(*stage_2, *then)
-    assert (result.status, result.err) == (0, "") and "going on at step 8\n" in result.out, result
+    assert (result.status, result.err) == (0, "") and "resuming at step 8\n" in result.out, result
     assert agrees(tmp_path / "run", alone)
 
 
 def killed(who, step):
     if rank() == who:
-        before(step, "05_train", "take_step", stop_myself)
+        before(step, "05_train", "train_step", stop_myself)
 
 
 # -- In parts, and computed twice ------------------------------------------------------------------
 
 def gradients_of(kind, accumulate, **settings):
-    """Of one take_step with 16 pictures. -> {part: [its gradients]}, loss, norm"""
-    run, stage = stage_of(kind, accumulate=accumulate, clip=1e9, **settings)   # noqa: F811
+    """Of one train_step with 16 pictures. -> {part: [its gradients]}, loss, norm"""
+    stage = stage_of(kind, accumulate=accumulate, clip=1e9, **settings)   # noqa: F811
     if kind == "transformer":
         stage.model.double(), stage.tokenizer.double()
     found = {}
@@ -147,8 +147,8 @@ def gradients_of(kind, accumulate, **settings):
         found.update({name: [p.grad for p in part.parameters()]
                       for name, part in stage.parts.items()})
     stage.optimizers[0].step = look
-    taken = m5.take_step(run, stage, stage.model.eval(), next(stage.batches(0)), 1.0)
-    assert not taken.skipped and len(taken.memories) == accumulate
+    taken = m5.train_step(stage, stage.model.eval(), next(stage.batches(0)), 1.0)
+    assert not taken.skipped and len(taken.metrics) == accumulate
     return found, taken
 
 
@@ -206,7 +206,7 @@ def stumble(*_):
 
 def fails(who, how):
     if rank() == who:
-        before(7, "05_train", "take_step", how)
+        before(7, "05_train", "train_step", how)
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -231,7 +231,7 @@ def test_if_one_process_is_killed_a_line_says_so_and_the_same_command_goes_on(
     assert result.err.startswith(f"05_train.py: process {who} of 2 was killed by signal 9")
     assert "the same command goes on" in result.err
     result = run(*stage_2, "--gpus", 2)
-    assert (result.status, result.err) == (0, "") and "going on at step 4\n" in result.out, result
+    assert (result.status, result.err) == (0, "") and "resuming at step 4\n" in result.out, result
     assert agrees(tmp_path / "run", alone)
 
 
@@ -272,7 +272,7 @@ def test_asked_to_stop_all_processes_save_at_the_same_step_and_the_same_command_
     path = tmp_path / "run" / "transformer.pt"
     assert checkpoints.load_checkpoint(path)["step"] == 10
     result = run(*command)
-    assert (result.status, result.err) == (0, "") and "going on at step 10\n" in result.out, result
+    assert (result.status, result.err) == (0, "") and "resuming at step 10\n" in result.out, result
     assert agrees(tmp_path / "run", alone)
 
 

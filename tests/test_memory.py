@@ -41,7 +41,9 @@ TRAIN = """
 import sys, time
 sys.path[:0] = sys.argv[1:3]
 import numpy as np, torch
-from test_nothing_lost import m4, m5, m2, stage_of, SimpleNamespace
+from importlib import import_module
+from conftest import stage_of
+m2, m4, m5 = map(import_module, ("02_multiscale_vqvae", "04_var_transformer", "05_train"))
 torch.set_num_threads(1)
 scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -50,8 +52,7 @@ def anonymous():
     return int(lines["RssAnon"].split()[0]) * 1024
 
 def stage_on(path):
-    run, old = stage_of("transformer")
-    run.settings.batch_size, run.settings.steps = 64, 10 ** 6
+    old = stage_of("transformer", batch_size=64, steps=10 ** 6)
     tokens = np.load(path, mmap_mode="r")
     data = tokens, np.arange(tokens.shape[1]) % 3
     sizes = m4.VARConfig(num_classes=3, scales=scales, vocab_size=16, latent_dim=4, depth=1,
@@ -59,18 +60,19 @@ def stage_on(path):
     tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
         image_size=64, scales=scales, vocab_size=16, latent_dim=4, channels=8, groups=4,
         unshuffle=4)).eval().requires_grad_(False)
-    return run, m5.TransformerStage(run, tokenizer, sizes, dict(train=data, test=data), "abc")
+    return m5.TransformerStage(old.settings, old.processes, tokenizer, sizes,
+                               dict(train=data, test=data), "abc")
 
 stages = [stage_on(path) for path in sys.argv[3:5]]        # of many rows, of few
-run, stage = stages[0]
-m5.take_step(run, stage, stage.model, tuple(t[:8] for t in next(stage.batches(0))), 0.5)
+stage = stages[0]
+m5.train_step(stage, stage.model, tuple(t[:8] for t in next(stage.batches(0))), 0.5)
 before = anonymous()
 for step, batch in zip(range(30), stage.batches(10 ** 5)):
     assert batch[0].shape == (64, 680)
-    assert not m5.take_step(run, stage, stage.model, batch, 0.5).skipped
+    assert not m5.train_step(stage, stage.model, batch, 0.5).skipped
 grown = anonymous() - before
 times = []
-for _, stage in stages:
+for stage in stages:
     reader, seconds = stage.batches(0), []
     next(reader)                                           # draws the order of the epoch
     for _ in range(300):

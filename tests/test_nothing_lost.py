@@ -16,7 +16,6 @@ import subprocess
 import sys
 import traceback
 import warnings
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
@@ -27,11 +26,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, same
+from conftest import ROOT, same, stage_of
 
 from data import batches
 from engine import checkpoints
-from engine import run as engine_run
+from engine import stop as engine_stop
 from engine.options import one_line
 
 resource = pytest.importorskip("resource")                 # not on Windows
@@ -181,7 +180,7 @@ def stop_myself(*_, name=signal.SIGKILL):
 def stopped(count, what, name=signal.SIGKILL):
     """A signal from the sky before the count-th step, batch of tokens, or renaming of a file."""
     batches.per_pass = lambda side: 4
-    owner = {"take_step": "05_train", "image_to_tokens": m2.MultiScaleVQVAE, "replace": "os"}[what]
+    owner = {"train_step": "05_train", "image_to_tokens": m2.MultiScaleVQVAE, "replace": "os"}[what]
     only = "tokens_train" if what == "replace" else ""
     before(count, owner, what, partial(stop_myself, name=name), only)
 
@@ -200,13 +199,13 @@ def test_killed_at_one_moment_after_the_other_a_run_still_ends_bit_for_bit(
     """Counts are those of each process: it goes on where the one before it was killed."""
     for moment, left in [
             (partial(stopped_while_saving, 1), {"settings.json", "tokenizer.pt.*.tmp"}),
-            (partial(stopped, 13, "take_step"), {"tokenizer.pt"}),
+            (partial(stopped, 13, "train_step"), {"tokenizer.pt"}),
             (partial(stopped_while_saving, 2), {"tokenizer.pt", "tokenizer.pt.*.tmp"}),
             (partial(stopped, 2 + 9, "image_to_tokens"), {"tokens_train.npy.tmp",
                                                           "tokens_train.npy.json.tmp"}),
             (partial(stopped, 1, "replace"), {"tokens_train.npy.tmp", "tokens_train.npy.json.tmp"}),
             (partial(stopped, 2, "replace"), {"tokens_train.npy", "tokens_train.npy.json.tmp"}),
-            (partial(stopped, 8, "take_step"), {"tokens_test.json", "transformer.pt"}),
+            (partial(stopped, 8, "train_step"), {"tokens_test.json", "transformer.pt"}),
             (partial(stopped_while_saving, 2), {"transformer.pt", "transformer.pt.*.tmp"})]:
         result = run(*command, patch=moment)
         assert (result.status, result.err) == (-signal.SIGKILL, ""), (moment, result)
@@ -239,7 +238,7 @@ def test_a_run_that_is_killed_at_one_file_after_the_other_ends_bit_for_bit(
 def test_killed_twice_the_second_time_while_it_drops_lines_of_the_log(run, command, tiny, tmp_path):
     """Those after the last checkpoint must go, those before it must stay."""
     stop = partial(before, 2, "os", "replace", stop_myself, "log.jsonl")
-    assert run(*command, patch=partial(stopped, 24 + 8, "take_step")).status == -signal.SIGKILL
+    assert run(*command, patch=partial(stopped, 24 + 8, "train_step")).status == -signal.SIGKILL
     assert run(*command, patch=stop).status == -signal.SIGKILL
     assert goes_on_and_ends_as_if_nothing_had_happened(run, command, tiny, tmp_path / "run")
 
@@ -249,20 +248,20 @@ def test_killed_twice_the_second_time_while_it_drops_lines_of_the_log(run, comma
 def test_a_signal_is_obeyed_after_the_step_and_a_line_says_how_to_go_on(
         run, command, tiny, tmp_path):
     for name, count, what, words in [
-            (signal.SIGTERM, 13, "take_step", "and saved at step 13 of the tokenizer"),
+            (signal.SIGTERM, 13, "train_step", "and saved at step 13 of the tokenizer"),
             (signal.SIGINT, 2 + 9, "image_to_tokens", "at 30% of the tokens"),
-            (signal.SIGINT, 8, "take_step", "and saved at step 8 of the transformer")]:
+            (signal.SIGINT, 8, "train_step", "and saved at step 8 of the transformer")]:
         result = run(*command, patch=partial(stopped, count, what, name))
         assert (result.status, result.err) == (128 + name, "")
         line = result.out.splitlines()[-1]
-        assert line == f"stopped {words}: the same command goes on from there"
+        assert line == f"stopped {words}: the same command resumes from there"
     assert goes_on_and_ends_as_if_nothing_had_happened(run, command, tiny, tmp_path / "run")
 
 
 def asked_twice(seconds, owner, name, count):
     """Two Ctrl-C, so many seconds apart by this process's clock."""
     clock = iter((0, seconds))
-    engine_run.time = SimpleNamespace(monotonic=lambda: next(clock))
+    engine_stop.time = SimpleNamespace(monotonic=lambda: next(clock))
 
     def ask(*_):
         stop_myself(name=signal.SIGINT)
@@ -274,7 +273,7 @@ def test_a_second_signal_ends_at_once_unless_it_is_the_first_that_arrived_twice(
         run, command, tiny, tmp_path):
     """A terminal sends Ctrl-C to all processes, and the launcher passes it on to them."""
     for seconds, owner, name, count, step in [
-            (0.9, "05_train", "take_step", 6, 6), (1.1, "05_train", "take_step", 7, 10),
+            (0.9, "05_train", "train_step", 6, 6), (1.1, "05_train", "train_step", 7, 10),
             (0.9, "torch", "save", 1, 16), (1.1, "torch", "save", 1, 16)]:
         result = run(*command, patch=partial(asked_twice, seconds, owner, name, count))
         assert (result.status, result.err) == (130, ""), result
@@ -299,9 +298,9 @@ def full_disk(count, owner, name, size):
 def test_a_full_disk_is_one_line_that_names_the_file_and_nothing_is_lost(
         run, command, tiny, tmp_path):
     for count, owner, name, size, file, step in [
-            (8, "05_train", "take_step", 20_000, "tokenizer.pt", 5),
+            (8, "05_train", "train_step", 20_000, "tokenizer.pt", 5),
             (1, "engine.token_cache", "fill", 4000, "tokens_train.npy", 24),
-            (8, "05_train", "take_step", 30_000, "transformer.pt", 5),
+            (8, "05_train", "train_step", 30_000, "transformer.pt", 5),
             (8, "05_train", "report", -9, "log.jsonl", 10)]:
         shutil.rmtree(tmp_path / "kept", ignore_errors=True)
         result = run(*command, patch=partial(full_disk, count, owner, name, size))
@@ -331,11 +330,11 @@ NOT_OF_A_RUN = set("data_dir out stage device gpus compile fresh export vgg_file
 
 def test_what_changes_nothing_that_is_learned_may_change_on_the_way(run, command, tmp_path):
     folder = tmp_path / "run"
-    assert run(*command, patch=partial(stopped, 7, "take_step", signal.SIGTERM)).status == 143
-    changed = run(*command, *FREE, patch=partial(stopped, 17 + 8, "take_step", signal.SIGTERM))
-    assert "tokenizer: going on at step 7\n" in changed.out and changed.status == 143, changed
+    assert run(*command, patch=partial(stopped, 7, "train_step", signal.SIGTERM)).status == 143
+    changed = run(*command, *FREE, patch=partial(stopped, 17 + 8, "train_step", signal.SIGTERM))
+    assert "tokenizer: resuming at step 7\n" in changed.out and changed.status == 143, changed
     result = run(*command)
-    assert "transformer: going on at step 8\n" in result.out and result.status == 0, result
+    assert "transformer: resuming at step 8\n" in result.out and result.status == 0, result
     fixed = [checkpoints.load_checkpoint(folder / f"{name}.pt")["settings"].keys()
              for name in ("tokenizer", "transformer")]
     free = {word[2:].replace("-", "_") for word in FREE if word.startswith("--")}
@@ -368,41 +367,19 @@ def test_the_log_counts_skipped_steps_and_means_the_others(cli, tiny, tmp_path, 
         assert entry["grad"] == good[-1]["grad"] and np.isfinite(entry["grad"])
 
 
-def stage_of(kind, learn="gradient", **settings):
-    """A stage of the tiny sizes, and a run that has one process and no folder."""
-    torch.manual_seed(0)
-    s = m5.Settings(**dict(precision="float32", out="", **settings))
-    run = SimpleNamespace(settings=s, device=torch.device("cpu"), rank=0, world=1,
-                          wrap=lambda model: model, place=lambda model, parts: model,
-                          exchange=lambda model, now: nullcontext(), autocast=nullcontext,
-                          to_device=lambda x: x, mean=lambda x: x, total=lambda x: x,
-                          share=lambda x: x)
-    run.hold = partial(engine_run.Run.hold, run)
-    sizes = dict(scales=(1, 2, 4), vocab_size=16, latent_dim=4)
-    config = m2.TokenizerConfig(**sizes, image_size=16, channels=8, groups=4, unshuffle=2,
-                                multipliers=(1, 2), learn=learn)
-    images = np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8)
-    if kind == "tokenizer":
-        return run, m5.TokenizerStage(run, config, images, images, ["noise"])
-    tokenizer = m2.MultiScaleVQVAE(config).eval().requires_grad_(False)
-    config = m4.VARConfig(**sizes, num_classes=3, depth=3, width=16, heads=2, drop_path=0.5)
-    data = np.random.default_rng(0).integers(0, 16, (1, 32, 21)), np.arange(32) % 3
-    return run, m5.TransformerStage(run, tokenizer, config, dict(train=data, test=data), "abc")
-
-
 def state_of(stage):
     """A copy of all that a checkpoint would hold."""
     return copy.deepcopy([[part.state_dict() for part in stage.parts.values()],
                           [optimizer.state_dict() for optimizer in stage.optimizers]])
 
 
-def take(run, stage, batch, seed, spoilt=False):
+def take(stage, batch, seed, spoilt=False):
     """One step at the end of the training. -> was it skipped?"""
     torch.manual_seed(seed)
     real = stage.loss
     if spoilt:
         stage.loss = lambda *args: (lambda loss, memory: (loss * torch.nan, memory))(*real(*args))
-    taken = m5.take_step(run, stage, stage.model.train(), batch, 1.0)
+    taken = m5.train_step(stage, stage.model.train(), batch, 1.0)
     stage.loss = real
     return bool(taken.skipped)
 
@@ -415,25 +392,25 @@ def test_a_run_with_skipped_steps_is_the_run_without_them_to_the_last_bit(optimi
     is the first of all, where optimizers have no state yet and codes no place."""
     ends = []
     for spoil in (True, False):
-        run, stage = stage_of(kind, learn, optimizer=optimizer)
+        stage = stage_of(kind, learn, optimizer=optimizer)
         for step, batch in enumerate(itertools.islice(stage.batches(0), 3)):
             if spoil and step in (0, 2):
-                assert take(run, stage, batch, 9, spoilt=True)
+                assert take(stage, batch, 9, spoilt=True)
             earlier = state_of(stage)
-            assert not take(run, stage, batch, step) and not same(earlier, state_of(stage))
+            assert not take(stage, batch, step) and not same(earlier, state_of(stage))
         ends.append(state_of(stage))
     assert same(*ends)
 
 
 def test_a_nan_in_the_critics_gradient_alone_skips_the_step_for_all():
-    run, stage = stage_of("tokenizer", adversarial=1.0, optimizer="muon")
+    stage = stage_of("tokenizer", adversarial=1.0, optimizer="muon")
     batch = next(stage.batches(0))
-    assert not take(run, stage, batch, 0)
+    assert not take(stage, batch, 0)
     weights = [list(part.parameters()) for part in (stage.model, stage.parts["critic"])]
     for nan in (True, False):
         earlier = copy.deepcopy(weights), state_of(stage)[1]
         hook = weights[1][0].register_hook(lambda grad: grad * (torch.nan if nan else 1))
-        assert take(run, stage, batch, 1) == nan
+        assert take(stage, batch, 1) == nan
         hook.remove()
         for model, copied in zip(weights, earlier[0]):
             assert all(map(torch.equal, model, copied)) == nan

@@ -3,15 +3,13 @@ import copy
 import json
 import os
 import signal
-from contextlib import nullcontext
 from importlib import import_module
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, same
+from conftest import TINY, same, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -194,12 +192,7 @@ def test_the_critic_is_heard_late_and_then_ever_more(progress):
 
 
 def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
-    run = SimpleNamespace(settings=m5.Settings(adversarial=0.5, precision="float32"),
-                          device=torch.device("cpu"), wrap=lambda m: m, autocast=nullcontext,
-                          hold=lambda *arrays: arrays)
-    config = m2.TokenizerConfig(image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
-                                channels=8, groups=4, multipliers=(1, 2), unshuffle=2)
-    stage = m5.TokenizerStage(run, config, *2 * [np.zeros((8, 16, 16, 3), np.uint8)], ["black"])
+    stage = stage_of("tokenizer", adversarial=0.5)
     image, critic, last = pictures(4, 16, 16), stage.parts["critic"], stage.model.decoder.conv_out
     rebuilt, _, losses = stage.model(image)
     real, fake, picture = critic(image), critic(rebuilt), losses["reconstruction"]

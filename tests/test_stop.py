@@ -32,7 +32,7 @@ def test_a_signal_to_the_whole_group_spares_the_loading_workers_and_the_run_save
     out, err = process.communicate(timeout=100)
     last = out.splitlines()[-1]
     assert last == (f"stopped and saved at step {load_checkpoint(path)['step']} of the tokenizer: "
-                    "the same command goes on from there"), (out, err)
+                    "the same command resumes from there"), (out, err)
     assert out.count("once more to stop at once") == 1
     if not launcher:                                       # torchrun adds a traceback of its own
         assert (process.returncode, err) == (128 + getattr(signal, name), "")

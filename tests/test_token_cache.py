@@ -1,5 +1,4 @@
 """The token cache: the right tokens, made once; stale ones noticed, interrupted ones finished."""
-import contextlib
 import errno
 import io
 import os
@@ -17,6 +16,9 @@ import torch
 
 from data import batches, folder, shapes, views
 from engine import token_cache
+from engine.processes import Processes
+from engine.run_folder import RunFolder
+from engine.stop import StopSignal
 
 m2 = import_module("02_multiscale_vqvae")
 
@@ -28,11 +30,11 @@ def studio(tmp_path, monkeypatch):
     torch.manual_seed(0)
     tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
         image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4, channels=8, groups=4))
-    run = SimpleNamespace(folder=tmp_path, rank=0, world=1, stop=0, device="cpu", say=print,
-                          barrier=int, to_device=lambda x: x, again="the same command",
-                          asked_to_stop=lambda: run.stop, autocast=contextlib.nullcontext,
-                          settings=SimpleNamespace(dataset="shapes", workers=0))
-    s = SimpleNamespace(run=run, tokenizer=tokenizer.eval().requires_grad_(False), views=2,
+    processes = Processes("cpu")
+    s = SimpleNamespace(settings=SimpleNamespace(dataset="shapes", precision="float32"),
+                        processes=processes, folder=RunFolder(tmp_path),
+                        stop=StopSignal(processes), views=2,
+                        tokenizer=tokenizer.eval().requires_grad_(False),
                         images=shapes.load("train", size=16, count=32)[0], encoded=0, limit=0,
                         path=tmp_path / "tokens_train.npy", make=m2.MultiScaleVQVAE.image_to_tokens)
 
@@ -48,7 +50,8 @@ def studio(tmp_path, monkeypatch):
 
 def build(s, limit=10 ** 9):
     s.limit, s.encoded = limit, 0
-    return token_cache.cache_tokens(s.run, s.tokenizer, views.Views(s.images, s.views), "train")
+    return token_cache.cache_tokens(s.settings, s.processes, s.folder, s.stop, s.tokenizer,
+                                    views.Views(s.images, s.views), "train")
 
 
 def interrupt(s, after=20):
@@ -56,7 +59,7 @@ def interrupt(s, after=20):
     with pytest.raises(ZeroDivisionError):
         build(s, after)
     assert s.encoded == after and not s.path.with_suffix(".json").exists()
-    assert len(list(s.run.folder.glob("*.tmp"))) == 2
+    assert len(list(s.folder.path.glob("*.tmp"))) == 2
 
 
 def tokens_of(s, pixels):
@@ -67,7 +70,7 @@ def tokens_of(s, pixels):
 def is_right(s, cache):
     assert np.array_equal(cache[0], tokens_of(s, s.images)) and len(cache) == s.views
     assert s.views == 1 or np.array_equal(cache[1], tokens_of(s, s.images[:, :, ::-1]))
-    return not list(s.run.folder.glob("*.tmp"))
+    return not list(s.folder.path.glob("*.tmp"))
 
 
 def test_the_cache_holds_the_tokens_of_pictures_and_mirror_images_and_is_used_again(studio, capsys):
@@ -145,7 +148,7 @@ def test_what_stands_for_a_missing_token_is_never_a_token(studio, V, dtype):
     ("tokenizer", lambda s: torch.nn.init.normal_(s.tokenizer.quant_conv.weight)),
     ("pictures", lambda s: vars(s).update(images=s.images[:20])),
     ("views", lambda s: vars(s).update(views=1)),
-    ("dataset, views", lambda s: vars(s).update(views=1, _=vars(s.run.settings).update(dataset=1))),
+    ("dataset, views", lambda s: vars(s).update(views=1, _=vars(s.settings).update(dataset=1))),
     *[("pictures", lambda s, at=at: np.bitwise_xor.at(s.images, at, 1)) for at in (
         (0, 0, 0, 0), (31, 15, 15, 2), (7, 3, 12, 1), (22, 9, 0, 0))]])
 @pytest.mark.parametrize("half", [False, True])
@@ -164,7 +167,7 @@ def test_a_damaged_file_of_the_cache_means_that_it_is_made_again(studio, end):
                    lambda old: b"PK\3\4" + old, lambda old: b'[{"a":', lambda old: b"[1]",
                    lambda old: old[:8] + b"\1" + old[9:], lambda old: old.replace(b"<u2", b"<f2")):
         interrupt(studio) if end.endswith("tmp") else build(studio)
-        path = studio.run.folder / f"tokens_train{end}"
+        path = studio.folder.path / f"tokens_train{end}"
         path.write_bytes(damage(old := path.read_bytes()))
         fits = path.read_bytes() == old                    # a note has no shape
         assert is_right(studio, build(studio)) and (fits or studio.encoded == 64)
@@ -175,13 +178,13 @@ def test_an_interrupted_cache_is_finished_and_only_what_is_missing_is_encoded(st
     build(studio)
     whole = studio.path.rename(studio.path.with_name("whole")).read_bytes()
     interrupt(studio, after=20)                            # crashes; goes on, until a signal comes
-    studio.halt = lambda: vars(studio.run).update(stop=signal.SIGTERM)
+    studio.halt = lambda: vars(studio.stop).update(number=signal.SIGTERM)
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         build(studio, limit=20)
-    assert re.search("going on.*same command", capsys.readouterr().out, re.S)
+    assert re.search("resuming.*same command", capsys.readouterr().out, re.S)
     assert studio.encoded == 24, "the four that it was at were to be finished"
     np.load(f"{studio.path}.tmp", mmap_mode="r+")[0, 9, 5:] = 65535    # half a row of another four
-    studio.run.stop = 0
+    studio.stop.number = 0
     assert is_right(studio, build(studio)) and studio.encoded == 64 - 20 - 24 + 4
     assert studio.path.read_bytes() == whole
 
@@ -216,7 +219,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     why = "File too large" if kernel else "No space left"
     assert re.search(rf"tokens_train\.npy.*, 0\.0 MB: {why}", line), line
-    assert [path.name for path in run.iterdir()] == ["tokenizer.pt"], "half a file stays behind"
+    left = {path.name for path in run.iterdir()} - {".lock"}
+    assert left == {"tokenizer.pt"}, "half a file stays behind"
     assert (run / "tokenizer.pt").read_bytes() == (tiny.folder / "tokenizer.pt").read_bytes()
 
 
@@ -235,7 +239,7 @@ def test_a_process_killed_while_it_encodes_is_continued_bit_for_bit(
     real = m2.MultiScaleVQVAE.image_to_tokens
     monkeypatch.setattr(m2.MultiScaleVQVAE, "image_to_tokens",
                         lambda self, image: encoded.append(len(image)) or real(self, image))
-    assert (result := cli(*command)).out.count("going on where") == 1, result
+    assert (result := cli(*command)).out.count("resuming where") == 1, result
     assert 0 < missing < 150 and sum(encoded) == missing * 57 + 3, "57 to train on, 3 held out"
     assert cli(*only_cache(tiny, whole), "--views", 150).status == 0
     for name in ("tokens_train.npy", "tokens_train.json", "tokens_test.npy"):
@@ -251,6 +255,6 @@ def test_two_processes_write_the_cache_that_one_writes(tiny, tmp_path):
     cache[0, 20:40] = cache[1] = 65535
     process = tiny.start(*command, "--gpus", 2, cwd=tmp_path)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and out.count("going on where") == 1, err
+    assert process.returncode == 0 and out.count("resuming where") == 1, err
     for name in ("tokens_train.npy", "tokens_train.json", "tokens_test.npy", "tokens_test.json"):
         assert (run / name).read_bytes() == (tiny.folder / name).read_bytes()

@@ -1,0 +1,182 @@
+"""One process or many: which one this is, what they tell each other, and how they are started."""
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import BadInput
+from engine.devices import pick_device
+
+
+class Processes:
+    """This process and the others of its run, which torchrun or `launch` has started.
+
+        with Processes("auto") as processes:
+            ...
+
+    rank: number of this process, 0 to world - 1; rank 0 prints and writes. world: how many there
+    are; device: that of this process."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))
+        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        if self.world > 1 and not dist.is_initialized():
+            cuda = self.device.type == "cuda"
+            if cuda:
+                torch.cuda.set_device(self.device)
+            # Rank 0 may download, list or encode a million files while the others wait.
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1),
+                                    device_id=self.device if cuda else None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if dist.is_initialized() and not error:            # others may wait where this one failed
+            dist.destroy_process_group()
+
+    def say(self, line):
+        """Print a line, once."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def share(self, indices):
+        """This process's part of a batch or of a data set."""
+        return indices[self.rank::self.world]
+
+    def total(self, value):
+        """Sum over the processes. value: tensor of any shape"""
+        if self.world > 1:
+            dist.all_reduce(value := value.clone())
+        return value
+
+    def mean(self, value):
+        """Average over the processes. value: tensor of any shape"""
+        return self.total(value) / self.world
+
+    def any(self, flag):
+        """Is it true in any process? flag: bool tensor -> bool tensor, on the device"""
+        return self.total(flag.float()) > 0
+
+    def largest(self, number):
+        """The largest of the processes' integers, for all of them."""
+        if self.world == 1:
+            return number
+        dist.all_reduce(value := torch.tensor(number, device=self.device), dist.ReduceOp.MAX)
+        return int(value)
+
+    def of_first(self, number):
+        """The integer of rank 0, for all of them."""
+        return self.largest(number if self.rank == 0 else -1)
+
+    def barrier(self):
+        """Wait until every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def launcher_is_gone(self):
+        """Has whoever started these processes died?"""
+        return self.world > 1 and os.getppid() != self.launcher
+
+    def wrap(self, model, compile=False):
+        """The model to train through: compiled if asked, its gradients averaged if there are many
+        processes."""
+        if compile:
+            import torch._functorch.config as functorch
+            functorch.donated_buffer = False               # an adaptive weight goes back twice more
+            model = torch.compile(model)
+        if self.world > 1 and not is_sharded(model):
+            # Buffers are not copied from rank 0: the quantizer keeps them equal by itself. (The
+            # option has a new name in torch 2.13, which torch 2.9 does not know.)
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            model = DistributedDataParallel(model, broadcast_buffers=False,
+                                            gradient_as_bucket_view=True)
+        return model
+
+    def shard(self, model, modules, bfloat16):
+        """Spread the model's weights: each process keeps a share, and each of `modules` is put
+        together when it is needed and forgotten again (ZeRO 3, FSDP).
+        bfloat16: compute in it; gradients are averaged in float32 all the same"""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        # Nobody changes what a module returns in place, which is what torch warns of.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        mesh, policy = init_device_mesh(self.device.type, (self.world,)), MixedPrecisionPolicy()
+        if bfloat16:                                       # or autocast would keep whole copies
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for module in modules:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh)               # what is left: the residual stream's
+
+
+def is_sharded(model):
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def sync_gradients(model, now):
+    """A context: do the processes average the gradients of this part of a batch, or later? Sharded
+    models always do it now, as no process has room for whole gradients."""
+    if isinstance(model, DistributedDataParallel) and not now:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def lost_connection(error):
+    """Is this how torch reports that another process has gone?"""
+    return isinstance(error, RuntimeError) and re.search(
+        "gloo|nccl|socket|connection", str(error).lower()) is not None
+
+
+def launch(count):
+    """This command in `count` processes on this machine, as `torchrun --standalone` would start
+    it. -> the exit status of the first that failed, else 0
+
+    Unlike torchrun, a signal is passed on and then waited for, however long saving takes; when one
+    process fails, its own last line is the last."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count),
+               LOCAL_WORLD_SIZE=str(count), LAUNCHER_PID=str(os.getpid()),
+               OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    passed_on = []
+
+    def pass_on(number, frame):
+        passed_on.append(number)
+        for process in processes:
+            with contextlib.suppress(ValueError):          # Windows has no such signal
+                process.send_signal(number)                # to one that has ended: does nothing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # theirs too, until StopSignal listens
+    processes = [subprocess.Popen([sys.executable, *sys.argv],
+                                  env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)))
+                 for rank in range(count)]
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, pass_on)
+    while all(process.poll() in (None, 0) for process in processes):
+        if all(process.poll() == 0 for process in processes):
+            return 0
+        time.sleep(0.1)
+    failed = next(p for p in processes if p.poll() not in (None, 0))
+    status = failed.returncode
+    end = time.monotonic() + (60 if passed_on or status in (129, 130, 143) else 0.5)
+    for process in processes:
+        try:                                               # stopped on request: all save and end
+            process.wait(max(0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()                                 # it waits for one that is gone
+    if status < 0 and not passed_on:                       # say it for one that could not
+        raise BadInput(f"process {processes.index(failed)} of {count} was killed by signal "
+                       f"{-status} (9: out of memory?); the same command goes on from the last "
+                       "checkpoint, without --fresh")
+    return 128 + passed_on[0] if status < 0 else status
