@@ -71,11 +71,19 @@ class VARConfig:
             raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}")
 
 
+class LinearOfBias(nn.Linear):
+    """A linear layer whose bias comes with the input. (The layer is called, and its weight not read
+    from outside, so that --shard can fetch the weight in time.)"""
+
+    def forward(self, x, bias):
+        return F.linear(x, self.weight, bias)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.heads, self.scales, self.qk_norm = cfg.heads, cfg.scales, cfg.qk_norm
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
+        self.qkv = LinearOfBias(cfg.width, 3 * cfg.width, bias=False)
         # There is no key bias b: it adds the same q.b to every score q.(k + b) of a query, and
         # softmax does not change when all scores grow by the same number.
         self.q_bias = nn.Parameter(torch.zeros(cfg.width))
@@ -90,7 +98,7 @@ class SelfAttention(nn.Module):
     def project(self, x):
         """x (B, n, D) -> queries, keys, values (B, heads, n, d) and the factor on q.k"""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)                     # (B, n, 3 D)
+        qkv = self.qkv(x, bias)                                      # (B, n, 3 D)
         qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)                                      # (B, heads, n, d) each
         if not self.qk_norm:
