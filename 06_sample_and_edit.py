@@ -77,8 +77,7 @@ def soften(logits, progress, codebook, generator=None):
     looks pleasant but is no sample from the model. logits (B, n, V) -> code vectors (B, n, C)
 
     progress is k / (K - 1). From the first scale to the last the logits double and the temperature
-    falls from 0.27 by 95 %, from a mixture to nearly one code: the original's numbers, given there
-    without a reason."""
+    falls from 0.27 by 95 %: from mixtures to nearly one code. The original gives no reason."""
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()      # Gumbel
     temperature = 0.27 * (1 - 0.95 * progress)
     return ((logits * (1 + progress) + noise) / temperature).softmax(-1) @ codebook
@@ -87,8 +86,8 @@ def soften(logits, progress, codebook, generator=None):
 @torch.no_grad()
 def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temperature=1.0,
                   smooth=False, generator=None, choose=None):
-    """The loop. choose(k, tokens_k, f_hat) may replace drawn tokens. labels (B,) -> K token maps
-    (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
+    """The loop. choose(k, drawn, f_hat) -> tokens may replace what is drawn. labels (B,) -> K token
+    maps (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
 
     Guidance: logits = (1 + t) conditional - t unconditional, with t = cfg * k / (K - 1). So cfg 0
     is the plain prediction for the class, and cfg > 0 moves beyond it, away from the prediction
@@ -139,12 +138,10 @@ def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature
     replayed instead of drawn. Raises BadInput for a label that the model does not know."""
     if (tokens is None) != (keep is None) or (smooth and tokens is not None):
         raise BadInput("tokens and keep go together, and without smooth")
-
-    def replay(k, tokens_k, f_hat):
-        return torch.where(keep[k].to(tokens_k.device), tokens[k], tokens_k)
+    choose = None if tokens is None else (
+        lambda k, drawn, f_hat: torch.where(keep[k].to(drawn.device), tokens[k], drawn))
     drawn = sample_tokens(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth,
-                          temperature=temperature, generator=generator,
-                          choose=replay if tokens is not None else None)
+                          temperature=temperature, generator=generator, choose=choose)
     return to_picture(tokenizer, tokenizer.features(drawn))
 
 
@@ -158,8 +155,8 @@ def log_likelihood(tokenizer, var, tokens, labels):
     logits = var(labels, inputs).float()                                 # (B, L, V)
     wanted = torch.cat(tokens, 1)[..., None]                             # (B, L, 1)
     each = logits.log_softmax(-1).gather(-1, wanted)[..., 0]             # (B, L)
-    sizes = [tokens_k.shape[1] for tokens_k in tokens]
-    return torch.stack([scale.sum(1) for scale in each.split(sizes, 1)], 1)
+    per_scale = each.split([tokens_k.shape[1] for tokens_k in tokens], 1)
+    return torch.stack([part.sum(1) for part in per_scale], 1)           # (B, K)
 
 
 # -- Editing ---------------------------------------------------------------------------------------
@@ -188,11 +185,12 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
     """Repaint the part of a picture where keep is False, as class labels (B,).
 
     image (B, 3, S, S) in [-1, 1], keep (S, S) bool -> (B, 3, S, S) in [0, 1]. Hidden pixels are
-    replaced before anything reads the picture, so they cannot change the result. paint_passes: how
-    often the hidden part is drawn, at least once; settle_passes: how often the tokenizer alone then
-    encodes and decodes the result. soft: None leaves the kept part as the tokenizer renders it, 0
-    puts the kept pixels themselves back, n fades them in over n pixels from the edge. Raises
-    BadInput for a wrong size or label."""
+    replaced before anything reads the picture, so they cannot change the result.
+    paint_passes: how often the hidden part is drawn, at least once
+    settle_passes: how often the tokenizer alone then encodes and decodes the result
+    soft: None: the kept part stays as the tokenizer renders it; 0: the kept pixels themselves are
+        put back; n: they are faded in over n pixels from the edge
+    Raises BadInput for a wrong size or label."""
     S, sizes = tokenizer.config.image_size, (tuple(image.shape[-2:]), tuple(keep.shape))
     if sizes != ((S, S), (S, S)):
         raise BadInput(f"picture and mask must be {S}x{S}, not {sizes[0]} and {sizes[1]}")
