@@ -112,6 +112,8 @@ def read_settings(argv=None):
                         + ", ".join(cls.__name__ for cls in classes))
     typed = vars(parser.parse_args(argv))
     typed.update(typed.pop("set"))
+    if "num_classes" in typed:
+        raise BadInput("num_classes is what the data say")
     name = typed.get("dataset", "shapes")
     preset = PRESETS.get(name, PRESETS["folder"])
     if typed.get("tokenizer_file"):                        # the released one, unless it is ours

@@ -34,75 +34,6 @@ def log_of(folder):
 
 # -- Settings --------------------------------------------------------------------------------------
 
-def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
-    shown, config, var = m5.read_settings([])
-    assert (shown.dataset, shown.out, config.image_size) == ("shapes", str(Path("out/shapes")), 32)
-    shown, config, var = m5.read_settings(["--dataset", "cifar10"])
-    assert config.vocab_size == 1024 and shown.flip and var["depth"] == 6
-    shown, config, var = m5.read_settings("--dataset cifar10 --depth 3 --no-flip --out x".split())
-    assert (var["depth"], shown.flip, shown.out, config.vocab_size) == (3, False, "x", 1024)
-    shown, config, _ = m5.read_settings(["--dataset", "/some/where/cats"])
-    assert shown.out == str(Path("out/cats")) and config.image_size == 64
-
-
-@pytest.mark.parametrize("side", [32, 64, 128, 256, 512])
-@pytest.mark.parametrize("name", ["shapes", "cifar10", "/some/folder"])
-def test_a_picture_size_brings_the_layout_that_fits_it(name, side):
-    _, config, _ = m5.read_settings(["--dataset", name, "--image-size", str(side)])
-    assert config.image_size == side and config.scales[-1] in (8, 16, 32)
-    assert config.unshuffle == 4
-    _, config, _ = m5.read_settings(["--dataset", name, "--image-size", "48", "--set",
-                                     "scales=1,4,12", "multipliers=1", "unshuffle=4"])
-    assert config.scales == (1, 4, 12)
-
-
-RELEASED = dict(channels=160, multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32,
-                attention=True, vocab_size=4096, latent_dim=32)
-SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-
-
-@pytest.mark.parametrize("depth, side, batch, epochs, base, last_decay, final", [
-    (16, 256, 768, 200, 1e-4, 0.05, 0.1), (20, 256, 768, 250, 1e-4, 0.05, 0.1),
-    (24, 256, 768, 350, 8e-5, 0.05, 0.01), (30, 256, 1024, 350, 8e-5, 0.08, 0.01),
-    (36, 512, 768, 350, 8e-5, 0.08, 0.01)])
-@pytest.mark.parametrize("typed, pictures", [(None, 1_281_167), (256, 1_281_167), (64, 126_689)])
-def test_the_imagenet_recipe_is_that_of_the_original(depth, side, batch, epochs, base, last_decay,
-                                                     final, typed, pictures):
-    """Epochs are fixed; rate and steps follow from the batch and from the pictures there are."""
-    options = f"--dataset imagenet --depth {depth}" + (f" --batch-size {typed}" if typed else "")
-    shown, config, var = m5.read_settings(options.split())
-    batch = typed or batch
-    text = m5.follow_recipe(shown, pictures)
-    assert (shown.batch_size, shown.steps) == (batch, epochs * pictures // batch)
-    assert shown.lr == pytest.approx(base * batch / 256)
-    assert (shown.weight_decay, shown.final_weight_decay) == (0.05, last_decay)
-    assert (shown.final_lr, shown.optimizer, shown.clip) == (final, "adamw", 2.0)
-    assert f"{epochs} epochs" in text and f"{shown.steps:,}" in text and f"{shown.lr:.3g}" in text
-    assert (config.image_size, config.scales) == (side, SIDES[side])
-    assert {name: getattr(config, name) for name in RELEASED} == RELEASED
-    assert (var["depth"], var.get("shared_adaln", False)) == (depth, depth == 36)
-
-
-def test_what_is_typed_wins_over_the_recipe():
-    base = "--dataset imagenet --batch-size 256".split()
-    for options, lr, steps in (("--lr 1", 1, 1_000_911), ("--steps 7", 1e-4, 7),
-                               ("--lr 1 --steps 7", 1, 7), ("--set epochs=1", 1e-4, 5004)):
-        shown, *_ = m5.read_settings([*base, *options.split()])
-        m5.follow_recipe(shown, 1_281_167)
-        assert (shown.lr, shown.steps) == (pytest.approx(lr), steps)
-    shown, config, var = m5.read_settings("--dataset imagenet --depth 36 --image-size 256 --set "
-                                          "shared_adaln=false weight_decay=0.1".split())
-    assert (config.image_size, config.scales, var["shared_adaln"]) == (256, SIDES[256], False)
-    assert (shown.weight_decay, shown.batch_size) == (0.1, 768)
-
-
-@pytest.mark.parametrize("side, last", [(128, 8), (256, 16), (512, 32)])
-def test_imagenet_keeps_its_tokenizer_at_every_size(side, last):
-    _, config, _ = m5.read_settings(f"--dataset imagenet --image-size {side}".split())
-    assert {name: getattr(config, name) for name in RELEASED} == RELEASED
-    assert (config.image_size, config.scales[-1]) == (side, last)
-
-
 def test_a_run_of_epochs_says_its_steps_and_resumes_where_there_are_as_many_pictures(cli, tiny,
                                                                                      tmp_path):
     """57 pictures in batches of 4: two epochs are 28 steps."""
@@ -116,42 +47,6 @@ def test_a_run_of_epochs_says_its_steps_and_resumes_where_there_are_as_many_pict
     assert (state["step"], state["settings"]["steps"]) == (28, 28)
     again = cli(SCRIPT, *[x for x in options if x != "--fresh"])
     assert again.status == 0 and "trained for 28 steps" in again.out
-
-
-@pytest.mark.parametrize("options", [
-    "--nonsense 3", "--step 3", "--steps -1", "--steps 1.5", "--lr nan", "--lr inf", "--lr -1",
-    "--lr x", "--batch-size 0", "--gpus 0", "--stage three", "--optimizer sgd", "--quantizer x",
-    "--dataset nosuch", "--dataset imagenet", "--set scales=1,2,x", "--set scales=4,2,8",
-    "--set scales=1,2", "--set lr", "--set nothing=3", "--set picture_loss=l3", "--set flip=x",
-    "--image-size 33", "--batch-size 5 --gpus 2", "--tokenizer-batch-size 5 --gpus 2",
-    "--quantizer lfq --set latent_dim=5", "--set coarse=1.5", "--vgg-file x.pth", "--seed -1",
-    "--num-classes 3", "--device tpu", "--steps",
-    "--seed 1" + 400 * "0", "--seed 36893488147419103232"])
-def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, options):
-    line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())
-    typed = options.split()
-    words = [typed[0].lstrip("-"), *typed[-1].split("="), "last scale", "scales must", "lfq"]
-    assert any(word in line.lower() for word in words), line
-
-
-@pytest.mark.parametrize("options", ["--set heads=3 width=16", "--set groups=5",
-                                     "--depth 7 --set heads=5"])
-def test_sizes_that_cannot_be_built_are_refused_before_anything_is_trained(
-        refused, tiny, tmp_path, options):
-    refused(SCRIPT, *tiny.options, "--out", tmp_path / "run", *options.split())
-    assert not (tmp_path / "run" / "tokenizer.pt").exists()
-
-
-@pytest.mark.parametrize("cores, gpus, workers", [(1, 1, 1), (2, 1, 2), (96, 8, 12), (6, 8, 1),
-                                                  (128, 1, 16)])
-def test_workers_are_as_many_as_the_machine_has_cores_for(monkeypatch, cores, gpus, workers):
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    options = ["--gpus", str(gpus), "--tokenizer-batch-size", "8", "--batch-size", "8"]
-    assert m5.read_settings(options)[0].workers == workers
-    assert m5.read_settings([*options, "--workers", "3"])[0].workers == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))      # torchrun counts them itself
-    assert m5.read_settings(options[2:])[0].workers == workers
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -185,12 +80,6 @@ def test_other_settings_on_resume_are_refused_and_name_what_changed(refused, tin
         assert change.split()[0].lstrip("-").replace("-", "_") in line and "--fresh" in line
     assert same(checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt"),
                 checkpoints.load_checkpoint(tiny.folder / "transformer.pt")), "nothing may be lost"
-
-
-def test_help_explains_every_option(cli):
-    result = cli(SCRIPT, "--help")
-    assert result.status == 0 and "images per step of stage 2" in result.out
-    assert m5.read_settings(["--compile"])[0].compile is True
 
 
 # -- Which pictures, which learning rate -----------------------------------------------------------
@@ -790,21 +679,6 @@ def test_a_refused_command_leaves_no_trace(refused, cli, tiny, tmp_path):
     refused("05_train.py", *options, "--precision", "bfloat16")
     assert (tmp_path / "run" / "settings.json").read_text() == before
     assert cli("05_train.py", *options, "--precision", "auto").status == 0
-
-
-def test_the_batch_is_divided_among_the_processes_of_torchrun_too(monkeypatch, refused, tiny):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 processes" in refused("05_train.py", *tiny.options)
-
-
-@pytest.mark.parametrize("options", [
-    "--export /no/such/folder/x.pt", "--set mlp_ratio=0.01",
-    "--quantizer lfq --set latent_dim=25 --vocab-size 33554432"])
-def test_what_cannot_work_is_refused(refused, tiny, tmp_path, options, monkeypatch):
-    monkeypatch.setitem(shapes.DEFAULT_COUNT, "train", 20)
-    monkeypatch.setitem(shapes.DEFAULT_COUNT, "test", 20)
-    refused("05_train.py", *tiny.options, "--tokenizer-steps", 1, "--steps", 1, *options.split(),
-            "--out", tmp_path / "run")
 
 
 def test_starting_over_forgets_the_transformer_of_other_tokens(cli, tiny, tmp_path):

@@ -1,0 +1,163 @@
+"""Settings: presets, recipes, options, and what makes a run the same run."""
+import copy
+import os
+import re
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from engine import settings as engine_settings
+
+m5 = import_module("05_train")
+SCRIPT = "05_train.py"
+RELEASED = dict(channels=160, multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32,
+                attention=True, vocab_size=4096, latent_dim=32)
+SIDES = {128: (1, 2, 3, 4, 6, 8), 256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+         512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+
+
+# -- Presets ---------------------------------------------------------------------------------------
+
+def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
+    shown, config, var = m5.read_settings([])
+    assert (shown.dataset, shown.out, config.image_size) == ("shapes", str(Path("out/shapes")), 32)
+    shown, config, var = m5.read_settings(["--dataset", "cifar10"])
+    assert config.vocab_size == 1024 and shown.flip and var["depth"] == 6
+    shown, config, var = m5.read_settings("--dataset cifar10 --depth 3 --no-flip --out x --set "
+                                          "cfg=3 shared_adaln=false".split())
+    assert (var["depth"], shown.flip, shown.out, config.vocab_size) == (3, False, "x", 1024)
+    assert (shown.cfg, shown.top_p, var["shared_adaln"], var["width"]) == (3, 0.9, False, 256)
+    shown, config, _ = m5.read_settings(["--dataset", "/some/where/cats"])
+    assert shown.out == str(Path("out/cats")) and config.image_size == 64
+
+
+@pytest.mark.parametrize("name", ["shapes", "cifar10", "/some/folder"])
+def test_an_image_size_brings_the_layout_that_fits_it(name):
+    for side in (32, 64, 128, 256, 512):
+        _, config, _ = m5.read_settings(["--dataset", name, "--image-size", str(side)])
+        assert config.image_size == side and config.scales[-1] in (8, 16, 32)
+        assert config.unshuffle == 4
+    _, config, _ = m5.read_settings(["--dataset", name, "--image-size", "48", "--set",
+                                     "scales=1,4,12", "multipliers=1", "unshuffle=4"])
+    assert config.scales == (1, 4, 12)
+
+
+@pytest.mark.parametrize("depth, side, batch, epochs, base, last_decay, final", [
+    (16, 256, 768, 200, 1e-4, 0.05, 0.1), (20, 256, 768, 250, 1e-4, 0.05, 0.1),
+    (24, 256, 768, 350, 8e-5, 0.05, 0.01), (30, 256, 1024, 350, 8e-5, 0.08, 0.01),
+    (36, 512, 768, 350, 8e-5, 0.08, 0.01)])
+def test_the_imagenet_recipe_is_that_of_the_original(depth, side, batch, epochs, base, last_decay,
+                                                     final):
+    """Epochs are fixed; rate and steps follow from the batch and from the images there are."""
+    for typed, images in ((None, 1_281_167), (256, 1_281_167), (64, 126_689)):
+        options = f"--dataset imagenet --depth {depth}" + f" --batch-size {typed}" * bool(typed)
+        shown, config, var = m5.read_settings(options.split())
+        size = typed or batch
+        text = m5.follow_recipe(shown, images)
+        assert (shown.batch_size, shown.steps) == (size, epochs * images // size)
+        assert shown.lr == pytest.approx(base * size / 256)
+        assert (shown.weight_decay, shown.final_weight_decay) == (0.05, last_decay)
+        assert (shown.final_lr, shown.optimizer, shown.clip) == (final, "adamw", 2.0)
+        assert all(word in text for word in (f"{epochs} epochs", f"{shown.steps:,} steps",
+                                             f"rate {shown.lr:.3g}"))
+        assert (config.image_size, config.scales) == (side, SIDES[side])
+        assert {name: getattr(config, name) for name in RELEASED} == RELEASED
+        assert (var["depth"], var.get("shared_adaln", False)) == (depth, depth == 36)
+
+
+def test_what_is_typed_wins_over_the_recipe():
+    base = "--dataset imagenet --batch-size 256".split()
+    for options, lr, steps in (("--lr 1", 1, 1_000_911), ("--steps 7", 1e-4, 7),
+                               ("--lr 1 --steps 7", 1, 7), ("--set epochs=1", 1e-4, 5004)):
+        shown, *_ = m5.read_settings([*base, *options.split()])
+        m5.follow_recipe(shown, 1_281_167)
+        assert (shown.lr, shown.steps) == (pytest.approx(lr), steps)
+    shown, config, var = m5.read_settings("--dataset imagenet --depth 36 --image-size 256 --set "
+                                          "shared_adaln=false weight_decay=0.1".split())
+    assert (config.image_size, config.scales, var["shared_adaln"]) == (256, SIDES[256], False)
+    assert (shown.weight_decay, shown.final_weight_decay, shown.batch_size) == (0.1, None, 768)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_imagenet_keeps_its_tokenizer_at_every_size(side):
+    _, config, _ = m5.read_settings(f"--dataset imagenet --image-size {side}".split())
+    assert {name: getattr(config, name) for name in RELEASED} == RELEASED
+    assert (config.image_size, config.scales) == (side, SIDES[side])
+
+
+@pytest.mark.parametrize("cores, gpus, workers", [(1, 1, 1), (2, 1, 2), (96, 8, 12), (6, 8, 1),
+                                                  (128, 1, 16)])
+def test_workers_are_as_many_as_the_machine_has_cores_for(monkeypatch, cores, gpus, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    options = ["--gpus", str(gpus), "--tokenizer-batch-size", "8", "--batch-size", "8"]
+    assert m5.read_settings(options)[0].workers == workers
+    assert m5.read_settings([*options, "--workers", "3"])[0].workers == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))      # torchrun counts them itself
+    assert m5.read_settings(options[2:])[0].workers == workers
+
+
+# -- Identity --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["tokenizer", "transformer"])
+def test_every_field_of_a_stages_settings_counts_and_no_other(name):
+    cls = {"tokenizer": m5.TokenizerSettings, "transformer": m5.TransformerSettings}[name]
+    first, counted = m5.Settings(), {f.name for f in fields(cls)}
+    assert {"dataset", "seed", "precision", "optimizer"} < counted < {
+        f.name for f in fields(m5.Settings)}
+    for f in fields(m5.Settings):
+        other = copy.copy(first)
+        setattr(other, f.name, "changed")
+        same = m5.identity(other, cls) == m5.identity(first, cls)
+        assert same == (f.name not in counted), f.name
+    free = {f.name for f in fields(engine_settings.RunSettings)}
+    assert not free & counted and {"out", "gpus", "workers", "log_every", "accumulate"} < free
+
+    @dataclass
+    class Larger(cls):
+        new: int = 3
+    assert "new" in m5.identity(Larger(), Larger), "nobody has to list a new field"
+
+
+# -- Options ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, word", [
+    ("--nonsense 3", "nonsense"), ("--step 3", "step"), ("--steps -1", "steps"),
+    ("--steps 1.5", "steps"), ("--lr nan", "lr"), ("--lr -1", "lr"), ("--lr x", "lr"),
+    ("--batch-size 0", "batch-size"), ("--gpus 0", "gpus"), ("--stage three", "'three'"),
+    ("--optimizer sgd", "muon"), ("--quantizer x", "quantizer"), ("--dataset nosuch", "'nosuch'"),
+    ("--dataset imagenet", "--data-dir"), ("--set scales=1,2,x", "'x'"), ("--set lr", "NAME=VALUE"),
+    ("--set scales=4,2,8", "last scale"), ("--set scales=4,2,4", "grow"),
+    ("--image-size 33", "scale"), ("--set nothing=3", "'nothing=3'"),
+    ("--set picture_loss=l3", "l1, l2"), ("--set flip=x", "'x'"),
+    ("--set num_classes=3", "num_classes"), ("--set channels=0", "1 or more"),
+    ("--batch-size 5 --gpus 2", "2 processes"), ("--accumulate 3", "3 parts"),
+    ("--tokenizer-batch-size 5 --gpus 2", "2 processes"), ("--set coarse=1.5", "coarse"),
+    ("--quantizer lfq --set latent_dim=5", "lfq"), ("--vgg-file x.pth", "--perceptual"),
+    ("--quantizer lfq --set latent_dim=25 --vocab-size 33554432", "24"), ("--seed -1", "seed"),
+    ("--shard", "adamw"), ("--shard --optimizer adamw", "--gpus"), ("--device tpu", "'tpu'"),
+    ("--seed 1" + 400 * "0", "64 bits"), ("--seed 36893488147419103232", "64 bits"),
+    ("--export /no/such/folder/x.pt", "no such folder"), ("--set mlp_ratio=0.01", "mlp_ratio"),
+    ("--set heads=3 width=16", "heads"), ("--set groups=5", "groups"), ("--steps", "steps"),
+    ("--tokenizer-file x.pth", "--stage transformer"), ("--num-classes 3", "num-classes")])
+def test_a_wrong_option_is_one_line_and_leaves_no_trace(refused, picture_folder, tmp_path, options,
+                                                        word):
+    line = refused(SCRIPT, "--dataset", picture_folder, *TINY, "--out", tmp_path / "run",
+                   *options.split())
+    assert word in line and not (tmp_path / "run").exists()
+
+
+def test_the_batch_is_divided_among_the_processes_of_torchrun_too(monkeypatch, refused):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes" in refused(SCRIPT, *TINY)
+
+
+def test_help_explains_every_option_and_they_are_few(cli):
+    result = cli(SCRIPT, "--help")
+    assert result.status == 0 and "images per step of stage 2" in result.out
+    options = re.findall(r"^  (--[a-z-]+)", result.out, re.M)
+    assert 30 <= len(set(options)) <= 40
+    assert m5.read_settings(["--compile"])[0].compile is True
