@@ -1,17 +1,19 @@
-"""ImageNet (ILSVRC 2012), or a part of it, from folders named by WordNet number ("wnid").
+"""ImageNet (ILSVRC 2012), or some of its classes, from folders named by WordNet number ("wnid").
 
     imagenet/train/n01440764/*.JPEG     imagenet/val/n01440764/*.JPEG
 
-Validation pictures that lie flat in val/ are sorted by the list of labels that came with them:
+Validation images that are not sorted into folders get their labels from the list beside them:
 
-    LOC_val_solution.csv                          Kaggle's download, pictures in ILSVRC/Data/CLS-LOC
-    ILSVRC2012_validation_ground_truth.txt        the official devkit, beside its meta.mat
-    val/val_annotations.txt                       Tiny-ImageNet, pictures in val/images
+    LOC_val_solution.csv                          Kaggle; images in ILSVRC/Data/CLS-LOC
+    ILSVRC2012_validation_ground_truth.txt        the official devkit, with its meta.mat
+    val/val_annotations.txt                       Tiny-ImageNet, images in val/images
 
 Sorted wnids are the official label order, so the folder reader's labels are already the right
 ones: 0..999 for the whole, 0..n-1 in the same order for n of the classes.
 """
+import contextlib
 import difflib
+import functools
 import re
 import struct
 import zlib
@@ -32,7 +34,7 @@ def load(split, *, data_dir, size=256):
     """One split: (folder.FolderImages, labels int64 (N,), class names such as "tench").
 
     split: "train" or "test" (the folder val/). Raises BadInput if the layout is not ImageNet's, or
-    if a class has no picture to test on.
+    if a class has no image to test on.
     """
     if not data_dir:
         raise BadInput("ImageNet cannot be downloaded freely: give --data-dir FOLDER that holds "
@@ -44,51 +46,51 @@ def load(split, *, data_dir, size=256):
     names = dict(_table())
     if unknown := [wnid for wnid in wnids if wnid not in names]:
         raise BadInput(f"{unknown[0]!r} in {data_dir} is not an ImageNet class folder (they look "
-                       f"like n01440764): for other pictures use --dataset {data_dir}")
+                       f"like n01440764): for other images use --dataset {data_dir}")
     if missing := sorted(set(range(len(wnids))) - set(np.unique(labels).tolist())):
-        raise BadInput(f"{images.root} has no {split} pictures of {len(missing)} of the "
+        raise BadInput(f"{images.root} has no {split} images of {len(missing)} of the "
                        f"{len(wnids)} classes ({names[wnids[missing[0]]]}, {wnids[missing[0]]}): "
                        "complete it, or remove these classes from train/")
     return images, labels, [names[wnid] for wnid in wnids]
 
 
 def _classes(base):
-    """{wnid: [picture paths below `base`]}, by folders or by a list of labels."""
+    """{wnid: [image paths below `base`]}, by folders or by a list of labels."""
     folders, loose = folder.scan(base)
     if folders not in ([], ["images"]):
         return folder.classes_in(base)
-    pictures = loose or [f"images/{name}" for name in folder.scan(base / "images")[1]]
-    lists = [place / name for place in (base, *base.parents[:4]) for name in LISTS]
-    found = next((path for path in lists if path.is_file()), None)
-    if not found:
-        raise BadInput(f"the pictures in {base} are not sorted into classes: put "
+    places = [parent / name for parent in (base, *base.parents[:4]) for name in LISTS]
+    path = next((place for place in places if place.is_file()), None)
+    if not path:
+        raise BadInput(f"the images in {base} are not sorted into classes: put "
                        f"LOC_val_solution.csv (Kaggle) or {TRUTH} and meta.mat (devkit) beside it, "
-                       "or move each picture to val/<wnid>/")
+                       "or move each image to val/<wnid>/")
     try:
-        wnid_of, classes = _labels(found), {}
+        wnid_of = _labels(path)
     except (ValueError, IndexError) as error:
-        raise BadInput(f"{found} is not the list of labels that it should be: {error}") from None
-    for picture in pictures:
-        if (wnid := wnid_of.get(Path(picture).stem)) is None:
-            raise BadInput(f"{found} has no label for {picture} in {base}")
-        classes.setdefault(wnid, []).append(picture)
-    return {wnid: classes[wnid] for wnid in sorted(classes)}
+        raise BadInput(f"{path} is not the list of labels that it should be: {error}") from None
+    classes = {}
+    for image in loose or [f"images/{name}" for name in folder.scan(base / "images")[1]]:
+        if (wnid := wnid_of.get(Path(image).stem)) is None:
+            raise BadInput(f"{path} has no label for {image} in {base}")
+        classes.setdefault(wnid, []).append(image)
+    return dict(sorted(classes.items()))
 
 
 def _labels(path):
-    """{picture name without its ending: wnid}, read from one of LISTS."""
-    lines = path.read_text().splitlines()
-    if path.name == TRUTH:      # line n holds the devkit's number, 1..1000, of picture n
+    """{image name without its ending: wnid}, read from one of LISTS."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if path.name == TRUTH:      # line n holds the devkit's class number, 1..1000, of image n
         wnids = _devkit_wnids(path.with_name("meta.mat"))
         return {f"ILSVRC2012_val_{n:08}": wnids[int(line) - 1] for n, line in enumerate(lines, 1)}
     fields = [re.split(r"[,\s]", line) for line in lines]    # "name,wnid ..." or "name\twnid\t..."
-    return {Path(field[0]).stem: field[1] for field in fields if len(field) > 1}
+    return {Path(name).stem: wnid for name, wnid, *_ in fields}
 
 
 def _devkit_wnids(path):
-    """The 1000 wnids in the devkit's order, which is not the sorted one. meta.mat (MATLAB 5) holds
-    them in that order, in compressed blocks; the synsets above the classes follow."""
-    try:
+    """The 1000 wnids in the order of the devkit's class numbers, which is not the sorted one.
+    meta.mat (MATLAB 5) lists them in compressed blocks; the synsets above the classes follow."""
+    with contextlib.suppress(OSError, struct.error, zlib.error):
         raw, at, text = path.read_bytes(), 128, b""
         while at < len(raw):
             kind, size = struct.unpack_from("<II", raw, at)
@@ -98,8 +100,6 @@ def _devkit_wnids(path):
         wnids = re.findall(r"n\d{8}", text.replace(b"\0", b"").decode("latin-1"))[:1000]
         if set(wnids) == {wnid for wnid, _ in _table()}:
             return wnids
-    except (OSError, struct.error, zlib.error):
-        pass
     raise BadInput(f"{path} is missing or is not the devkit's: the validation labels need it")
 
 
@@ -130,6 +130,7 @@ def find_class(text):
                    + (f": did you mean {listed}?" if near else ": give a name, wnid or 0..999"))
 
 
+@functools.cache
 def _table():
-    lines = TABLE.read_text(encoding="utf-8").splitlines()
-    return [tuple(line.split(" ", 1)) for line in lines]   # [(wnid, name)] x 1000
+    """-> [(wnid, name)] x 1000, in label order"""
+    return [tuple(line.split(" ", 1)) for line in TABLE.read_text("utf-8").splitlines()]

@@ -1,0 +1,109 @@
+"""ImageNet's folders and class names, and the lists that label its validation images."""
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_folder import refusal, tree
+
+from data import imagenet, registry
+
+WNIDS, CLASSES = ("n01443537", "n02099601"), ["goldfish", "golden retriever"]
+
+
+def test_sorted_wnids_are_the_official_order():
+    wnids, names = zip(*imagenet._table())
+    assert len(wnids) == 1000 and list(wnids) == sorted(set(wnids))
+    assert [names[k] for k in (0, 1, 207, 999)] == ["tench", *CLASSES, "toilet tissue"]
+
+
+def test_some_of_the_classes_are_renumbered_in_official_order(tmp_path):
+    tree(tmp_path, train="n02099601/x.JPEG n01443537/x.JPEG", val="n02099601/y.png n01443537/y.png")
+    for split in ("train", "test"):
+        images, labels, names = imagenet.load(split, data_dir=tmp_path, size=4)
+        assert labels.tolist() == [0, 1] and names == CLASSES and images[1].shape == (4, 4, 3)
+
+
+def unsorted(root, layout, names=("00000001", "00000002", "00000003")):
+    """ImageNet, two classes, whose validation images are not sorted. -> {image: label}"""
+    base = root / "ILSVRC" / "Data" / "CLS-LOC" if layout == "kaggle" else root
+    prefix, inside = ("val_", "images/") if layout == "tiny" else ("ILSVRC2012_val_", "")
+    labels = {f"{prefix}{name}": int(name) % 2 for name in names}
+    tree(base, train=" ".join(f"{wnid}/{inside}0.JPEG" for wnid in WNIDS),
+         val=" ".join(f"{inside}{name}.JPEG" for name in labels))
+    if layout == "kaggle":
+        (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(
+            f"{name},{WNIDS[label]} 1 2 3 4 {WNIDS[label]} 5 6 7 8 \n"
+            for name, label in reversed(labels.items())))
+    elif layout == "tiny":
+        (base / "val" / "val_annotations.txt").write_text("".join(
+            f"{name}.JPEG\t{WNIDS[label]}\t0\t32\t44\t62\n" for name, label in labels.items()))
+    elif layout == "devkit":
+        devkit = root / "ILSVRC2012_devkit_t12" / "data"
+        devkit.mkdir(parents=True)
+        (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(
+            f"{(450, 125)[label]}\n" for label in labels.values()))
+        wnids = [wnid for wnid, _ in imagenet._table()]
+        for number, wnid in ((450, WNIDS[0]), (125, WNIDS[1])):      # as in the kit itself
+            other = wnids.index(wnid)
+            wnids[number - 1], wnids[other] = wnids[other], wnids[number - 1]
+        block = zlib.compress(b"".join(b"\x10\0" + wnid.encode() + b"\0\1words" for wnid in wnids))
+        (devkit / "meta.mat").write_bytes(b"MATLAB 5.0 MAT-file".ljust(128)
+                                          + struct.pack("<II", 15, len(block)) + block)
+    return labels
+
+
+@pytest.mark.parametrize("layout", ["kaggle", "tiny", "devkit"])
+def test_unsorted_validation_images_get_their_labels_from_the_list_beside_them(tmp_path, layout):
+    expected = unsorted(tmp_path, layout)
+    images, labels, names = imagenet.load("test", data_dir=tmp_path, size=4)
+    assert names == CLASSES
+    assert {Path(images.path(i)).stem: k for i, k in enumerate(labels)} == expected
+    assert len(imagenet.load("train", data_dir=tmp_path, size=4)[0]) == 2
+
+
+def test_what_is_not_imagenet_is_refused(tmp_path):
+    def refused(name, *words):
+        refusal(lambda: imagenet.load("test", data_dir=tmp_path / name), *words)
+    refusal(lambda: imagenet.load("train", data_dir=None), "--data-dir", "train/<wnid>")
+    tree(tmp_path / "cats", train="cats/0.png", val="cats/0.png")
+    refused("cats", "'cats'", "n01440764", "--dataset")
+    unsorted(tmp_path / "no list", "none")
+    refused("no list", "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth", "val/<wnid>/")
+    unsorted(tmp_path / "few", "kaggle", names=["00000001", "00000003"])
+    refused("few", "1 of the 2 classes", "goldfish")
+    unsorted(tmp_path / "more", "tiny")
+    tree(tmp_path / "more", val="images/val_7.JPEG")
+    refused("more", "val_7", "val_annotations")
+    unsorted(tmp_path / "damaged", "devkit")
+    (tmp_path / "damaged/ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no" * 99)
+    refused("damaged", "meta.mat is missing or")
+    (tmp_path / "damaged" / "LOC_val_solution.csv").write_text("ImageId\n")
+    refused("damaged", "LOC_val_solution.csv is not")
+
+
+def test_find_class():
+    find = imagenet.find_class
+    assert [find(text) for text in ("tench", "n01440764", "0", " Goldfish ", "dfish", "999")] == [
+        0, 0, 0, 1, 1, 999]
+    for k, name in enumerate(imagenet.class_names()):
+        assert name in ("crane", "maillot") or find(name) == k
+    refusal(lambda: find("CARDIGAN"), "Cardigan (264)", "cardigan (474)")
+    refusal(lambda: find("crane"), "fits 2", "crane (134)", "crane (517)")
+    refusal(lambda: find("goldfsh"), "none", "goldfish (1)")
+    for hopeless in ("", "1000", "-1", "qqqqqq"):
+        refusal(lambda: find(hopeless), "0..999")
+
+
+def test_a_data_set_from_outside_is_one_line_in_the_table(monkeypatch, tmp_path):
+    def load(split, *, data_dir, size):
+        return np.full((3, size, size, 3), len(split), np.uint8), np.arange(3), ["a", "b", "c"]
+    refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, imagenet")
+    monkeypatch.setitem(registry.DATASETS, "toy", registry.Dataset(load))
+    images, labels, names = registry.load_data("toy", "test", 16)
+    assert images.shape == (3, 16, 16, 3) and images[0, 0, 0, 0] == 4 and names[2] == "c"
+    tree(tmp_path, train="cat/x.png", val="cat/y.png")
+    images, labels, names = registry.load_data(str(tmp_path), "test", 16)
+    assert images.path(0).endswith("y.png") and images[0].shape == (16, 16, 3) and names == ["cat"]
+    refusal(lambda: registry.load_data("imagenet", "train", 64), "--data-dir")
