@@ -84,10 +84,20 @@ class TokenizerConfig:
             raise BadInput(f"lfq needs vocab_size = 2**latent_dim = {2 ** self.latent_dim}")
 
 
-# -- Encoder and decoder (VQGAN) -------------------------------------------------------------------
+class GroupNorm(nn.GroupNorm):
+    """In the working precision under autocast, whose own rule for CUDA is float32: twice the bytes
+    and two more copies of every activation. (Inside, the kernel sums in float32 all the same.)"""
+    mixed = ("cpu",)                                       # take half x with float32 weights
+
+    def forward(self, x):
+        dtype = self.weight.dtype if x.device.type in self.mixed else x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(dtype), self.bias.to(dtype),
+                                self.eps)
+
 
 def norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -121,8 +131,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x):                                  # the odd row goes below, not above
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))           # the odd row goes below, not above
 
 
 class Upsample(nn.Module):
@@ -191,8 +201,6 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(x, self.unshuffle)          # (B, 3, H, W)
 
 
-# -- The multi-scale quantizer ---------------------------------------------------------------------
-
 def resize_matrix(n_in, n_out, mode):
     """Resizing is linear: column i is what becomes of the i-th unit vector. -> (n_out, n_in)"""
     eye = torch.eye(n_in, device="cpu")[None, None]        # a real one, also in a model on "meta"
@@ -226,14 +234,12 @@ class MultiScaleVQVAE(nn.Module):
         self.phi_index = phi_of_scale(self.K, cfg.phis)
         for i, phi in enumerate(self.phis):                # with few scales some serve none of them
             phi.requires_grad_(i in self.phi_index)
-        # Resizing by two small products: with F.interpolate, Algorithm 1 at 16x16 takes 2.7 times
-        # as long on a CPU. The matrices lie one below the other, and in no checkpoint.
+        # In no checkpoint. By F.interpolate, Algorithm 1 at 16x16 takes 2.7 times as long on a CPU.
         full = self.scales[-1]
         self.register_buffer("down", torch.cat([resize_matrix(full, side, "area")
                                                 for side in self.scales]), persistent=False)
         self.register_buffer("up", torch.cat([resize_matrix(side, full, "bicubic").t()
                                               for side in self.scales]), persistent=False)
-        self.to(memory_format=torch.channels_last)         # experiments/benchmark.py measures it
 
     # Pictures and feature maps
 

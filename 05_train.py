@@ -44,7 +44,7 @@ from data.registry import load_data
 from data.views import Views
 from engine.checkpoints import (export, load_checkpoint, model_fingerprint, resume, save,
                                 save_atomically)
-from engine.devices import (autocast, choose_precision, free_gpu_memory,
+from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
                             move_small_arrays_to_gpu, peak_memory, pick_device, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
 from engine.optimizers import make_optimizers, parameter_groups, set_schedule
@@ -259,7 +259,7 @@ class TokenizerStage:
         torch.manual_seed(settings.seed)
         self.images, = move_small_arrays_to_gpu((train_images,), processes.device)
         self.held_out = sample_of(test_images, settings.held_out)
-        self.model = vqvae.MultiScaleVQVAE(config).to(processes.device)
+        self.model = lay_out(vqvae.MultiScaleVQVAE(config), processes.device, settings.precision)
         self.parts = {"model": self.model}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
         if settings.adversarial:
@@ -578,7 +578,8 @@ def load_splits(settings, config, processes):
 def transformer_stage(settings, processes, folder, stop, var_fields, train_data, test_data,
                       class_names):
     """-> TransformerStage on the tokens of the run's tokenizer, which are made here"""
-    tokenizer, about = load_tokenizer(folder.checkpoint("tokenizer"), processes.device)
+    tokenizer, about = load_tokenizer(folder.checkpoint("tokenizer"))
+    tokenizer = lay_out(tokenizer, processes.device, settings.precision)
     if about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
         processes.say(f"note: the tokenizer was trained for {about['step']} steps of {planned}")
     data = {}

@@ -308,8 +308,7 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
     with released.other_layouts_refused(), torch.device("meta"):    # no time for random weights
         tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**tokenizer_sizes))
         var = transformer.VAR(transformer.VARConfig(**sizes))
-    tokenizer = released.fill(tokenizer, tokenizer_weights).to(memory_format=torch.channels_last)
-    return tokenizer, released.fill(var, weights)
+    return released.fill(tokenizer, tokenizer_weights), released.fill(var, weights)
 
 
 def load_models(args):

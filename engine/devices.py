@@ -54,12 +54,22 @@ def loading_workers(processes):
     return min(16, max(1, cores // processes))
 
 
+def lay_out(model, device, precision="float32"):
+    """The model on its device, its convolutions in the memory layout that is fastest there.
+
+    channels_last is 1.2 times as fast on a CPU in float32, and slower in bfloat16 (0.7 to 1). On a
+    GPU group norms return the usual layout whatever they are given, so that every convolution
+    would have to copy its input."""
+    last = device.type == "cpu" and precision == "float32"
+    return model.to(device, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def prepare_to_sample(tokenizer, var, device, precision="auto"):
     """Move both models to the device, large ones in half precision where that is fast: the linear
     layers of the transformer and the decoder. What encodes images stays exact.
     -> how many images fit into memory at once; it depends on the machine alone, so that a seed
     repeats its images"""
-    tokenizer.to(device)
+    lay_out(tokenizer, device)
     if var is None:                                        # only reconstructions are wanted
         return 100
     sizes = [sum(p.numel() for p in model.parameters()) for model in (tokenizer, var)]

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from data import shapes  # noqa: E402
 from engine import plan, released  # noqa: E402
 from data.batches import to_float  # noqa: E402
-from engine.devices import choose_precision, fast_bfloat16  # noqa: E402
+from engine.devices import choose_precision, fast_bfloat16, lay_out  # noqa: E402
 from engine.processes import Processes  # noqa: E402
 from engine.run_folder import RunFolder  # noqa: E402
 
@@ -69,7 +69,7 @@ def stage_of(options, tokenizer_config, config, batch, folder):
     processes = Processes(settings.device)
     if settings.precision == "auto":
         settings.precision = choose_precision(processes)
-    tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config).to(processes.device)
+    tokenizer = lay_out(vqvae.MultiScaleVQVAE(tokenizer_config), processes.device)
     tokenizer.eval().requires_grad_(False)
     L = sum(side * side for side in config.scales)
     tokens = torch.randint(config.vocab_size, (1, batch, L)).numpy().astype("uint16")

@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.devices import lay_out
 
 ms = import_module("02_multiscale_vqvae")
-seeds = st.integers(0, 10_000)
+BATCH, seeds = 7, st.integers(0, 10_000)
 schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(lambda s: tuple(sorted(s)))
 
 
@@ -406,6 +410,71 @@ def test_rounding_stays_in_float32_under_autocast():
     assert f.dtype == torch.bfloat16
     expected = tokenizer.quantize(f.float())
     assert all_equal(tokens, expected) and all_equal(alone, expected)
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+class LikeCuda(TorchFunctionMode):
+    """CUDA's group norm: in float32 where autocast is on, contiguous whatever it was given."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.group_norm:
+            half = torch.is_autocast_enabled("cpu")
+            args = ((args[0].float() if half else args[0]).contiguous(), *args[1:])
+        return func(*args, **kwargs or {})
+
+
+class Copies(TorchDispatchMode):
+    """Counts activations that are copied: into another dtype, or into the layout of the weights."""
+    dtype = layout = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func == torch.ops.aten.convolution.default:
+            plain, last = ([x.is_contiguous(memory_format=way) for x in args[:2]]
+                           for way in (torch.contiguous_format, torch.channels_last))
+            self.layout += not (all(plain) or all(last))
+        self.layout += func == torch.ops.aten.clone.default
+        self.dtype += func == torch.ops.aten._to_copy.default and len(args[0]) == BATCH
+        return func(*args, **kwargs or {})
+
+
+def copies(layout):
+    """Of one encode and decode in bfloat16, on something like a GPU."""
+    tokenizer = tiny((4,), image_size=16, multipliers=(1, 2, 2), unshuffle=1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Copies() as found, LikeCuda():
+        tokenizer.to(memory_format=layout).decode(tokenizer.encode(some(tokenizer, BATCH)[1]))
+    return found
+
+
+def test_on_a_gpu_activations_change_neither_layout_nor_precision(monkeypatch):
+    monkeypatch.setattr(ms.GroupNorm, "mixed", ())         # as if the CPU were a GPU
+    found = copies(torch.contiguous_format)
+    assert found.layout == 0 and found.dtype == 3, "the image, and f_hat there and back"
+    assert copies(torch.channels_last).layout > 20         # this test would notice
+    monkeypatch.setattr(ms.GroupNorm, "forward", torch.nn.GroupNorm.forward)
+    assert copies(torch.contiguous_format).dtype > 20
+
+
+def test_layout_of_convolutions_goes_by_device_and_precision():
+    for device, precision, layout in (("cpu", "float32", torch.channels_last),
+                                      ("cpu", "bfloat16", torch.contiguous_format),
+                                      ("meta", "float32", torch.contiguous_format)):
+        moved = lay_out(torch.nn.Conv2d(4, 4, 3), torch.device(device), precision)
+        assert moved.weight.is_contiguous(memory_format=layout), (device, precision)
+
+
+def test_norms_in_half_precision_are_those_of_float32_rounded(monkeypatch):
+    monkeypatch.setattr(ms.GroupNorm, "mixed", ())
+    torch.manual_seed(0)
+    norm, x = ms.norm(8, 2), 3 + torch.randn(2, 8, 5, 5)
+    exact = norm(x)
+    assert torch.equal(exact, torch.nn.GroupNorm.forward(norm, x)) and norm.eps == 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = norm(x.bfloat16())
+    assert rounded.dtype == torch.bfloat16 and (rounded - exact).abs().max() < 0.04
+    rounded.float().sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------- training or not
