@@ -1,8 +1,8 @@
 """Chapter 3: who may look at whom.
 
 A transformer that predicts the next *scale* must not look at finer scales; inside a scale everyone
-may look at everyone. This leaks nothing: the positions of map k hold f_hat_{k-1}, which was rebuilt
-from the coarser maps alone, at the size of map k, and never map k itself. The tokens of map k are
+may look at everyone. This leaks nothing: the positions of map k hold f_hat_{k-1}, rebuilt from the
+coarser maps alone and resized to the size of map k, never map k itself. The tokens of map k are
 predicted at once, each independently of the others, given the coarser maps.
 
     scales (1, 2), 1 + 4 tokens           raster order, 5 blocks of one token
@@ -13,10 +13,9 @@ predicted at once, each independently of the others, given the coarser maps.
     2   x  x  x  x  x                     4   x  x  x  x  .
     2   x  x  x  x  x                     5   x  x  x  x  x
 
-Block k looks at a *prefix*: blocks 1..k, all of them, nothing else. So sampling needs no mask: keys
-and values of the blocks done so far are cached, and the new block attends to all of them. Training
-can go through the same prefixes, and skips the third of the products that a mask would hide.
-The order of the cells inside a map does not matter: attention knows only what stands in a position.
+Block k looks at a *prefix*: all of the blocks 1..k and nothing else. So sampling needs no mask: the
+keys and values of earlier blocks are cached, and the new block attends to all of them. Training can
+also go from prefix to prefix, which skips the third of the products that a mask would hide.
 
 Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...) sides; L = sum of squares.
 
@@ -48,35 +47,37 @@ def block_causal_mask(scales):
 
 
 def attention(q, k, v, mask=None, qk_factor=None):
-    """softmax(qk_factor q.k) v over the keys where `mask` (queries, keys) is True; None: over all.
-    qk_factor None: 1/sqrt(d). -> the shape of q"""
+    """softmax(qk_factor q.k) v over the keys where `mask` (queries, keys) is True, None: over all.
+    qk_factor None: 1/sqrt(d). -> (B, heads, queries, d)"""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=qk_factor)
-    # On CPUs the fused kernel is two times slower in bfloat16 than the formula, four backwards.
+    # In bfloat16 on a CPU the fused kernel takes twice the time of the formula, backwards four
+    # times.
     scores = (q * (qk_factor or q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
 
 
 def block_causal_attention(q, k, v, scales, mask=None, qk_factor=None):
-    """The same as attention(q, k, v, block_causal_mask(scales), qk_factor), by prefixes. `mask`,
-    (L, L), saves making it. Small scales share a product, up to 100 tokens, under their rows of
-    the mask: computing what is hidden costs less than asking for many small products."""
-    groups = []                                            # (1, 2, 3, 4, 6, 8) -> [5 sides], [8]
+    """What attention() gives under block_causal_mask(scales), prefix by prefix. `mask` (L, L) may
+    be passed so that it is not built again. -> (B, heads, L, d)"""
+    mask = block_causal_mask(scales).to(q.device) if mask is None else mask
+    # Small scales, up to 100 tokens, share one product under their rows of the mask: computing what
+    # is hidden costs less than many small products. (1, 2, 3, 4, 6, 8) -> (1, 2, 3, 4, 6), (8)
+    groups = []
     for side in scales:
         if groups and sum(s * s for s in groups[-1]) + side * side <= 100:
             groups[-1].append(side)
         else:
             groups.append([side])
     sizes = [sum(s * s for s in group) for group in groups]
-    mask = block_causal_mask(scales).to(q.device) if mask is None else mask
+    # The last prefix comes first and each is a slice of the one before, because the gradient of a
+    # slice has the size of what it was cut from: with the ten scales of the paper 16 tensors of
+    # full size are written backwards, and 61 if every prefix is cut from the whole.
     outputs, end = [], sum(sizes)
-    # The last prefix first, each a slice of the one before: a slice's gradient is written at the
-    # size of what it was cut from, so cutting all from the whole would write 61 tensors of full
-    # size at ten scales (L = 680); this writes 16.
     for group, size, part in zip(groups[::-1], sizes[::-1], q.split(sizes, dim=2)[::-1]):
         k, v = k[:, :, :end], v[:, :, :end]
-        rows = None if len(group) == 1 else mask[end - size:end, :end]
+        rows = mask[end - size:end, :end] if len(group) > 1 else None
         outputs.append(attention(part, k, v, rows, qk_factor))
         end -= size
     return torch.cat(outputs[::-1], dim=2)
@@ -104,15 +105,14 @@ def main():
     print(f"cache without a mask against the masked whole: largest difference {difference:.1e}")
     assert difference < 1e-5
 
-    print("one 8x8 map     steps   products cached   not cached")
+    print("an 8x8 map     steps   products with a cache   without one")
     for name, blocks in (("next scale", (1, 2, 3, 4, 6, 8)), ("raster", (1,) * 64)):
-        seen = block_causal_mask(blocks).sum(1)            # without a cache, each step computes
-        again = int((seen.unique() ** 2).sum())            # its whole prefix again
-        print(f"{name:<12} {len(blocks):8} {int(seen.sum()):17,} {again:12,}")
-    raster = torch.zeros_like(mask)
-    raster[:16, :16] = block_causal_mask((1,) * 16)
-    assert torch.equal(raster[:16, :16], torch.ones(16, 16).tril().bool())
-    images = [plots.heat_map(m.float().numpy()) for m in (mask, raster)]
+        seen = block_causal_mask(blocks).sum(1)            # by each token
+        again = int((seen.unique() ** 2).sum())            # every step computes its whole prefix
+        print(f"{name:<12} {len(blocks):7} {int(seen.sum()):23,} {again:13,}")
+
+    images = [plots.heat_map(block_causal_mask(s).numpy()) for s in (scales, (1,) * 16)]
+    images[1] = np.pad(images[1], ((0, 14), (0, 14), (0, 0)), constant_values=255)   # white
     plots.save_grid("out/03_block_causal_mask.png", np.stack(images), columns=2, scale=9,
                     column_labels=["next scale: 1 4 9 16", "raster: 16 blocks of 1"])
     print("wrote out/03_block_causal_mask.png: row looks at column where it is yellow")

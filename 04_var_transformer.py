@@ -28,7 +28,6 @@ import math
 from dataclasses import dataclass
 from importlib import import_module
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -279,34 +278,21 @@ class VAR(nn.Module):
 
 # -- Demo ------------------------------------------------------------------------------------------
 
-def influence(model):
-    """Change one input at a time (the first is the class): how far does each output move?
-    -> (L, L), row = output, column = input. Measured, not derived from the mask."""
-    labels = torch.zeros(model.L + 1, dtype=torch.long)
-    inputs = torch.randn(1, model.L - 1, model.config.latent_dim).repeat(model.L + 1, 1, 1)
-    labels[0] = 1
-    for i in range(1, model.L):
-        inputs[i, i - 1] += 1
-    logits = model(labels, inputs)                                   # the last row: nothing changed
-    return (logits[:-1] - logits[-1]).norm(dim=-1).t()
-
-
-def show_influence():
-    """The block-causal mask, seen from outside, in transformers of random weights."""
-    maps = []
-    for scales in ((1, 2, 3, 4), (1,) * 16):               # raster order is the same class
-        small = VAR(VARConfig(depth=2, width=64, heads=2, scales=scales)).eval()
-        for p in small.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-        moved = influence(small)
-        assert bool((moved[~masking.block_causal_mask(scales)] == 0).all())
-        room = 30 - small.L                                # both pictures have one size
-        maps.append(plots.heat_map(F.pad((moved + 1e-3).log(), (0, room, 0, room), value=-7)))
-    print("changing an input moves no output of a coarser scale (raster: no earlier output)")
-    plots.save_grid("out/04_var_transformer.png", np.stack(maps), columns=2, scale=9,
-                    column_labels=["next scale: 1 4 9 16", "raster: 16 blocks of 1"])
+def show_influence(var):
+    """How far does each output move when one input at a time is changed? The mask, measured from
+    outside."""
+    labels = torch.zeros(var.L + 1, dtype=torch.long)
+    inputs = torch.randn(1, var.L - 1, var.config.latent_dim).repeat(var.L + 1, 1, 1)
+    labels[0] = 1                                          # the first input is the class
+    inputs[1:-1] += torch.eye(var.L - 1)[:, :, None]       # in the last row nothing is changed
+    logits = var(labels, inputs)
+    moved = (logits[:-1] - logits[-1]).norm(dim=-1).t()    # (L outputs, L inputs)
+    assert not moved[~var.mask].any()
+    print("changing an input moves no output of a coarser scale")
+    plots.save_grid("out/04_var_transformer.png", plots.heat_map((moved + 0.01).log())[None],
+                    columns=1, scale=4, column_labels=["scales of 1, 4, 9, 16, 36 and 64 tokens"])
     print("wrote out/04_var_transformer.png: row output, column input (the first is the class), "
-          "bright: moves more")
+          "the brighter the further it moves")
 
 
 @torch.no_grad()
@@ -331,7 +317,7 @@ def main():
     difference = float((torch.cat(parts, 1) - logits).abs().max() / logits.abs().max())
     print(f"scale by scale with a cache against all at once with a mask: {difference:.1e}")
     assert difference < 1e-5
-    show_influence()
+    show_influence(var)
     for depth in (16, 20, 24, 30):
         with torch.device("meta"):                         # sizes without memory
             big = VAR(VARConfig(num_classes=1000, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
