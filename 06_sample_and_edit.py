@@ -1,8 +1,8 @@
-"""Chapter 6: sample, in-paint, out-paint, change a class, and ask how likely a picture is.
+"""Chapter 6: sample, in-paint, out-paint, change a class, and ask how likely an image is.
 
 One loop over the scales does it all: predict the logits of map k, draw its tokens, add them to
-f_hat, show f_hat to scale k+1. Editing adds one rule to this loop: where the picture is kept, the
-token is not drawn but computed, as the code nearest to what f_hat *still misses* of the picture:
+f_hat, show f_hat to scale k+1. Editing adds one rule to this loop: where the image is kept, the
+token is not drawn but computed, as the code nearest to what f_hat *still misses* of the image:
 
     k        1x1     2x2        3x3          ...      8x8
     keep      .      x .       x x .                 x x x x x . . .     x  computed
@@ -18,7 +18,7 @@ Sources: VAR (Tian et al. 2024), sections 3 and 5 (zero-shot editing); classifie
 and Salimans 2022); top-p sampling (Holtzman et al. 2020); FID (Heusel et al. 2017).
 
 Differs from the original VAR code: hidden pixels are replaced before encoding (there the encoder
-sees the whole picture, so hidden pixels leak into the tokens that are kept); the 1x1 token is not
+sees the whole image, so hidden pixels leak into the tokens that are kept); the 1x1 token is not
 always kept; kept tokens are quantized again as f_hat grows, not replayed; an edit takes several
 passes; the likelihood, which training maximizes, can be asked for.
 
@@ -93,7 +93,7 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
     is the plain prediction for the class, and cfg > 0 moves beyond it, away from the prediction
     without a class. In the usual counting, unconditional + w (conditional - unconditional), w is
     1 + t: cfg 1.5 here is w = 2.5 at the last scale. t grows from 0 at the first scale because
-    coarse scales decide *what* is drawn: strong guidance there makes all pictures alike, while at
+    coarse scales decide *what* is drawn: strong guidance there makes all images alike, while at
     fine scales it only sharpens."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
         raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
@@ -125,14 +125,9 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
 
 
 @torch.no_grad()
-def to_picture(tokenizer, f_hat):
-    """f_hat -> image (B, 3, H, W) in [0, 1]"""
-    return (tokenizer.decode(f_hat).float().clamp(-1, 1) + 1) / 2
-
-
 def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0, smooth=False,
              generator=None, tokens=None, keep=None):
-    """Sample pictures of the classes in labels (B,). -> (B, 3, H, W) in [0, 1]
+    """Sample images of the classes in labels (B,). -> (B, 3, H, W) in [0, 1]
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given token is
     replayed instead of drawn. Raises BadInput for a label that the model does not know."""
@@ -142,7 +137,7 @@ def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature
         lambda k, drawn, f_hat: torch.where(keep[k].to(drawn.device), tokens[k], drawn))
     drawn = sample_tokens(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth,
                           temperature=temperature, generator=generator, choose=choose)
-    return to_picture(tokenizer, tokenizer.features(drawn))
+    return (tokenizer.tokens_to_image(drawn) + 1) / 2
 
 
 @torch.no_grad()
@@ -163,9 +158,9 @@ def log_likelihood(tokenizer, var, tokens, labels):
 
 def hide(image, keep):
     """Replace hidden pixels by a smooth continuation of the kept ones, so that the encoder meets no
-    edge that the picture does not have. Only kept pixels are read. image (B, 3, H, W), keep (H, W)
+    edge that the image does not have. Only kept pixels are read. image (B, 3, H, W), keep (H, W)
 
-    Pull-push: halve the picture until one pixel is left, averaging kept pixels only; then go back
+    Pull-push: halve the image until one pixel is left, averaging kept pixels only; then go back
     up and fill each gap from the next coarser level."""
     weight = keep.to(image.dtype)[None, None]              # (1, 1, H, W): how much of it is kept
     value, levels = torch.where(keep, image, 0.0), []      # sum of kept pixels / pixels in a cell
@@ -182,10 +177,10 @@ def hide(image, keep):
 @torch.no_grad()
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0,
          generator=None, soft=None, paint_passes=6, settle_passes=2):
-    """Repaint the part of a picture where keep is False, as class labels (B,).
+    """Repaint the part of an image where keep is False, as class labels (B,).
 
     image (B, 3, S, S) in [-1, 1], keep (S, S) bool -> (B, 3, S, S) in [0, 1]. Hidden pixels are
-    replaced before anything reads the picture, so they cannot change the result.
+    replaced before anything reads the image, so they cannot change the result.
     paint_passes: how often the hidden part is drawn, at least once
     settle_passes: how often the tokenizer alone then encodes and decodes the result
     soft: None: the kept part stays as the tokenizer renders it; 0: the kept pixels themselves are
@@ -193,7 +188,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
     Raises BadInput for a wrong size or label."""
     S, sizes = tokenizer.config.image_size, (tuple(image.shape[-2:]), tuple(keep.shape))
     if sizes != ((S, S), (S, S)):
-        raise BadInput(f"picture and mask must be {S}x{S}, not {sizes[0]} and {sizes[1]}")
+        raise BadInput(f"image and mask must be {S}x{S}, not {sizes[0]} and {sizes[1]}")
     keep = keep.to(image.device)
     if generator is None:
         generator = torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
@@ -211,12 +206,12 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         generator.set_state(noise)
         tokens = paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, cfg=cfg,
                        top_k=top_k, top_p=top_p, temperature=temperature, generator=generator)
-        painted = to_picture(tokenizer, tokenizer.features(tokens))      # (B, 3, S, S) in [0, 1]
+        painted = (tokenizer.tokens_to_image(tokens) + 1) / 2            # (B, 3, S, S) in [0, 1]
         composite = torch.where(keep, image, 2 * painted - 1)
         trusted_cells = torch.ones_like(kept_cells)        # no blur is left: all cells count
     for _ in range(settle_passes):
         tokens = tokenizer.image_to_tokens(composite)
-        painted = to_picture(tokenizer, tokenizer.features(tokens))
+        painted = (tokenizer.tokens_to_image(tokens) + 1) / 2
         composite = torch.where(keep, image, 2 * painted - 1)
     if soft is None:
         return painted
@@ -228,7 +223,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
 def paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, **sampling):
     """One pass: sample every scale, but compute the tokens that are kept. -> K token maps (B, n)
 
-    composite (B, 3, S, S) in [-1, 1]: the picture with its hidden part filled in. kept_cells and
+    composite (B, 3, S, S) in [-1, 1]: the image with its hidden part filled in. kept_cells and
     trusted_cells (1, 1, h, w), 0 or 1: cells of the last map that must stay, and cells whose
     features may be averaged into a coarser token."""
     target = tokenizer.encode(composite)                                           # (B, C, h, w)
@@ -257,7 +252,7 @@ def fade(keep, soft):
 
 def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, paint_passes=2,
              settle_passes=2, **options):
-    """Let the canvas grow by (left, top, right, bottom) pixels around the picture. One window of
+    """Let the canvas grow by (left, top, right, bottom) pixels around the image. One window of
     the model's size after another is edited, always the unfinished one of which most is known.
 
     image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1]. What is
@@ -265,7 +260,7 @@ def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, 
     options: cfg, top_k, top_p, temperature of edit(). Raises BadInput for a wrong size or label."""
     (left, top, right, bottom), S = grow, tokenizer.config.image_size
     if tuple(image.shape[-2:]) != (S, S):
-        raise BadInput(f"the picture must be {S}x{S}, not {tuple(image.shape[-2:])}")
+        raise BadInput(f"the image must be {S}x{S}, not {tuple(image.shape[-2:])}")
     soft = S // 8 if soft is None else soft
     # Windows move by an eighth of their side, in whole cells of the last map: a cell of which half
     # is known counts as kept, so after half a cell's move nothing would be drawn.
@@ -288,8 +283,8 @@ def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, 
 
 
 def window_starts(before, after, step):
-    """Where windows start along an axis that grows by `before` and `after` pixels: at the picture
-    itself, and in whole steps inwards from both ends of the canvas, but no nearer to the picture
+    """Where windows start along an axis that grows by `before` and `after` pixels: at the image
+    itself, and in whole steps inwards from both ends of the canvas, but no nearer to the image
     than a step unless the end is. (5, 4, 2) -> [0, 2, 5, 7, 9]"""
     def distances(room):
         return [n for n in range(room, 0, -step) if n >= step or n == room]
