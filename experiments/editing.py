@@ -2,9 +2,9 @@
 
     python experiments/editing.py          the table of experiments/README.md, and out/editing.png
 
-All ways to edit get the same pictures, classes, masks and noise. "dB" is the PSNR of the kept
-region. "Seam" is the mean step across the edge of the mask over the mean step one pixel beside it:
-1 is invisible (the row "original" shows how close real pictures come to 1).
+All ways to edit get the same images, classes, masks and noise. "dB" is the PSNR of the kept region.
+"Seam" is the mean step across the edge of the mask over the mean step one pixel beside it: 1 is
+invisible (the row "original" shows how close real images come to 1).
 """
 import argparse
 import sys
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from report import plots                                               # noqa: E402
-from data.batches import rows_of, sample_of, to_float    # noqa: E402
-from data.registry import load_data                      # noqa: E402
+from data.batches import rows_of, sample_of, to_float                   # noqa: E402
+from data.registry import load_data                                     # noqa: E402
+from report import health, plots                                        # noqa: E402
 
 m6 = import_module("06_sample_and_edit")
 # What is repainted: x0, y0, x1, y1 in fractions of the side.
@@ -29,7 +29,7 @@ MASKS = {"right half": (0.5, 0, 1, 1), "middle": (0.125, 0.125, 0.875, 0.875),
 @torch.no_grad()
 def replay(tokenizer, var, image, keep, labels, *, generator, paint_passes=1, settle_passes=0,
            leak=False, **sampling):
-    """As edit(), but kept tokens are those of the picture, whatever is drawn around them: with one
+    """As edit(), but kept tokens are those of the image, whatever is drawn around them: with one
     pass and the leak (the encoder sees the hidden part) this is the paper's demo."""
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
     kept_cells = (share >= 0.5).float()
@@ -68,9 +68,9 @@ def box_mask(box, side):
     return keep
 
 
-def kept_db(result, original, keep):
-    """PSNR of the kept region in dB, mean over the pictures. All in [0, 1]"""
-    return float(-10 * (result - original).square()[:, :, keep].mean((1, 2)).log10().mean())
+def kept_db(result, image, keep):
+    """PSNR of the kept region in dB, mean over the images. result in [0, 1], image in [-1, 1]"""
+    return float(health.psnr(2 * result - 1, image, keep).mean())
 
 
 def seam(image, keep):
@@ -94,7 +94,7 @@ def main():
     p.add_argument("--data-dir", default="")
     p.add_argument("--n", type=int, default=64)
     p.add_argument("--cfg", type=float, default=1.5)
-    p.add_argument("--picture", default="middle", choices=MASKS, help="mask of editing.png")
+    p.add_argument("--picture", default="middle", choices=MASKS, help="the mask in editing.png")
     args = p.parse_args()
     path = Path(args.run)
     one = path.is_file()
@@ -106,15 +106,15 @@ def main():
     labels = torch.from_numpy(labels[rows_of(len(images), args.n)])
     original = (image + 1) / 2
     alone = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(image)) + 1) / 2
+    keeps = [box_mask(box, side) for box in MASKS.values()]
 
     def cells(results):
-        return " | ".join(f"{kept_db(result, original, keep):.1f} | {seam(result, keep):.2f}"
+        return " | ".join(f"{kept_db(result, image, keep):.1f} | {seam(result, keep):.2f}"
                           for result, keep in zip(results, keeps))
-    keeps = [box_mask(box, side) for box in MASKS.values()]
     shown = list(MASKS).index(args.picture)
-    some = slice(None, None, -(-args.n // 8))              # eight pictures from all classes
+    some = slice(None, None, -(-args.n // 8))              # eight images, evenly
     rows, texts = [torch.where(keeps[shown], original[some], 0.5)], ["kept\n(grey: to repaint)"]
-    print(f"| {len(image)} pictures |" + "".join(f" {name}: dB | seam |" for name in MASKS))
+    print(f"| {len(image)} images |" + "".join(f" {name}: dB | seam |" for name in MASKS))
     print("| --- |" + " --- | --- |" * len(MASKS))
     print("| original |" + "".join(f"  | {seam(original, keep):.2f} |" for keep in keeps))
     print(f"| tokenizer alone | {cells([alone] * len(keeps))} |")
@@ -125,7 +125,7 @@ def main():
         if name in SHOWN:
             rows.append(results[shown][some])
             texts.append(f"{SHOWN[name]}\n"
-                         f"kept part: {kept_db(results[shown], original, keeps[shown]):.1f} dB")
+                         f"kept part: {kept_db(results[shown], image, keeps[shown]):.1f} dB")
     plots.save_grid("out/editing.png", torch.cat(rows), len(rows[0]), row_labels=texts)
     print("wrote out/editing.png")
 
