@@ -14,10 +14,9 @@ import torch
 
 from engine import released
 
-ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
-m6 = import_module("06_sample_and_edit") if (ROOT / "06_sample_and_edit.py").exists() else None
+m6 = import_module("06_sample_and_edit")
 TINY = json.loads((GOLDEN / "tiny_keys.json").read_text())
 PUBLISHED = json.loads((GOLDEN / "released_keys.json").read_text())
 TRANSFORMERS = sorted(name for name in PUBLISHED if "var" in PUBLISHED[name])
@@ -59,31 +58,15 @@ def var_config(state, scales, heads=None):
     return m4.VARConfig(**released.var_sizes(state, scales, heads))
 
 
-def renamed(state, released_name):
-    return {released_name(name): value for name, value in state.items() if released_name(name)}
-
-
-def build(name):
-    """Tokenizer and transformer of a stored model, from state dicts in the released layout."""
-    config = TINY[name]["config"]
-    states = [fill(TINY[name][part], config["salt"]) for part in ("vae", "var")]
-    if m6 is not None:
-        tokenizer, var = m6.load_released(*states, scales=config["patch_nums"],
-                                          heads=config["heads"])
-        return tokenizer.eval(), var.eval()
-    tokenizer = m2.MultiScaleVQVAE(tokenizer_config(states[0], config["patch_nums"]))
-    tokenizer.load_state_dict(renamed(states[0], released.tokenizer_name), strict=False)
-    var = m4.VAR(var_config(states[1], config["patch_nums"], config["heads"]))
-    var.load_state_dict(renamed(states[1], released.var_name))
-    return tokenizer.eval(), var.eval()
-
-
 @pytest.fixture(scope="module", params=sorted(TINY))
 def case(request):
-    """-> (config, stored numbers, tokenizer, transformer)"""
+    """A tiny model of the original: -> (config, stored numbers, tokenizer, transformer)"""
     with np.load(GOLDEN / f"{request.param}.npz") as file:
         stored = {name: torch.from_numpy(file[name]) for name in file.files}
-    return TINY[request.param]["config"], stored, *build(request.param)
+    entry, config = TINY[request.param], TINY[request.param]["config"]
+    states = [fill(entry[part], config["salt"]) for part in ("vae", "var")]
+    models = m6.load_released(*states, scales=config["patch_nums"], heads=config["heads"])
+    return config, stored, *models
 
 
 def off_by(found, expected):
@@ -96,8 +79,7 @@ def stored_tokens(config, stored):
     return [stored[f"tokens_{k}"] for k in range(len(config["patch_nums"]))]
 
 
-# ---------------------------------------------------------------------------- tiny models
-
+# -- Tiny models -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_encoder_output_is_the_original_one(case):
@@ -130,31 +112,22 @@ def test_teacher_inputs_are_the_original_ones(case):
     assert off_by(shown, stored["transformer_input"]) < 1e-4
 
 
-@torch.no_grad()
-def test_logits_are_the_original_ones_at_once_and_scale_by_scale(case):
+@pytest.mark.parametrize("grad", [False, True])
+def test_logits_are_the_original_ones_at_once_and_scale_by_scale(case, grad):
     _, stored, _, var = case
     labels, shown = stored["labels"], stored["transformer_input"]
-    assert off_by(var(labels, shown), stored["logits"]) < 1e-4
-    conditioning, cache, parts, begin = var.conditioning(labels), var.new_cache(), [], 0
-    for k, side in enumerate(var.config.scales):
-        inputs = shown[:, begin - 1:begin - 1 + side * side] if k else None
-        parts.append(var.step(k, inputs, conditioning, cache))
-        begin += side * side
+    with torch.set_grad_enabled(grad):
+        assert off_by(var(labels, shown), stored["logits"]) < 1e-4
+        conditioning, cache, parts, begin = var.conditioning(labels), var.new_cache(), [], 0
+        for k, side in enumerate(var.config.scales):
+            inputs = shown[:, begin - 1:begin - 1 + side * side] if k else None
+            parts.append(var.step(k, inputs, conditioning, cache))
+            begin += side * side
     assert off_by(torch.cat(parts, 1), stored["logits"]) < 1e-4
 
 
-def test_logits_with_gradients_switched_on_are_the_same(case):
-    _, stored, _, var = case
-    logits = var(stored["labels"], stored["transformer_input"])
-    assert off_by(logits.detach(), stored["logits"]) < 1e-4
+# -- Samples ---------------------------------------------------------------------------------------
 
-
-# ---------------------------------------------------------------------------- samples
-
-needs_chapter_6 = pytest.mark.skipif(m6 is None, reason="06_sample_and_edit.py is not there yet")
-
-
-@needs_chapter_6
 @torch.no_grad()
 def test_greedy_samples_are_the_original_ones(case):
     _, stored, tokenizer, var = case
@@ -162,7 +135,6 @@ def test_greedy_samples_are_the_original_ones(case):
     assert off_by(image, stored["greedy_image"]) < 1e-3
 
 
-@needs_chapter_6
 @torch.no_grad()
 def test_seeded_samples_are_the_original_ones(case):
     config, stored, tokenizer, var = case
@@ -172,8 +144,7 @@ def test_seeded_samples_are_the_original_ones(case):
     assert off_by(image, stored["seeded_image"]) < 1e-3
 
 
-# ---------------------------------------------------------------------------- published weights
-
+# -- Published weights -----------------------------------------------------------------------------
 
 def check_cover(state, module, released_name, alone=frozenset()):
     """Every published entry has one place in our module, every place is filled, shapes fit."""
