@@ -1,0 +1,37 @@
+"""Batches: every image once an epoch, shuffled, decided by seed and step alone."""
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import batches
+
+
+@given(n=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 5))
+def test_every_picture_comes_exactly_once_per_epoch(n, batch, seed):
+    steps = -(-3 * n // batch)
+    drawn = np.concatenate([batches.batch_indices(s, n, batch, seed) for s in range(steps)])
+    assert len(drawn) == steps * batch and drawn.dtype.kind == "i"
+    for epoch in range(3):
+        assert sorted(drawn[epoch * n:(epoch + 1) * n]) == list(range(n))
+
+
+@given(step=st.integers(0, 1000), n=st.integers(1, 50), batch=st.integers(1, 20))
+def test_seed_and_step_alone_decide_the_pictures(step, n, batch):
+    first = batches.batch_indices(step, n, batch, 3)
+    batches.epoch_order.cache_clear()
+    assert np.array_equal(first, batches.batch_indices(step, n, batch, 3))
+
+
+def test_the_pictures_are_shuffled_differently_in_every_epoch_and_for_every_seed():
+    epochs = [batches.batch_indices(e, 500, 500, seed) for seed in (0, 1) for e in range(3)]
+    epochs.append(np.arange(500))
+    for i, one in enumerate(epochs):
+        for other in epochs[:i]:
+            assert (one == other).mean() < 0.05
+    assert abs(np.corrcoef(epochs[0], np.arange(500))[0, 1]) < 0.2
+
+
+def test_the_held_out_sample_is_not_of_the_first_classes_alone():
+    """Folders list their images class by class, so the first rows are of a few classes."""
+    rows = batches.rows_of(5000, 2000)
+    assert len(set(rows)) == 2000 and 2300 < rows.mean() < 2700 and rows.max() > 4900
