@@ -91,8 +91,8 @@ def check_identity(path, state, stage):
     """Raises BadInput unless the checkpoint was made with the stage's settings, all of them."""
     old, new = state.get("settings"), stage.about["settings"]
     if not isinstance(old, dict) or set(old) != set(new):
-        raise BadInput(f"{path} was saved by a different version of this code, or is no "
-                       f"{stage.name}, and cannot be resumed; --fresh trains again from scratch")
+        raise BadInput(f"{path} was saved by another version of this code or is no {stage.name}; "
+                       "--fresh trains again from scratch")
     changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
     if changed:
         raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "

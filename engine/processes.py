@@ -31,7 +31,8 @@ class Processes:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        if self.world > 1 and not dist.is_initialized():
+        self.makes_group = self.world > 1 and not dist.is_initialized()
+        if self.makes_group:
             cuda = self.device.type == "cuda"
             if cuda:
                 torch.cuda.set_device(self.device)
@@ -43,7 +44,7 @@ class Processes:
         return self
 
     def __exit__(self, kind, error, trace):
-        if dist.is_initialized() and not error:            # others may wait where this one failed
+        if self.makes_group and not error:                 # others may wait where this one failed
             dist.destroy_process_group()
 
     def say(self, line):
