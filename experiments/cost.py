@@ -98,7 +98,7 @@ def draw(path, sides, scale, raster):
     """Both curves, logarithmic in both directions."""
     lines = {f"raster order, n^{exponent(sides, raster):.1f}": list(zip(sides, raster)),
              f"next scale, n^{exponent(sides, scale):.1f}": list(zip(sides, scale))}
-    plots.save_curve(path, lines, log=True, y_label="seconds per picture",
+    plots.save_curve(path, lines, log="xy", y_label="seconds per picture",
                         x_label="n, side of the token map")
 
 

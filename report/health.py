@@ -1,13 +1,13 @@
-"""Is the tokenizer well? What each scale does, measured over whole sets of pictures.
+"""Is the tokenizer healthy? What each scale does, measured over whole sets of images.
 
     side          1x1    2x2    3x3    4x4    6x6    8x8
-    codes used    12%    40%    45%    64%    61%    99%   of the codebook occur at this scale
-    perplexity     29    130    157    231    159    418   how many codes it would be, used evenly
+    codes used    12%    40%    45%    64%    61%    99%   share of the codebook that occurs here
+    perplexity     29    130    157    231    159    418   as many codes, if all were used equally
     energy left 72.0%  61.2%  51.7%  35.6%  28.0%   2.6%   of the feature map f, after this scale
-    psnr, dB     15.7   16.9   17.9   20.7   22.6   30.4   of the picture decoded after this scale
+    psnr, dB     15.7   16.9   17.9   20.7   22.6   30.4   of the image decoded after this scale
 
-A 1x1 map sees one vector per picture: few codes there are normal. Few codes at a *large* scale are
-codebook collapse, which training alone never mends.
+A 1x1 map sees one vector per image, so few codes there are normal. Few codes at a *large* scale are
+codebook collapse, which longer training does not cure.
 """
 import torch
 
@@ -34,8 +34,8 @@ def count_codes(tokens, vocab_size):
 def usage(counts):
     """counts (K, V) -> dict: shares of codes used, perplexities exp(-sum p ln p), both per scale
     and overall."""
-    counts = counts.cpu()                                  # float64 is not known everywhere
-    # Of 2**24 codes few occur: only those are turned into numbers of 8 bytes, again and again.
+    counts = counts.cpu()                                  # Apple GPUs have no float64
+    # Of 2**24 codes few occur: only their counts become numbers of 8 bytes.
     seen = [row[row > 0].double() for row in [*counts, counts.sum(0)]]
     p = [part / part.sum() for part in seen]
     perplexity = [float(torch.exp(-(part * part.log()).sum())) for part in p]
@@ -46,9 +46,9 @@ def usage(counts):
 
 @torch.no_grad()
 def examine(tokenizer, batches, autocast):
-    """Health over batches of pictures (B, 3, H, W) in [-1, 1]. `autocast` makes the context that
-    the network runs in. -> dict: usage() and, per scale, `left` (share of the energy of f that is
-    still missing) and `psnr_after` (mean over the pictures, dB); `psnr` is that of the last."""
+    """Health over batches of images (B, 3, H, W) in [-1, 1]. autocast() makes the context in which
+    the network runs. -> dict: usage() and, per scale, `left` (share of the energy of f that is
+    still missing) and `psnr_after` (mean over the images, dB); `psnr` is that of the last."""
     counts, left, energy, db, n = 0, 0, 0, 0, 0
     for image in batches:
         with autocast():
@@ -84,18 +84,19 @@ def table(scales, health):
                      for name, cells in rows)
 
 
-def warnings(tokenizer, health, pictures_seen):
-    """What is wrong, in words, and which setting to try. -> list of lines, empty when all is well.
+def warnings(tokenizer, health, images_seen):
+    """What is wrong, in words, and which setting to try. -> list of lines, empty if all is well
 
     A scale has collapsed when it has more than 16 tokens, saw at least 4 V vectors, and still uses
     less than a fifth of the V codes."""
     config, lines = tokenizer.config, []
     V = config.vocab_size
     for k, side in enumerate(config.scales):
-        enough = pictures_seen * side * side >= 4 * V
+        enough = images_seen * side * side >= 4 * V
         if side * side > 16 and enough and health["used"][k] < 0.2:
             lines.append(f"warning: scale {side}x{side} has collapsed, {health['used'][k]:.0%} of "
-                         f"{V} codes in use; {_cure(config)}")
+                         f"{V} codes in use; try another --quantizer, --set learn=ema, a smaller "
+                         "--tokenizer-lr or a smaller --vocab-size")
         if k and config.residual and health["left"][k] > health["left"][k - 1] + 0.01:
             lines.append(f"warning: scale {side}x{side} makes the features worse, not better (left "
                          f"{health['left'][k - 1]:.0%} -> {health['left'][k]:.0%}); train longer, "
@@ -103,17 +104,9 @@ def warnings(tokenizer, health, pictures_seen):
     return lines
 
 
-def _cure(config):
-    if config.quantizer == "lfq":
-        return "try --quantizer vq, or a smaller latent_dim"
-    if config.learn == "gradient":
-        return "try --set learn=ema"
-    return "try a smaller --tokenizer-lr, a larger vq_weight, or a smaller --vocab-size"
-
-
 @torch.no_grad()
 def save_picture(path, tokenizer, image):
-    """One picture of it all: real row, rows after scale 1..K, and where the last one errs.
+    """One sheet: real images, what is decoded after each scale, and where the last one errs.
     image (B, 3, H, W) in [-1, 1]; of large ones only the first few are shown."""
     image = image[:max(4, min(10, 640 // image.shape[-1]))]
     steps = tokenizer.pyramid(tokenizer.image_to_tokens(image))
@@ -124,4 +117,4 @@ def save_picture(path, tokenizer, image):
     heat = torch.from_numpy(plots.heat_map(error.flatten(0, 1).numpy(), 0, 0.2))
     heat = heat.unflatten(0, error.shape[:2]).permute(0, 3, 1, 2).float() / 255
     plots.save_grid(path, torch.cat([(row.cpu() + 1) / 2 for row in rows] + [heat]), len(image),
-                       row_labels=names + ["error, 0 to 20 %"])
+                    row_labels=names + ["error, 0 to 20 %"])

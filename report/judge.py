@@ -56,6 +56,7 @@ def judge_of(dataset, images, labels, num_classes, steps, device="cpu"):
     return load_or_train(path, images, labels, num_classes, steps=steps, seed=0, device=device)
 
 
+@torch.random.fork_rng(devices=[])       # the caller's random numbers stay as they are
 def load_or_train(path, images, labels, num_classes, *, steps, seed, device="cpu", log=print):
     """The judge kept at `path`, or a new one that is then kept there (see train_judge).
 
@@ -78,7 +79,7 @@ def load_or_train(path, images, labels, num_classes, *, steps, seed, device="cpu
     return judge.to(device)
 
 
-@torch.random.fork_rng(devices=[])       # a DataLoader draws from the caller's generator, too
+@torch.random.fork_rng(devices=[])       # the caller's random numbers stay as they are
 def train_judge(images, labels, num_classes, *, steps, seed, device="cpu", batch_size=128,
                 log=print):
     """Train a judge on images (uint8 (N, H, W, 3), or read on demand) and int64 labels (N,).

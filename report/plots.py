@@ -124,7 +124,7 @@ def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400
         raise ValueError("save_curve needs at least one finite point")
     x_ticks, y_ticks = ((_log_ticks if axis in log else _ticks)(*_range(values))
                         for axis, values in zip("xy", every.T))
-    x_names, y_names = ([f"{10 ** tick:.3g}" if axis in log else f"{tick:g}" for tick in ticks]
+    x_names, y_names = ([f"{10 ** tick if axis in log else tick:,g}" for tick in ticks]
                         for axis, ticks in (("x", x_ticks), ("y", y_ticks)))
     font = ImageFont.load_default(size=13)
     left = 20 + max(_text_size(font, name)[0] for name in y_names)
@@ -157,8 +157,8 @@ def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400
 
 
 def _log_ticks(low, high):
-    """Logarithms of 1, 2, 4, 8 times powers of ten, from below `low` to above `high`."""
-    near = [np.log10(m) + e for e in range(int(low) - 2, int(high) + 2) for m in (1, 2, 4, 8)]
+    """Logarithms of 1, 2 and 5 times powers of ten, from below `low` to above `high`."""
+    near = [np.log10(m) + e for e in range(int(low) - 2, int(high) + 2) for m in (1, 2, 5)]
     first, last = max(t for t in near if t <= low + 1e-9), min(t for t in near if t >= high - 1e-9)
     return [t for t in near if first <= t <= last]
 

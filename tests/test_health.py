@@ -12,25 +12,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import shapes
 from report import health, plots
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
 KINDS = dict(three={}, one={"scales": (4,)}, apart={"residual": False}, signs={"quantizer": "lfq"})
 
 
-def tokenizer_of(kind):
-    torch.manual_seed(0)
-    return m2.MultiScaleVQVAE(m2.TokenizerConfig(**{**dict(
-        image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4, channels=8, groups=4),
-        **KINDS[kind]}))
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-@given(seed=st.integers(0, 100))
-def test_psnr_is_that_of_the_definition(seed):
-    a, b = torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    slow = [-10 * np.log10((((x + 1) / 2 - (y + 1) / 2) ** 2).mean().item()) for x, y in zip(a, b)]
-    assert health.psnr(a, b).tolist() == pytest.approx(slow, rel=1e-4)
+@given(seed=st.integers(0, 100), share=st.sampled_from([0.2, 0.6, 1.0]))
+def test_psnr_is_that_of_the_definition_pixel_by_pixel(seed, share):
+    a, b = torch.rand(2, 3, 3, 4, 4, generator=seeded(seed)) * 2 - 1
+    keep = torch.rand(4, 4, generator=seeded(seed)) < share
+    keep[0, 0] = True
+    for mask, found in ((torch.ones(4, 4), health.psnr(a, b)), (keep, health.psnr(a, b, keep))):
+        for x, y, db in zip(a, b, found.tolist()):
+            error = [float(x[c, i, j] - y[c, i, j]) ** 2 / 4 for c, i, j in np.ndindex(3, 4, 4)
+                     if mask[i, j]]
+            assert db == pytest.approx(-10 * math.log10(sum(error) / len(error)), rel=1e-4)
     assert torch.equal(health.psnr(a, 3 * b), health.psnr(a, (3 * b).clamp(-1, 1))), "not shown"
 
 
@@ -41,8 +42,8 @@ def slow_usage(tokens, V):                                 # list of ints -> (us
 
 @given(V=st.integers(1, 12), K=st.integers(1, 3), B=st.integers(1, 4), seed=st.integers(0, 99))
 def test_counts_and_usage_equal_a_slow_loop_and_two_batches_count_as_one(V, K, B, seed):
-    one, two = (([torch.from_numpy(np.random.default_rng([seed, part, k]).integers(
-        0, V, (B, k + 1))) for k in range(K)]) for part in (0, 1))
+    one, two = ([torch.randint(V, (B, k + 1), generator=seeded(9 * seed + k + part))
+                 for k in range(K)] for part in (0, 400))
     counts = health.count_codes(one, V) + health.count_codes(two, V)
     both = [torch.cat(pair) for pair in zip(one, two)]
     assert torch.equal(counts, health.count_codes(both, V)) and counts.shape == (K, V)
@@ -51,8 +52,6 @@ def test_counts_and_usage_equal_a_slow_loop_and_two_batches_count_as_one(V, K, B
     used, perplexity = zip(*[slow_usage(part, V) for part in [*flat, sum(flat, [])]])
     assert [*numbers["used"], numbers["used_overall"]] == pytest.approx(used)
     assert [*numbers["perplexity"], numbers["perplexity_overall"]] == pytest.approx(perplexity)
-    bounds = zip(numbers["used"], numbers["perplexity"])
-    assert all(0.999 < many < share * V + 1e-3 and share <= 1 for share, many in bounds)
 
 
 def test_perplexity_of_examples_worked_by_hand():
@@ -63,20 +62,18 @@ def test_perplexity_of_examples_worked_by_hand():
     assert numbers["used"] == [1, 1 / 8, 1 / 2, 1 / 4] and numbers["used_overall"] == 1
 
 
-def set_of(n=11):
-    """Pictures that differ in contrast, so that each weighs something else."""
-    images = torch.from_numpy(shapes.load("train", size=16, count=n)[0]).permute(0, 3, 1, 2)
-    return (images / 127.5 - 1) * torch.linspace(0.05, 1, n)[:, None, None, None]
+def tokenizer_and_images(kind, n=11):
+    """Images that differ in contrast, so that each weighs something else."""
+    torch.manual_seed(0)
+    sizes = dict(image_size=16, scales=(1, 2, 4), vocab_size=16, latent_dim=4, channels=8, groups=4)
+    model = m2.MultiScaleVQVAE(m2.TokenizerConfig(**{**sizes, **KINDS[kind]}))
+    images = torch.rand(n, 3, 4, 4, generator=seeded()).repeat_interleave(4, 2)
+    images = (2 * images.repeat_interleave(4, 3) - 1) * torch.linspace(0.05, 1, n).view(n, 1, 1, 1)
+    return model.requires_grad_(False), images
 
 
-def examined(model, images, cut):
-    numbers = health.examine(model, images.split(cut), torch.no_grad)
-    return {key: torch.tensor(value).double() for key, value in numbers.items()}
-
-
-@torch.no_grad()
 def slow_examine(model, images):
-    """Picture by picture, with what the model offers in public."""
+    """Image by image, with what the model offers in public."""
     K, V = model.K, model.config.vocab_size
     tokens, missing, energy, db = [[] for _ in range(K)], np.zeros(K), 0, np.zeros(K)
     for image in images[:, None]:
@@ -93,22 +90,16 @@ def slow_examine(model, images):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_examine_equals_a_slow_loop_however_the_set_is_cut(kind):
-    model, images = tokenizer_of(kind), set_of()
+def test_examine_equals_a_slow_loop_however_the_set_is_cut_and_changes_nothing(kind):
+    model, images = tokenizer_and_images(kind)
+    before = [value.clone() for value in model.train().state_dict().values()]
     slow = slow_examine(model, images)
-    for cut in (1, 4, 11, [1, 8, 2]):
-        fast = examined(model, images, cut)
+    for cut in (4, [1, 8, 2]):
+        fast = health.examine(model, images.split(cut), torch.no_grad)
         for key, value in slow.items():
-            assert torch.allclose(fast[key], torch.tensor(value).double(), rtol=1e-4), (key, cut)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_examine_leaves_the_model_as_it_was(training):
-    model = tokenizer_of("three").train(training)
-    before = [value.clone() for value in model.state_dict().values()]
-    examined(model, set_of(), 4)
+            assert fast[key] == pytest.approx(value, rel=1e-4), (key, cut)
     assert all(map(torch.equal, before, model.state_dict().values()))
-    assert {module.training for module in model.modules()} == {training}
+    assert all(module.training for module in model.modules())
 
 
 def test_the_table_and_the_log_line_hold_the_numbers_in_columns():
@@ -133,25 +124,21 @@ def test_a_tokenizer_that_is_well_is_not_warned_about():
     assert warned(left=[0.1, 0.9, 0.2, 0.9, 0.2], residual=False) == [], "each scale stands alone"
 
 
-@pytest.mark.parametrize("config, cure", [
-    ({}, "--tokenizer-lr"), (dict(learn="gradient"), "--set learn=ema"),
-    (dict(quantizer="lfq", latent_dim=6), "--quantizer vq")])
-def test_a_large_scale_that_uses_few_codes_is_named_with_a_setting_to_try(config, cure, cli):
-    (few,) = warned(used=[0.02, 0.1, 0.19, 0.2, 0.19], seen=4, **config)
-    (middle,) = warned(used=[0.02, 0.1, 0.1, 0.19, 0.5], **config)
-    (worse,) = warned(left=[0.9, 0.7, 0.3, 0.312, 0.1], **config)
-    assert "8x8" in few and "19% of 64 codes" in few and cure in few and "\n" not in few
+def test_a_scale_that_collapsed_or_does_harm_is_named_with_a_setting_to_try(cli):
+    (few,) = warned(used=[0.02, 0.1, 0.19, 0.2, 0.19], seen=4)
+    (middle,) = warned(used=[0.02, 0.1, 0.1, 0.19, 0.5])
+    (worse,) = warned(left=[0.9, 0.7, 0.3, 0.312, 0.1])
+    assert "8x8" in few and "19% of 64 codes" in few and "\n" not in few
     assert "5x5" in middle and "5x5" in worse and "worse" in worse and "30% -> 31%" in worse
     known = set(re.findall(r"--[a-z][a-z-]*", cli("05_train.py", "--help").out))
     for text in (few, middle, worse):
-        named = re.findall(r"(--[a-z][a-z-]*)(?: (learn=ema|vq)\b)?", text)
-        assert named and {option for option, _ in named} <= known
-        assert all(m5.read_settings([option, value]) for option, value in named if value)
+        assert {*re.findall(r"--[a-z][a-z-]*", text)} <= known
+    m5.read_settings(["--device", "cpu", *re.search(r"--set \S+(?=,)", few)[0].split()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_picture_shows_every_scale_and_where_the_last_one_errs(kind, tmp_path):
-    model, images = tokenizer_of(kind).requires_grad_(False), set_of(3)
+def test_the_sheet_shows_every_scale_and_where_the_last_one_errs(kind, tmp_path):
+    model, images = tokenizer_and_images(kind, 3)
     health.save_picture(tmp_path / "x.png", model, images)
     steps = model.pyramid(model.image_to_tokens(images))
     rebuilt = [model.decode(f_hat).clamp(-1, 1) for f_hat in steps]
@@ -176,6 +163,5 @@ def test_a_run_logs_the_health_of_every_scale(tiny):
             assert len(numbers[key]) == 3 and all(map(math.isfinite, numbers[key])), key
         text = "\n".join([health.table((1, 2, 4), numbers), *numbers["warnings"]])
         assert numbers["psnr"] == numbers["psnr_after"][-1] and text in tiny.stdout
-    for entry in entries:
-        assert "held_out" in entry or len(entry["used"]) == len(entry["perplexity"]) == 3 and \
-            health.short((1, 2, 4), entry) in tiny.stdout
+    assert all("held_out" in entry or health.short((1, 2, 4), entry) in tiny.stdout
+               for entry in entries)

@@ -1,0 +1,246 @@
+"""The judge: what it learns, how it reads images, and what is measured with its features."""
+import contextlib
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import get_worker_info
+
+from data import shapes
+from engine import BadInput
+from report import gallery, judge
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def untrained(classes=3, size=16):
+    """A judge that has learnt nothing tells images apart all the same; the last norm is turned up,
+    so that its distances have digits before the point."""
+    torch.manual_seed(0)
+    network = judge.Judge(classes, size).eval()
+    with torch.no_grad():
+        network.body[-2].weight.mul_(300)
+        network.head.weight.mul_(10)
+    return network
+
+
+class OnDemand:
+    """Images as a folder offers them. In a worker process their first pixel is white."""
+    mark, names = False, b""
+
+    def __init__(self, images):
+        self.images = images
+
+    def skipped(self):
+        return 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = self.images[i].copy()
+        if self.mark and get_worker_info() is not None:
+            image[0, 0] = 255
+        return image
+
+
+def test_frechet_distance_matches_the_closed_form():
+    raw = torch.randn(400, 3, generator=seeded(), dtype=torch.float64)
+    raw -= raw.mean(0)
+    white = raw @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(raw.T))).T  # covariance = 1
+    wide, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, -1.0])
+    assert judge.frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
+    # Diagonal covariances: sum of squared differences of means and of standard deviations.
+    assert judge.frechet_distance(white, white * wide + shift) == pytest.approx(6.25, rel=1e-9)
+    # Covariances that do not commute, against the plain formula with the product's eigenvalues.
+    a, b = white @ torch.randn(3, 3, generator=seeded(1), dtype=torch.float64), white * wide
+    product = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.sqrt().sum()
+    expected = torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * product
+    assert judge.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
+    assert judge.frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-8)
+
+
+@given(count=st.integers(2, 6), width=st.integers(1, 5), seed=st.integers(0, 99))
+def test_frechet_distance_is_never_negative_even_with_few_images(count, width, seed):
+    a, b = torch.randn(2, count, width, generator=seeded(seed))
+    distance = judge.frechet_distance(a, b)
+    assert distance >= 0 and math.isfinite(distance)
+    assert judge.frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError):
+        judge.frechet_distance(a[:1], b)
+
+
+def slow_share_inside(points, members, k):
+    """The definition, one pair at a time."""
+    def inside(point):
+        for i, member in enumerate(members):
+            others = sorted((member - other).norm() for j, other in enumerate(members) if j != i)
+            if (point - member).norm() <= others[k - 1]:
+                return True
+    return sum(map(bool, map(inside, points))) / len(points)
+
+
+@given(seed=st.integers(0, 99), k=st.integers(1, 3))
+def test_precision_and_recall_match_the_slow_loop(seed, k):
+    real, fake = torch.randn(14, 2, generator=seeded(seed)).double().split([8, 6])
+    assert judge.precision_recall(real, fake + 0.5, k) == (
+        slow_share_inside(fake + 0.5, real, k), slow_share_inside(real, fake + 0.5, k))
+
+
+def test_precision_and_recall_at_the_extremes():
+    points = torch.randn(50, 4, generator=seeded())
+    assert judge.precision_recall(points, points) == (1, 1)
+    assert judge.precision_recall(points, points + 100) == (0, 0)
+    # Copies of one real image look real and cover next to nothing: that is mode collapse.
+    precision, recall = judge.precision_recall(points, points[:1].repeat(20, 1))
+    assert precision == 1 and recall <= 1 / 50
+    with pytest.raises(ValueError):
+        judge.precision_recall(points, points[:3])
+
+
+@given(n=st.sampled_from([1, 3, 101]), m=st.integers(1, 9), seed=st.integers(0, 99))
+def test_distances_and_nearest_equal_the_slow_loop(n, m, seed):
+    a, b = torch.randn(n + m, 3, generator=seeded(seed)).split([n, m])
+    slow = [[math.dist(p, q) for q in b.tolist()] for p in a.tolist()]
+    assert torch.allclose(judge.distances(a, b), torch.tensor(slow), atol=1e-5)
+    assert judge.nearest_neighbours(a, b).tolist() == [row.index(min(row)) for row in slow]
+
+
+@pytest.mark.parametrize("size", [16, 32, 50, 64, 256])
+def test_the_judge_takes_every_size(size):
+    network = judge.Judge(7, size).eval()
+    assert network(torch.rand(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.slow
+def test_the_judge_learns_is_kept_and_leaves_the_callers_generator_alone(tmp_path):
+    images, labels, names = shapes.load("train", count=3_000, size=16)  # 16 pixels: for speed
+    held_out, held_labels, _ = shapes.load("test", count=300, size=16)
+    path, lines = tmp_path / "new" / "judge.pt", []
+    options = {"steps": 45, "seed": 0, "log": lines.append}
+    first = judge.load_or_train(path, images, labels, len(names), **options)
+    _, logits = judge.extract(first, judge.batches_of(held_out, range(300)))
+    assert judge.accuracy(logits, held_labels) > 0.9
+    assert len(lines) == 1 and list(path.parent.iterdir()) == [path]  # no half file left behind
+    again = judge.load_or_train(path, images, labels, len(names), **options)
+    assert len(lines) == 1  # it was read, not trained
+    floats = torch.from_numpy(held_out).permute(0, 3, 1, 2) / 255
+    assert torch.equal(judge.extract(again, floats.split(250))[1], logits)
+
+
+def test_a_judge_is_the_same_from_memory_and_from_files_and_another_seed_replaces_it(tmp_path):
+    images, labels, _ = shapes.load("train", count=40, size=16)
+    path, lines, before = tmp_path / "judge.pt", [], torch.random.get_rng_state()
+    one, two, other = [
+        judge.load_or_train(path, data, labels, 10, steps=2, seed=seed, log=lines.append)
+        for data, seed in [(images, 0), (OnDemand(images), 0), (images, 1)]]
+    fresh = judge.train_judge(OnDemand(images), labels, 10, steps=2, seed=0, log=lines.append)
+    assert torch.equal(before, torch.random.get_rng_state()), "the caller's random numbers"
+    assert len(lines) == 3, "the second was read, not trained"
+    for same in (two, fresh):
+        assert torch.equal(one.head.weight, same.head.weight)
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_workers_decode_image_files_and_memory_is_read_here():
+    images = np.zeros((7, 16, 16, 3), np.uint8)
+    files = OnDemand(images)
+    files.mark = True
+    read = torch.cat(list(judge.batches_of(files, [5, 2, 3], size=2)))
+    assert read.shape == (3, 16, 16, 3) and (read[:, 0, 0] == 255).all() and read.sum() == 9 * 255
+    assert torch.cat(list(judge.batches_of(images, [5, 2, 3], size=2))).sum() == 0
+
+
+# -- The table -------------------------------------------------------------------------------------
+
+class Wall:
+    """Keeps what would have been saved."""
+
+    def __call__(self, out, name, images, columns, row_labels):
+        self.name, self.row_labels, self.rows = name, row_labels, images.split(columns)
+
+
+@pytest.fixture
+def wall(monkeypatch):
+    wall = Wall()
+    monkeypatch.setattr(gallery, "save", wall)
+    return wall
+
+
+def printed(call, *args):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        call(*args)
+    return out.getvalue()
+
+
+def test_neighbours_equal_the_slow_search_and_find_copies(wall):
+    """5 of 26 samples are training images, to the pixel; others are darkened held-out ones."""
+    network, real = untrained(), torch.from_numpy(shapes.draw(range(40), size=16)[0])
+    held_out = shapes.draw(range(60), split="test", size=16)[0]
+    floats = judge.as_floats(real)
+    samples = torch.cat([floats[[3, 9, 30, 8, 7]], judge.as_floats(
+        torch.from_numpy(held_out[39:])) * 0.9])
+    known, floor, fake = (judge.extract(network, [x])[0] for x in (
+        floats, torch.from_numpy(held_out[:30]), samples))
+    out = printed(judge.neighbours, "", network, real, samples[:8], floor, fake)
+    assert wall.name == "neighbours"
+    assert [text.split()[-1] for text in wall.row_labels] == ["sample", "features", "pixels"]
+    for row, points, everything in ((1, fake, known), (2, samples.flatten(1), floats.flatten(1))):
+        for n in range(8):
+            apart = [float((points[n].double() - x.double()).norm()) for x in everything]
+            assert torch.allclose(wall.rows[row][n], floats[apart.index(min(apart))], atol=1e-6)
+    near = [sorted(min(float((x.double() - y.double()).norm()) for y in known) for x in part)
+            for part in (fake, floor)]
+    limit = near[1][0] + 0.29 * (near[1][1] - near[1][0])  # 1 % of the way from 0 to 29
+    share = sum(x < limit for x in near[0]) / len(near[0])
+    found = re.search(r"samples are ([\d.]+) away .*pictures ([\d.]+); ([\d.]+)%", out).groups()
+    assert share >= 5 / 26 and float(found[2]) == pytest.approx(100 * share, abs=0.06)
+    assert [float(x) for x in found[:2]] == pytest.approx([near[0][12], near[1][14]], abs=6e-3)
+    assert "nearest of 40 training pictures" in out
+
+
+class Copier(torch.nn.Linear):
+    """A tokenizer whose reconstructions are half as bright."""
+
+    def image_to_tokens(self, image):
+        return image
+
+    def tokens_to_image(self, image):
+        return (image - 1) / 2
+
+
+def test_the_table_has_the_figures_of_three_kinds_of_images_and_keeps_no_samples(wall):
+    network, n = untrained(), 24
+    real = shapes.draw(range(30), size=16)[0]
+    test, labels = shapes.draw(range(n), split="test", size=16)[0], np.arange(n) % 3
+    samples, meant = torch.rand(n, 3, 16, 16, generator=seeded()), np.arange(n) % 2
+    out = printed(judge.evaluate, "", network, Copier(1, 1), real, test, labels,
+                  iter(samples.split(5)), meant, "samples, cfg 2.5")
+    table = re.findall(r"^(\S.*?)  +([\d.]+)% +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.M)
+    assert [row[0] for row in table][1:] == ["reconstructions", "samples, cfg 2.5"]
+    held_out = judge.as_floats(torch.from_numpy(test))
+    known = judge.extract(network, judge.batches_of(real, judge.rows_of(30, n)))[0]
+    for row, images, meant_ in zip(table, (held_out, held_out / 2, samples),
+                                   (labels, labels, meant)):
+        features, logits = judge.extract(network, [images])
+        right = 100 * np.mean([int(a) == b for a, b in zip(logits.argmax(1), meant_)])
+        assert [float(x) for x in row[1:3]] == pytest.approx(
+            [right, judge.frechet_distance(known, features)], abs=0.06, rel=1e-3)
+        assert [float(x) for x in row[3:]] == pytest.approx(
+            judge.precision_recall(known, features), abs=6e-3)
+    assert "24 pictures a row" in out and "right on 24 held-out" in out
+    assert torch.equal(wall.rows[0], samples[:16])
+
+
+def test_four_images_of_each_kind_are_needed():
+    assert judge.comparable(1000, 40, 4) == 4 and judge.comparable(7, 40, 30) == 7
+    for counts in ((3, 40, 40), (1000, 3, 40), (1000, 40, 3)):
+        with pytest.raises(BadInput, match="4 pictures"):
+            judge.comparable(*counts)
