@@ -1,0 +1,210 @@
+"""The command line of chapter 6: options, runs, classes, masks, and images to work on."""
+import shutil
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from engine import BadInput, checkpoints, devices
+from report import command_line
+
+SCRIPT, m6 = "06_sample_and_edit.py", import_module("06_sample_and_edit")
+
+
+def noise_photo(width, height, channels=3):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+    return noise[..., 0] if channels == 1 else noise
+
+
+@pytest.mark.parametrize("options", [
+    "--box 0 0 1 2", "--box 0.5 0 0.2 1", "--box 0 0 1", "--box nan 0 1 1", "--top-p 2",
+    "--top-p nan", "--top-k -1", "--cfg -1", "--cfg inf", "--n 0", "--n 4000000000000000000",
+    "--seed x", "--seed 36893488147419103232", "--task paint", "--nonsense", "--run nowhere",
+    "--run .", "--run text.png", "--released d17", "--image .", "--image missing.png",
+    "--image text.png", "--image cut.png", "--mask missing.png", "--mask damaged.png",
+    "--task inpaint --box 0.5 0.5 0.501 0.501", "--task evaluate --classes ant", "--smooth",
+    "--task edit --smooth", "--grow 9 0 0 0", "--grow 0 0 0 0", "--grow -1 0 0 0",
+    "--precision float8", "--tokenizer-file a.pth", "--classes dog", "--classes 3",
+    "--classes=-1", "--export-npz .", "--export-npz missing/a.npz", "--export-npz text.png/a.npz"])
+def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(m6, "generate", lambda *_, **__: pytest.fail("sampled for nothing"))
+    (tmp_path / "text.png").write_text("this is no picture")
+    Image.fromarray(noise_photo(40, 40)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "damaged.png").write_bytes(whole[:500] + b"damage" + whole[506:])
+    refused(SCRIPT, "--run", tiny.folder, "--device", "cpu", "--task", "inpaint", *options.split())
+
+
+# -- Runs ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["tokenizer.pt", "transformer.pt"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "swapped"])
+def test_damaged_runs_are_refused_and_named(refused, tiny, tmp_path, name, damage):
+    for part in ("tokenizer.pt", "transformer.pt"):
+        shutil.copy(tiny.folder / part, tmp_path)
+    path, other = tmp_path / name, {"tokenizer.pt": "transformer.pt"}.get(name, "tokenizer.pt")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:4000])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        shutil.copy(tiny.folder / other, path)
+    assert name in refused(SCRIPT, "--run", tmp_path, "--device", "cpu")
+
+
+def test_a_tokenizer_that_the_transformer_was_not_trained_on_is_refused(refused, tiny, tmp_path):
+    """Stage 1 trained anew, stage 2 not: the tokens mean something else now."""
+    shutil.copy(tiny.folder / "transformer.pt", tmp_path)
+    state = torch.load(tiny.folder / "tokenizer.pt", weights_only=True)
+    state["model"]["quantizer.codebook"] += 1
+    torch.save(state, tmp_path / "tokenizer.pt")
+    assert "--stage transformer" in refused(SCRIPT, "--run", tmp_path, "--device", "cpu")
+
+
+def test_a_tokenizer_alone_reconstructs_and_does_nothing_else(cli, refused, tiny, tmp_path):
+    shutil.copy(tiny.folder / "tokenizer.pt", tmp_path)
+    options = ("--run", tmp_path, "--device", "cpu", "--out", tmp_path / "made")
+    assert cli(SCRIPT, *options, "--task", "reconstruct").status == 0
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["reconstruct.png"]
+    for more in (["--task", "inpaint"], ["--task", "reconstruct", "--export-npz", "a.npz"]):
+        line = refused(SCRIPT, *options, *more)
+        assert "transformer.pt" in line and "use --task reconstruct" in line
+    state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    torch.save({**state, "dataset": str(tmp_path / "gone")}, tmp_path / "tokenizer.pt")
+    assert "gone" in refused(SCRIPT, *options, "--task", "reconstruct")
+
+
+def test_the_newest_run_is_the_default_then_what_came_with_the_code(
+        cli, refused, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "SHIPPED", tmp_path / "shipped")
+    options = ("--device", "cpu", "--task", "sample", "--n", 1)
+    assert "05_train.py" in refused(SCRIPT, "--device", "cpu")
+    (tmp_path / "shipped").mkdir()
+    checkpoints.export(tiny.folder, tmp_path / "shipped" / "gift.pt")
+    assert "gift.pt" in cli(SCRIPT, *options).out                       # one file, both models
+    assert (tmp_path / "out" / "shipped-gift" / "samples.png").exists()
+    for name in ("older", "newer"):
+        shutil.copytree(tiny.folder, tmp_path / "out" / name)
+        (tmp_path / "out" / name / "transformer.pt").touch()
+    result = cli(SCRIPT, *options)
+    assert result.status == 0 and "out/newer" in result.out
+
+
+def test_a_class_is_found_by_name_or_index():
+    names = ["ant", "Bee", "12"]
+    assert [command_line.find_class(names, text) for text in ("ANT", "bee", "1", "12", "0")] == [
+        0, 1, 1, 2, 0]
+    for text in ("dog", "3", "-1", "1.5", "", "99999999999"):
+        with pytest.raises(BadInput, match="ant, Bee"):
+            command_line.find_class(names, text)
+
+
+# -- Images ----------------------------------------------------------------------------------------
+
+def make_job(**fields):
+    job = object.__new__(command_line.Job)
+    job.args = SimpleNamespace(**{**dict(image=None, mask=None, box=None, data_dir=""), **fields})
+    job.side, job.device, job.dataset = 8, torch.device("cpu"), "x"
+    return job
+
+
+def test_real_images_of_other_classes_are_matched_by_name_or_refused(monkeypatch):
+    """A subset of ImageNet counts its labels 0, 1, 2. Taken for the model's, they would be tench,
+    goldfish and shark."""
+    job = make_job()
+    job.names = ["ant", "crane", "bee", "crane", "cat"]
+    for names, wanted in ((["ant", "bee", "cat"], [0, 2, 2, 4]), (list(job.names), [0, 1, 1, 2]),
+                          (["ant", "dog", "cat"], "'dog'"), (["ant", "crane", "cat"], "crane")):
+        found = "pixels", np.array([0, 1, 1, 2]), names
+        monkeypatch.setattr(command_line, "load_data", lambda *_: found)
+        if isinstance(wanted, list):
+            assert job.real_images("test")[1].tolist() == wanted
+        else:
+            with pytest.raises(BadInput, match=wanted):
+                job.real_images("test")
+    job.dataset = None
+    with pytest.raises(BadInput, match="--data-dir"):
+        job.real_images("test")
+
+
+def test_a_mask_keeps_what_is_not_white_and_a_box_what_lies_outside(tmp_path):
+    white = np.zeros((12, 8), np.uint8)                    # its middle square: rows 2 to 9
+    white[4:8, 4:] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    wanted = torch.ones(8, 8, dtype=torch.bool)
+    wanted[2:6, 4:] = False
+    assert torch.equal(make_job(mask=tmp_path / "mask.png").kept_region(None), wanted)
+    assert torch.equal(make_job(box=(0.5, 0.25, 1, 0.75)).kept_region((0, 0, 1, 1)), wanted)
+    assert torch.equal(make_job().kept_region((0.5, 0.25, 1, 0.75)), wanted)
+
+
+@given(width=st.integers(1, 30), height=st.integers(1, 30), channels=st.sampled_from([1, 3]))
+def test_square_cuts_the_middle_without_touching_its_pixels(width, height, channels):
+    short, photo = min(width, height), noise_photo(width, height, channels)
+    top, left = (height - short) // 2, (width - short) // 2      # an odd row too many stays below
+    cut = command_line.square(Image.fromarray(photo), short)
+    assert cut.dtype == np.uint8
+    assert np.array_equal(cut, photo[top:top + short, left:left + short])
+
+
+def test_read_gives_an_upright_rgb_image_on_white(tmp_path):
+    colour, grey, clear = (noise_photo(7, 5, channels) for channels in (3, 1, 4))
+    share = clear[..., 3:] / 255
+    on_white = clear[..., :3] * share + 255 * (1 - share)
+    for pixels, wanted in ((colour, colour), (grey, np.stack([grey] * 3, 2)), (clear, on_white)):
+        Image.fromarray(pixels).save(tmp_path / "photo.png")
+        found = command_line.read(tmp_path / "photo.png")
+        assert found.mode == "RGB" and abs(np.array(found) - wanted.astype(float)).max() <= 1
+    turned = Image.Exif()
+    turned[0x0112] = 6                                     # "the camera was held upright"
+    Image.fromarray(colour).save(tmp_path / "photo.png", exif=turned)
+    assert np.array_equal(np.array(command_line.read(tmp_path / "photo.png")), np.rot90(colour, 3))
+
+
+# -- How many at once, in which precision ----------------------------------------------------------
+
+def prepared(device="cpu", precision="auto", total=80e9, fast=False, **sizes):
+    """prepare_to_sample() of models that are sizes and almost nothing else.
+    -> how many images at once, precision of the transformer"""
+    sizes = {**dict(depth=16, width=1024, L=680, side=256, channels=160, millions=300), **sizes}
+    var, tokenizer, linear = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    var.conditioning = var.step = var.forward
+    var.L, var.config = sizes["L"], SimpleNamespace(**sizes)
+    var.unused = torch.nn.Parameter(torch.empty(sizes["millions"], 10 ** 6, device="meta"))
+    tokenizer.config = SimpleNamespace(channels=sizes["channels"], image_size=sizes["side"])
+    tokenizer.decoder, tokenizer.post_quant_conv = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    var.to = tokenizer.to = lambda device: SimpleNamespace(modules=lambda: [linear])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "fast_bfloat16", lambda device: fast)
+        patch.setattr(torch.cuda, "get_device_properties",
+                      lambda device: SimpleNamespace(total_memory=total))
+        at_once = devices.prepare_to_sample(tokenizer, var, torch.device(device), precision)
+    assert tokenizer.weight.dtype == torch.float32, "what encodes stays exact"
+    assert tokenizer.decoder.weight.dtype == linear.weight.dtype
+    return at_once, linear.weight.dtype
+
+
+@pytest.mark.parametrize("options, dtype", [
+    (dict(), "float32"), (dict(fast=True), "bfloat16"), (dict(device="cuda"), "float16"),
+    (dict(fast=True, millions=50), "float32"), (dict(device="cuda", millions=50), "float32"),
+    (dict(device="mps"), "float32"), (dict(precision="bfloat16"), "bfloat16"),
+    (dict(device="cuda", precision="float32"), "float32")])
+def test_half_precision_is_for_large_models_where_it_is_fast_unless_asked_for(options, dtype):
+    assert prepared(**options)[1] == getattr(torch, dtype)
+
+
+@given(total=st.integers(0, 2 ** 38), depth=st.integers(1, 40), width=st.integers(1, 4000),
+       L=st.integers(1, 3000), half=st.booleans())
+def test_images_at_once_are_1_to_100_and_fit(total, depth, width, L, half):
+    sizes = dict(device="cuda", depth=depth, width=width, L=L,
+                 precision="float16" if half else "float32")
+    count = prepared(total=total, **sizes)[0]
+    each = 2 * 2 * depth * L * width * (2 if half else 4)  # keys and values, guided and not
+    assert type(count) is int and 1 <= count <= 100 and (count == 1 or count * each <= total)
+    assert prepared(total=2 * total, **sizes)[0] >= count

@@ -1,0 +1,117 @@
+"""Released weights: layouts, sizes, and the models that chapter 6 makes of them."""
+import json
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import BadInput, files, released
+
+m6, SCRIPT = import_module("06_sample_and_edit"), "06_sample_and_edit.py"
+SHAPES = json.loads((Path(__file__).parent / "golden" / "tiny_keys.json").read_text())
+
+
+def layout(name="plain"):
+    """Random state dicts in a released layout, and the scales they were made for."""
+    torch.manual_seed(0)
+    states = [{key: 0.1 * torch.randn(shape) for key, shape in SHAPES[name][part].items()}
+              for part in ("vae", "var")]
+    return (*states, tuple(SHAPES[name]["config"]["patch_nums"]))
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_released_layouts_load_bare_or_nested_ready_to_sample(name):
+    vae, var, scales = layout(name)
+    heads = SHAPES[name]["config"]["heads"]
+    bare = m6.load_released(dict(vae), dict(var), scales, heads)
+    nested = m6.load_released({"trainer": {"vae_local": dict(vae)}, "epoch": 3},
+                              {"trainer": {"var_wo_ddp": dict(var)}}, scales, heads)
+    for model in bare:
+        assert not any(m.training for m in model.modules())
+        everything = [*model.parameters(), *model.buffers()]
+        assert not any(x.is_meta or x.requires_grad for x in everything)
+    one, two = (m6.generate(*pair, torch.tensor([0, 1]), cfg=1.0,
+                            generator=torch.Generator().manual_seed(0)) for pair in (bare, nested))
+    assert one.isfinite().all() and torch.equal(one, two)
+
+
+def spoil(what):
+    vae, var, scales = layout()
+    if what == "swapped":
+        vae, var = var, vae
+    elif what == "missing entry":
+        del var["blocks.1.attn.proj.weight"]
+    elif what == "missing tokenizer entry":
+        del vae["decoder.conv_out.bias"]
+    elif what == "scales that do not fit":
+        scales = (1, 2, 3)
+    elif what == "scales unknown":
+        scales = None
+    elif what == "empty":
+        vae, var = {}, {}
+    elif what == "nested nonsense":
+        vae = {"trainer": 5}
+    elif what == "our own checkpoint":
+        vae, var = ({key: value for key, value in model.state_dict().items()}
+                    for model in m6.load_released(vae, var, scales))
+    else:
+        key, value = {"extra entry": ("blocks.0.attn.surprise", torch.zeros(3)),
+                      "wrong shape": ("blocks.1.attn.proj.weight", torch.zeros(3, 3)),
+                      "flat class table": ("class_emb.weight", torch.zeros(7)),
+                      "flat positions": ("pos_1LC", torch.zeros(30)), "no tensor": ("pos_1LC", "30"),
+                      "number for a name": (5, torch.zeros(1))}[what]
+        var[key] = value
+    return vae, var, scales
+
+
+@pytest.mark.parametrize("what", [
+    "swapped", "missing entry", "missing tokenizer entry", "extra entry", "wrong shape",
+    "flat class table", "flat positions", "no tensor", "number for a name", "empty",
+    "scales that do not fit", "scales unknown", "nested nonsense", "our own checkpoint"])
+def test_other_files_are_refused_in_one_line(what):
+    with pytest.raises(BadInput) as error:
+        m6.load_released(*spoil(what))
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def offered(monkeypatch, tmp_path):
+    """d16 and (shared modulation) d36, tiny, where downloads would lie. -> options that load one"""
+    scales = layout()[2]
+    monkeypatch.setitem(released.SCALES, sum(side * side for side in scales), scales)
+    monkeypatch.setattr(files, "DOWNLOADS", tmp_path / "downloads")
+    (tmp_path / "downloads").mkdir()
+    for name, (which, part) in {"vae_ch160v4096z32": ("plain", 0), "var_d16": ("plain", 1),
+                                "var_d36": ("shared_adaln", 1)}.items():
+        torch.save(layout(which)[part], tmp_path / "downloads" / f"{name}.pth")
+    return lambda name: ("--released", name, "--device", "cpu", "--out", tmp_path / "made")
+
+
+@pytest.mark.parametrize("name", ["d16", "d36"])
+@pytest.mark.parametrize("precision", ["auto", "float16", "bfloat16"])
+def test_a_released_model_samples_in_the_precision_asked_for(cli, offered, monkeypatch, name,
+                                                             precision):
+    seen, draw = [], m6.generate
+    monkeypatch.setattr(m6, "generate", lambda *models, **how: seen.append(models) or
+                        draw(*models, **how))
+    result = cli(SCRIPT, *offered(name), "--export-npz", "a.npz", "--n", 2, "--classes", "class 3",
+                 "--precision", precision)
+    assert result.status == 0, result.err
+    (tokenizer, var, _), = seen
+    wanted = torch.float32 if precision == "auto" else getattr(torch, precision)
+    layers = [x for x in var.modules() if isinstance(x, torch.nn.Linear)]
+    assert {x.weight.dtype for x in layers} == {wanted} and len(layers) > 5
+    for name, x in tokenizer.named_parameters():           # what encodes stays exact
+        decodes = name.startswith(("decoder", "post_quant_conv"))
+        assert x.dtype == (wanted if decodes else torch.float32), name
+    with np.load("a.npz") as file:
+        assert file["arr_0"].shape == (2, 64, 64, 3) and np.ptp(file["arr_0"]) > 20
+
+
+@pytest.mark.parametrize("options", [
+    "--task density", "--task evaluate", "--classes 99", "--classes goldfish",
+    "--tokenizer-file none.pth", "--var-file downloads/vae_ch160v4096z32.pth"])
+def test_what_a_released_model_cannot_do_is_one_line(offered, refused, options):
+    refused(SCRIPT, *offered("d16"), *options.split())
