@@ -380,7 +380,7 @@ def open_tokenizer(path, scales):
     if {"config", "tokenizer"} & state.keys():
         return load_tokenizer(path)[0]
     sizes, weights = released.read_tokenizer(state, scales)
-    with released.other_layouts_refused(), torch.device("meta"):    # no time for random weights
+    with released.other_layouts_refused(), released.weights_to_come():
         tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
     return released.fill(tokenizer, weights)
 

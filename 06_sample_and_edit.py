@@ -300,7 +300,7 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
     models without query/key normalisation. Raises BadInput for anything in another layout."""
     sizes, weights = released.read_transformer(var_state, scales, heads)
     tokenizer_sizes, tokenizer_weights = released.read_tokenizer(tokenizer_state, sizes["scales"])
-    with released.other_layouts_refused(), torch.device("meta"):    # no time for random weights
+    with released.other_layouts_refused(), released.weights_to_come():
         tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**tokenizer_sizes))
         var = transformer.VAR(transformer.VARConfig(**sizes))
     return released.fill(tokenizer, tokenizer_weights), released.fill(var, weights)

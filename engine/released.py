@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from engine import BadInput, files
 from engine.checkpoints import load_checkpoint
@@ -161,16 +163,27 @@ def other_layouts_refused():
         raise BadInput(f"not in the released layout: {reason}") from None
 
 
+@contextlib.contextmanager
+def weights_to_come():
+    """A model built in this context has its buffers, but no memory and no random values for its
+    parameters: fill() gives it the ones that were loaded."""
+    hook = register_module_parameter_registration_hook(
+        lambda module, name, value: nn.Parameter(value.to("meta"), value.requires_grad))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def fill(model, state):
-    """Give a model that was built on the meta device, without memory, its weights. Every name must
-    be known and none missing, except what training alone uses. -> the model, in eval mode"""
+    """Give a model its weights. Every name must be known and none missing, except what training
+    alone uses. -> the model, in eval mode"""
     own = model.state_dict()
     unused = {"quantizer.hits", "quantizer.sums", "quantizer.initialised"} & set(own)
     with other_layouts_refused():
         if wrong := (set(own) - unused) ^ set(state):
             raise KeyError(f"entries missing or unknown: {sorted(map(str, wrong))[:3]}")
-        zeros = {name: torch.zeros_like(own[name], device="cpu") for name in unused}
-        model.load_state_dict({**state, **zeros}, assign=True)
+        model.load_state_dict({**state, **{name: own[name] for name in unused}}, assign=True)
     return model.eval().requires_grad_(False)
 
 

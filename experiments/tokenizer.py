@@ -30,7 +30,6 @@ from engine.run_folder import RunFolder  # noqa: E402
 from engine.stop import StopSignal  # noqa: E402
 from report import health, judge, plots  # noqa: E402
 from data.batches import rows_of, sample_of, to_float  # noqa: E402
-from data.registry import dataset_named  # noqa: E402
 
 vq, training = import_module("01_vq"), import_module("05_train")
 
@@ -90,8 +89,7 @@ ABLATION = list(ROWS)[:7]
 def frechet(tokenizer, images, labels, held_out, dataset, count):
     """Frechet distance of reconstructions, and of the same held-out pictures themselves, from as
     many pictures to train on."""
-    network = judge.judge_of(dataset, images, labels, len(np.unique(labels)),
-                             dataset_named(dataset).judge_steps)
+    network = judge.judge_of(dataset, images, labels, len(np.unique(labels)))
     known = judge.extract(network, judge.batches_of(images, rows_of(len(images), count)))[0]
     rows = rows_of(len(held_out), count)
     truth = judge.extract(network, judge.batches_of(held_out, rows))[0]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.batches import image_fingerprint, per_pass, picture_batches, rows_of, to_float
+from data.registry import dataset_named
 from engine import BadInput
 from engine.checkpoints import save_atomically
 from engine.devices import loading_workers
@@ -50,10 +51,11 @@ class Judge(nn.Module):
 
 # -- Training --------------------------------------------------------------------------------------
 
-def judge_of(dataset, images, labels, num_classes, steps, device="cpu"):
+def judge_of(dataset, images, labels, num_classes, device="cpu"):
     """The judge of a data set, kept in out/: trained when it is first asked for."""
     path = Path("out") / f"judge_{Path(dataset).name}_{image_fingerprint(images)}.pt"
-    return load_or_train(path, images, labels, num_classes, steps=steps, seed=0, device=device)
+    return load_or_train(path, images, labels, num_classes, seed=0, device=device,
+                         steps=dataset_named(dataset).judge_steps)
 
 
 @torch.random.fork_rng(devices=[])       # the caller's random numbers stay as they are
