@@ -65,36 +65,47 @@ def lay_out(model, device, precision="float32"):
 
 
 def prepare_to_sample(tokenizer, var, device, precision="auto"):
-    """Move both models to the device, large ones in half precision where that is fast: the linear
-    layers of the transformer and the decoder. What encodes images stays exact.
-    -> how many images fit into memory at once; it depends on the machine alone, so that a seed
-    repeats its images"""
+    """Move both models to the device; the linear layers of the transformer and the decoder compute
+    in sampling_precision(), what encodes images stays exact. -> how many images fit into memory"""
     lay_out(tokenizer, device)
     if var is None:                                        # only reconstructions are wanted
         return 100
     sizes = [sum(p.numel() for p in model.parameters()) for model in (tokenizer, var)]
-    dtype = torch.float32
-    if precision != "auto":
-        dtype = getattr(torch, precision)
-    elif sizes[1] > 1e8 and device.type == "cuda":
-        dtype = torch.float16
-    elif sizes[1] > 1e8 and fast_bfloat16(device):
-        dtype = torch.bfloat16
+    dtype = sampling_precision(precision, device, sizes[1])
     linear = [layer for layer in var.to(device).modules() if isinstance(layer, torch.nn.Linear)]
     for layer in (*linear, tokenizer.decoder, tokenizer.post_quant_conv):
         layer.to(dtype)
     if dtype != torch.float32:
         for method in ("conditioning", "forward", "step"):
             setattr(var, method, torch.autocast(device.type, dtype)(getattr(var, method)))
-    c, v, room = tokenizer.config, var.config, 1e9
-    if device.type == "cuda":
-        room = 0.3 * torch.cuda.get_device_properties(device).total_memory
     # Keys and values for both halves of guidance, and a few of the decoder's widest maps.
-    each = 4 * v.depth * var.L * v.width * dtype.itemsize + 24 * c.channels * c.image_size ** 2
-    at_once = int(min(max(1, room // each), 100))
+    c, v = tokenizer.config, var.config
+    at_once = images_that_fit(device, 4 * v.depth * var.L * v.width * dtype.itemsize
+                              + 24 * c.channels * c.image_size ** 2)
     print(f"tokenizer {sizes[0] / 1e6:.1f} M, transformer {sizes[1] / 1e6:.1f} M parameters, "
           f"{(4 * sizes[0] + dtype.itemsize * sizes[1]) / 1e6:,.0f} MB; {at_once} images at once")
     return at_once
+
+
+def sampling_precision(asked, device, parameters):
+    """What --precision auto means in chapter 6: float32, but half precision for models above 100 M
+    parameters where that is fast. -> torch.dtype"""
+    if asked != "auto":
+        return getattr(torch, asked)
+    if parameters < 1e8:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+
+
+def images_that_fit(device, each):
+    """How many images of `each` bytes to work on at once, 1 to 100. It depends on the machine, not
+    on what is free just now, so that a seed repeats its images."""
+    room = 1e9
+    if device.type == "cuda":
+        room = 0.3 * torch.cuda.get_device_properties(device).total_memory
+    return int(min(max(1, room // each), 100))
 
 
 def choose_precision(processes, before=None):

@@ -169,42 +169,23 @@ def test_read_gives_an_upright_rgb_image_on_white(tmp_path):
 
 # -- How many at once, in which precision ----------------------------------------------------------
 
-def prepared(device="cpu", precision="auto", total=80e9, fast=False, **sizes):
-    """prepare_to_sample() of models that are sizes and almost nothing else.
-    -> how many images at once, precision of the transformer"""
-    sizes = {**dict(depth=16, width=1024, L=680, side=256, channels=160, millions=300), **sizes}
-    var, tokenizer, linear = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    var.conditioning = var.step = var.forward
-    var.L, var.config = sizes["L"], SimpleNamespace(**sizes)
-    var.unused = torch.nn.Parameter(torch.empty(sizes["millions"], 10 ** 6, device="meta"))
-    tokenizer.config = SimpleNamespace(channels=sizes["channels"], image_size=sizes["side"])
-    tokenizer.decoder, tokenizer.post_quant_conv = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    var.to = tokenizer.to = lambda device: SimpleNamespace(modules=lambda: [linear])
+@pytest.mark.parametrize("asked, device, millions, fast, dtype", [
+    ("auto", "cpu", 300, False, "float32"), ("auto", "cpu", 300, True, "bfloat16"),
+    ("auto", "cuda", 300, True, "float16"), ("auto", "cpu", 50, True, "float32"),
+    ("auto", "cuda", 50, True, "float32"), ("bfloat16", "cpu", 300, False, "bfloat16"),
+    ("float32", "cuda", 300, True, "float32")])
+def test_half_precision_is_for_large_models_where_it_is_fast_unless_asked_for(
+        monkeypatch, asked, device, millions, fast, dtype):
+    monkeypatch.setattr(devices, "fast_bfloat16", lambda device: fast)
+    found = devices.sampling_precision(asked, torch.device(device), millions * 10 ** 6)
+    assert found == getattr(torch, dtype)
+
+
+@given(total=st.integers(0, 2 ** 38), each=st.integers(1, 2 ** 40))
+def test_images_at_once_are_1_to_100_and_fit(total, each):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "fast_bfloat16", lambda device: fast)
         patch.setattr(torch.cuda, "get_device_properties",
                       lambda device: SimpleNamespace(total_memory=total))
-        at_once = devices.prepare_to_sample(tokenizer, var, torch.device(device), precision)
-    assert tokenizer.weight.dtype == torch.float32, "what encodes stays exact"
-    assert tokenizer.decoder.weight.dtype == linear.weight.dtype
-    return at_once, linear.weight.dtype
-
-
-@pytest.mark.parametrize("options, dtype", [
-    (dict(), "float32"), (dict(fast=True), "bfloat16"), (dict(device="cuda"), "float16"),
-    (dict(fast=True, millions=50), "float32"), (dict(device="cuda", millions=50), "float32"),
-    (dict(device="mps"), "float32"), (dict(precision="bfloat16"), "bfloat16"),
-    (dict(device="cuda", precision="float32"), "float32")])
-def test_half_precision_is_for_large_models_where_it_is_fast_unless_asked_for(options, dtype):
-    assert prepared(**options)[1] == getattr(torch, dtype)
-
-
-@given(total=st.integers(0, 2 ** 38), depth=st.integers(1, 40), width=st.integers(1, 4000),
-       L=st.integers(1, 3000), half=st.booleans())
-def test_images_at_once_are_1_to_100_and_fit(total, depth, width, L, half):
-    sizes = dict(device="cuda", depth=depth, width=width, L=L,
-                 precision="float16" if half else "float32")
-    count = prepared(total=total, **sizes)[0]
-    each = 2 * 2 * depth * L * width * (2 if half else 4)  # keys and values, guided and not
+        count = devices.images_that_fit(torch.device("cuda"), each)
     assert type(count) is int and 1 <= count <= 100 and (count == 1 or count * each <= total)
-    assert prepared(total=2 * total, **sizes)[0] >= count
+    assert count == 100 or (count + 1) * each > 0.3 * total

@@ -31,24 +31,26 @@ def untrained(classes=3, size=16):
     return network
 
 
-class OnDemand:
-    """Images as a folder offers them. In a worker process their first pixel is white."""
-    mark, names = False, b""
+class Files:
+    """Images as a folder offers them. With `mark`, their first pixel is white in a worker."""
+    names = b""
 
-    def __init__(self, images):
-        self.images = images
-
-    def skipped(self):
-        return 0
+    def __init__(self, images, mark=False):
+        self.images, self.mark = images, mark
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        image = self.images[i].copy()
-        if self.mark and get_worker_info() is not None:
-            image[0, 0] = 255
-        return image
+        return self.images[i]
+
+    def crops(self, i, seeds):
+        crops = np.stack([self.images[i]] * len(seeds))
+        crops[:, 0, 0] = 255 if self.mark and get_worker_info() else crops[:, 0, 0]
+        return crops
+
+    def skipped(self):
+        return 0
 
 
 def test_frechet_distance_matches_the_closed_form():
@@ -140,8 +142,8 @@ def test_a_judge_is_the_same_from_memory_and_from_files_and_another_seed_replace
     path, lines, before = tmp_path / "judge.pt", [], torch.random.get_rng_state()
     one, two, other = [
         judge.load_or_train(path, data, labels, 10, steps=2, seed=seed, log=lines.append)
-        for data, seed in [(images, 0), (OnDemand(images), 0), (images, 1)]]
-    fresh = judge.train_judge(OnDemand(images), labels, 10, steps=2, seed=0, log=lines.append)
+        for data, seed in [(images, 0), (Files(images), 0), (images, 1)]]
+    fresh = judge.train_judge(Files(images), labels, 10, steps=2, seed=0, log=lines.append)
     assert torch.equal(before, torch.random.get_rng_state()), "the caller's random numbers"
     assert len(lines) == 3, "the second was read, not trained"
     for same in (two, fresh):
@@ -151,9 +153,7 @@ def test_a_judge_is_the_same_from_memory_and_from_files_and_another_seed_replace
 
 def test_workers_decode_image_files_and_memory_is_read_here():
     images = np.zeros((7, 16, 16, 3), np.uint8)
-    files = OnDemand(images)
-    files.mark = True
-    read = torch.cat(list(judge.batches_of(files, [5, 2, 3], size=2)))
+    read = torch.cat(list(judge.batches_of(Files(images, True), [5, 2, 3], size=2)))
     assert read.shape == (3, 16, 16, 3) and (read[:, 0, 0] == 255).all() and read.sum() == 9 * 255
     assert torch.cat(list(judge.batches_of(images, [5, 2, 3], size=2))).sum() == 0
 
