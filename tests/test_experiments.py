@@ -135,7 +135,8 @@ def test_the_cifar10_study_trains_asks_the_judge_and_prints_what_they_said(
     network = judge.Judge(3, 16).eval()
     network.body[-2].weight.data.mul_(300)                 # distances with digits before the point
     monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
-    monkeypatch.setattr(import_module("report.command_line"), "load_data",   # three held out are too few
+    # Three held-out images are too few.
+    monkeypatch.setattr(import_module("report.command_line"), "load_data",
                         lambda name, split, *how: real(name, "train", *how))
 
     def call(script, *options):
