@@ -70,7 +70,8 @@ def test_all_tasks_write_valid_pictures(drawn, tmp_path):
         "attention": (2, 4), "reconstruct": (4, 3), "inpaint": (5, 3), "outpaint": (2, 3),
         "edit": (5, 3)}
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {f"{n}.png" for n in expected} | {"coarse_to_fine.gif"}
+    assert {path.name for path in out.iterdir()} == {
+        "coarse_to_fine.gif", *(f"{name}.png" for name in expected)}
     for name, (rows, columns) in expected.items():
         with Image.open(out / f"{name}.png") as image:
             image.load()
@@ -87,7 +88,7 @@ def test_samples_are_those_of_the_classes_asked_for_in_batches_of_any_size(
     assert few.keys() == {"samples", "coarse_to_fine"} and few["samples"].columns == 16
     assert few["samples"].row_labels == ["bee", "ant"]
     monkeypatch.setattr(command_line.devices, "prepare_to_sample", lambda *_: 5)
-    found = drawn("--task", "sample", "--classes", "bee", "ant", "--n", 18, "--cfg", 2, "--top-k", 9)
+    found = drawn(*"--task sample --classes bee ant --n 18 --cfg 2 --top-k 9".split())
     assert found.keys() == {"samples_1_bee", "samples_0_ant", "coarse_to_fine"}
     generator, labels = seeded(), torch.tensor([1] * 18 + [0] * 18)
     wanted = torch.cat([painter(part, generator, cfg=2.0, top_k=9) for part in labels.split(5)])

@@ -60,7 +60,8 @@ def spoil(what):
         key, value = {"extra entry": ("blocks.0.attn.surprise", torch.zeros(3)),
                       "wrong shape": ("blocks.1.attn.proj.weight", torch.zeros(3, 3)),
                       "flat class table": ("class_emb.weight", torch.zeros(7)),
-                      "flat positions": ("pos_1LC", torch.zeros(30)), "no tensor": ("pos_1LC", "30"),
+                      "flat positions": ("pos_1LC", torch.zeros(30)),
+                      "no tensor": ("pos_1LC", "thirty"),
                       "number for a name": (5, torch.zeros(1))}[what]
         var[key] = value
     return vae, var, scales
