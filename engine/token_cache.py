@@ -1,11 +1,10 @@
-"""The token cache: the tokenizer is frozen in stage 2, so every picture is encoded only once.
+"""The token cache: in stage 2 the tokenizer is frozen, so every image is encoded only once.
 
     tokens_train.npy     (views, N, L) integers, memory-mapped: never loaded whole
-    tokens_train.json    whose tokens these are: data set, pictures, tokenizer
+    tokens_train.json    whose tokens these are: data set, images, tokenizer
 
-While it is being made the cache lies beside, under names that end in .tmp, its rows filled with
-ones (no code has all bits set): a run that was stopped half way finds the rows that are missing,
-and makes only those.
+While it is filled, the cache has names that end in .tmp. Rows that are still missing hold all ones,
+which no code does. So a run that was stopped half way finds them and makes only those.
 """
 import contextlib
 import json
@@ -24,8 +23,7 @@ from engine.progress import clock
 
 @torch.no_grad()
 def cache_tokens(settings, processes, folder, stop, tokenizer, pictures, split):
-    """Tokenize every view of every picture once. -> memory-mapped (views, N, L) uint16 (int32 for
-    V > 65,535). pictures: data.views.Views
+    """pictures: data.views.Views. -> memory-mapped (views, N, L) uint16 (int32 for V > 65,535)
 
     A cache that belongs to other data or another tokenizer is made again; one that was interrupted
     is finished. Raises OSError, leaving nothing behind, where the disk is full."""
@@ -42,14 +40,14 @@ def cache_tokens(settings, processes, folder, stop, tokenizer, pictures, split):
         processes.say(f"  tokens of {split}: {changed} changed since they were made; making them "
                       "again")
     ready = opened(half, half_note, header, shape, dtype) is not None
-    processes.barrier()                                    # nobody writes while others compare
+    processes.barrier()                      # nobody writes while others compare
     if processes.rank == 0:
         note.unlink(missing_ok=True)
-        if not ready:
+        if ready:
+            processes.say(f"  tokens of {split}: resuming where they were interrupted")
+        else:
             half_note.unlink(missing_ok=True)
             fill(half, half_note, header, shape, dtype)
-        else:
-            processes.say(f"  tokens of {split}: resuming where they were interrupted")
     processes.barrier()
     encode(settings, processes, stop, tokenizer, pictures, half, split)
     processes.barrier()
@@ -61,9 +59,10 @@ def cache_tokens(settings, processes, folder, stop, tokenizer, pictures, split):
 
 
 def encode(settings, processes, stop, tokenizer, pictures, path, split):
-    """Fill the rows of this process that are not yet filled, with a line every 5 seconds. Written
-    as ranges of bytes, not through the memory map: machines that share a folder over a network
-    would overwrite each other's neighbouring rows, page by page."""
+    """Fill those rows of this process that are still missing.
+
+    They are written as ranges of bytes, not through the memory map: machines that share a folder
+    over a network would overwrite each other's neighbouring rows, page by page."""
     cache = np.load(path, mmap_mode="r")
     n, missing = len(pictures), np.array(-1).astype(cache.dtype)
     mine = np.array_split(np.arange(n), processes.world)[processes.rank]
@@ -75,24 +74,24 @@ def encode(settings, processes, stop, tokenizer, pictures, path, split):
                               partial(to_device, device=processes.device))
     begin = said = time.time()
     with open(path, "r+b") as file:
-        for done, ((view, rows), image) in enumerate(zip(steps, images)):
+        for done, ((view, rows), image) in enumerate(zip(steps, images), 1):
             with autocast(processes.device, settings.precision):
-                found = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
+                tokens = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
             file.seek(cache.offset + (view * n + rows[0]) * cache[0, 0].nbytes)
-            file.write(found.astype(cache.dtype).tobytes())
+            file.write(tokens.astype(cache.dtype).tobytes())
             file.flush()
             if stop.asked():
-                stop.leave(f"at {100 * (done + 1) // len(steps)}% of the tokens")
+                stop.leave(f"at {100 * done // len(steps)}% of the tokens")
             if time.time() - said > 5:
                 said = time.time()
-                eta = clock((said - begin) / (done + 1) * (len(steps) - done - 1))
-                processes.say(f"  tokens of {split}: {100 * (done + 1) // len(steps)}% | eta {eta}")
+                eta = clock((said - begin) / done * (len(steps) - done))
+                processes.say(f"  tokens of {split}: {100 * done // len(steps)}% | eta {eta}")
         os.fsync(file.fileno())
 
 
 def opened(path, note, header, shape, dtype):
-    """The array in `path` if its note says it is the one we want, else None."""
-    with contextlib.suppress(Exception):     # missing, half a file; damaged ones raise anything
+    """The array in `path` if its note says that it is the one we want, else None."""
+    with contextlib.suppress(Exception):     # missing or half a file; damaged ones raise anything
         if json.loads(note.read_text()) == header:
             cache = np.load(path, mmap_mode="r")
             return cache if (cache.shape, cache.dtype) == (shape, dtype) else None
@@ -107,13 +106,13 @@ def differences(note, header):
 
 
 def fill(path, note, header, shape, dtype):
-    """A .npy file of this size, all bits set, and its note. Every byte is written now: a memory map
-    that meets a full disk later would kill the process without a word."""
+    """A .npy file of this shape, all bits set, and its note. Every byte is written now: a memory
+    map that meets a full disk later would kill the process without a word."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     try:
         with open(path, "wb") as file:
             np.lib.format.write_array_header_1_0(file, dict(
                 descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape))
-            size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             for start in range(0, size, 2 ** 24):
                 file.write(b"\xff" * min(2 ** 24, size - start))
         note.write_text(json.dumps(header))
@@ -121,6 +120,5 @@ def fill(path, note, header, shape, dtype):
         for half in (path, note):
             with contextlib.suppress(OSError):
                 os.remove(half)
-        needed = np.prod(shape, dtype=np.float64) * dtype.itemsize / 2 ** 20
-        raise OSError(f"cannot write the token cache {path}, {needed:.1f} MB: "
+        raise OSError(f"cannot write the token cache {path}, {size / 2 ** 20:.1f} MB: "
                       f"{error.strerror}") from None
