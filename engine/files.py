@@ -17,8 +17,8 @@ DOWNLOADS = Path(__file__).resolve().parents[1] / "data" / "downloads"
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A file open for writing bytes. A reader of `path` sees the old bytes or all of the new ones,
-    never half. Raises OSError that names `path`: that of a full disk names no file."""
+    """A file open for writing bytes. A reader of `path` sees the old bytes or all of the new ones.
+    Raises OSError that names `path`: that of a full disk names no file."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -38,35 +38,25 @@ def write_atomically(text, path):
         file.write(text.encode())
 
 
-def lock(file, wait=False):
-    """Keep other processes from locking this open file until it is closed, or until this process
-    ends in whatever way. -> False if another one has it and we do not wait"""
-    with contextlib.suppress(ImportError, OSError):     # Windows, a file system without locks
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-    return True
-
-
 def download(url, path, sha256=""):
     """Fetch url -> path, with progress. `path` appears only when it is whole and has this sha256,
     or the one that the server tells. An interrupted download leaves path.part, from which the next
     one goes on. Of several processes one downloads and the others wait. Raises BadInput."""
-    part, own = Path(f"{path}.part"), Path(f"{path}.lock")
+    part, lock = Path(f"{path}.part"), Path(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(own, "w") as file:
-            lock(file, wait=True)
+        with open(lock, "w") as file:
+            with contextlib.suppress(ImportError, OSError):     # Windows; some network disks
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX)        # gone when the process ends, however
             if not path.exists():               # another process may have fetched it meanwhile
                 told = receive(url, part)
                 if reason := damage(part, sha256 or told):
                     part.unlink()
                     raise OSError(f"{reason}; it was removed")
                 os.replace(part, path)
-        own.unlink(missing_ok=True)
-    except (OSError, http.client.HTTPException) as error:     # URLError is an OSError
+        lock.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
         raise BadInput(f"could not download {url} ({error or type(error).__name__}): the same "
                        f"command goes on from there, or put the file at {path}") from None
 
@@ -113,8 +103,8 @@ def receive(url, part):
 
 
 def damage(path, sha256=""):
-    """What is wrong with a file, as text, or "". A checkpoint is a zip file, whose own checksums
-    torch does not look at: they are checked where no sha256 is known."""
+    """What is wrong with a file, as text, or "". A checkpoint is a zip file with checksums of its
+    own, which torch ignores: they are checked where no sha256 is known."""
     if sha256:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
