@@ -1,4 +1,4 @@
-"""Chapter 5: train. Pictures -> tokenizer -> cached tokens -> transformer; one CPU to many GPUs.
+"""Chapter 5: train. Images -> tokenizer -> cached tokens -> transformer; one CPU to many GPUs.
 
     data --(stage 1)--> tokenizer --(once)--> token cache --(stage 2)--> transformer
              tokenizer.pt            tokens_train.npy          transformer.pt      in out/NAME/
@@ -6,19 +6,21 @@
     python 05_train.py                                   built-in shapes on a CPU, minutes
     python 05_train.py --dataset cifar10                 one GPU; downloads and verifies the data
     python 05_train.py --dataset imagenet --data-dir /path/to/imagenet --gpus 8 --depth 16
-    python 05_train.py --dataset /path/to/folder         class folders of your own pictures
+    python 05_train.py --dataset /path/to/folder         class folders of your own images
+    python 05_train.py --dataset /path/to/folder --stage transformer \\
+        --tokenizer-file vae_ch160v4096z32.pth           stage 2 on the released tokenizer
 
-The same command again goes on where it stopped; --fresh starts over. All settings: --help.
+The same command again resumes where the run stopped; --fresh starts over. All options: --help.
+Read `train_step`, `TokenizerStage.loss` and `TransformerStage.per_token` first.
 
 Shapes: image (B, 3, H, W) in [-1, 1]; token cache (views, N, L) integers; logits (B, L, V).
 
 Sources: VAR (Tian et al. 2024), section 4 and the released training code for the ImageNet recipe;
-Muon (Jordan et al. 2024) for small models. Every random decision of step s is drawn from (seed,
-stage, s, process): nothing about randomness has to be saved to go on bit for bit.
+Muon (Jordan et al. 2024) for small models. All randomness of step s is drawn from (seed, stage, s,
+process), so a run resumes bit for bit although no random state is saved.
 
-Differs from the original VAR code: stage 1 exists, its losses are those of VQGAN
-(engine/perceptual.py), its health is measured scale by scale (report/health.py);
-tokens are computed once, not every step.
+Differs from the original VAR code: stage 1 exists, with the losses of VQGAN (engine/perceptual.py)
+and a health check of every scale (report/health.py); images are tokenized once, not in every step.
 """
 import functools
 import math
@@ -63,12 +65,12 @@ transformer = import_module("04_var_transformer")
 
 # -- Settings --------------------------------------------------------------------------------------
 
-# Sizes of the models that are options of the command line; --set reaches the others.
+# The sizes of the models that have an option; --set reaches the others.
 TOKENIZER_OPTIONS = {"image_size": "side of the square images, in pixels",
                      "vocab_size": "codes of the tokenizer",
                      "quantizer": "vq (learned codes) or lfq (signs)"}
 TRANSFORMER_OPTIONS = {"depth": "blocks of the transformer; for imagenet it sets all else"}
-# From the side of an image to the side of its last token map, and the maps before it.
+# Side of the images -> how the tokenizer makes them small, and the sides of its token maps.
 LAYOUTS = {
     32: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),
     64: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1, 2)),
@@ -76,14 +78,15 @@ LAYOUTS = {
     256: dict(unshuffle=4, scales=released.SCALES[680], multipliers=(1, 2, 2)),
     512: dict(unshuffle=4, scales=released.SCALES[2240], multipliers=(1, 2, 2)),
 }
-# The released tokenizer folds 16x16 pixels into a token at every size.
+# The released tokenizer makes a token of 16x16 pixels at every image size.
 RELEASED_LAYOUTS = {64: dict(scales=(1, 2, 3, 4)), 128: dict(scales=(1, 2, 3, 4, 6, 8)),
                     256: dict(scales=released.SCALES[680]), 512: dict(scales=released.SCALES[2240])}
-# A preset may have layouts of its own, and a recipe: depth of the transformer -> more settings.
+# What a data set changes in the defaults. A preset may have layouts of its own, and a recipe: a
+# function that gives more settings for a depth of the transformer.
 PRESETS = {
     "shapes": dict(image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
-    # Ten minutes planned on one H100: 64 epochs of stage 1; stage 2 sees each of 800,000 views ten
-    # times. What was measured, and what is a guess: README, "CIFAR-10 on one GPU".
+    # Planned for ten minutes on one H100: 64 epochs of stage 1, and ten of stage 2 over 16 views of
+    # every image.
     "cifar10": dict(image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
                     adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
                     width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
@@ -113,7 +116,7 @@ def read_settings(argv=None):
     typed = vars(parser.parse_args(argv))
     typed.update(typed.pop("set"))
     if "num_classes" in typed:
-        raise BadInput("num_classes is what the data say")
+        raise BadInput("num_classes is known from the data and cannot be set")
     name = typed.get("dataset", "shapes")
     preset = PRESETS.get(name, PRESETS["folder"])
     if typed.get("tokenizer_file"):                        # the released one, unless it is ours
@@ -278,7 +281,7 @@ class TokenizerStage:
 
     @functools.cached_property
     def perceptual(self):
-        """LPIPS, loaded at the first step: to read a finished tokenizer nobody needs it."""
+        """LPIPS, loaded at the first step. A finished tokenizer does not need it."""
         weights = self.settings.vgg_file, self.settings.lpips_file
         return perceptual.load_perceptual(*weights).to(self.processes.device)
 
@@ -307,12 +310,12 @@ class TokenizerStage:
         return loss, (losses["reconstruction"].detach(), tokens)
 
     def criticise(self, image, rebuilt, picture):
-        """The critic learns from this batch (its optimizer steps with the others).
-        -> what the tokenizer adds to its loss to please the critic, as heavy as `picture`"""
+        """Gives the critic its gradient; its optimizer steps together with the others.
+        -> the loss () that makes the tokenizer please the critic, weighed to equal `picture`"""
         with self.autocast():
             scores = self.critic(torch.cat([image, rebuilt.detach()]))
         (perceptual.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
-        critic = self.parts["critic"].requires_grad_(False)      # the next pass teaches it nothing
+        critic = self.parts["critic"].requires_grad_(False)      # the next pass must not teach it
         with self.autocast():
             displeased = -critic(rebuilt).float().mean()
         critic.requires_grad_(True)
@@ -335,7 +338,7 @@ class TokenizerStage:
         images = (to_float(part.to(self.processes.device)) for part in
                   self.held_out.split(per_pass(self.held_out.shape[1])))
         numbers = health.examine(self.model, images, self.autocast)
-        stride = max(1, len(self.held_out) // 10)             # test sets come sorted by class
+        stride = max(1, len(self.held_out) // 10)             # test sets are sorted by class
         if self.processes.rank == 0:
             health.save_picture(self.folder.path / "reconstructions.png", self.model,
                                 to_float(self.held_out[::stride][:10].to(self.processes.device)))
@@ -360,7 +363,7 @@ def load_transformer(path, device="cpu"):
 
 
 def build(path, part, config_class, model_class, device):
-    state = load_checkpoint(path)                          # the optimizer's part stays on the CPU
+    state = load_checkpoint(path)
     state = state.get(part, state)                         # a shipped file holds both models
     for part_of_training in ("optimizers", "critic"):
         state.pop(part_of_training, None)
@@ -374,8 +377,8 @@ def build(path, part, config_class, model_class, device):
 
 
 def open_tokenizer(path, scales):
-    """--tokenizer-file: a tokenizer trained here, or one in the released layout, whose token maps
-    are to have the sides `scales`. -> frozen MultiScaleVQVAE in eval mode"""
+    """A tokenizer trained here, or one in the released layout, which does not tell its `scales`.
+    -> frozen MultiScaleVQVAE in eval mode"""
     state = load_checkpoint(path)
     if {"config", "tokenizer"} & state.keys():
         return load_tokenizer(path)[0]
@@ -386,8 +389,8 @@ def open_tokenizer(path, scales):
 
 
 def tokenizer_of_stage_2(settings, path, scales):
-    """The tokenizer in `path`, the run's, or that of --tokenizer-file. -> MultiScaleVQVAE
-    Raises BadInput if there is none, or another one than the run began with."""
+    """The run's own tokenizer in `path`, or that of --tokenizer-file. -> MultiScaleVQVAE
+    Raises BadInput if there is none, or if it is not the one that the run began with."""
     if not settings.tokenizer_file and not path.exists():
         raise BadInput(f"no tokenizer in {path.parent}: train it first, with --stage tokenizer, or "
                        "give --tokenizer-file")
@@ -510,7 +513,7 @@ def relaunch(settings):
 
 
 def var_sizes(var_fields, config, num_classes):
-    """What the transformer has from its tokenizer and from the data, and what was asked for."""
+    """-> VARConfig: some sizes follow from the tokenizer and from the data."""
     return transformer.VARConfig(**{**var_fields, "num_classes": num_classes,
                                     "scales": config.scales, "vocab_size": config.vocab_size,
                                     "latent_dim": config.latent_dim})
@@ -555,8 +558,8 @@ def train_all(settings, config, var_fields):
 
 
 def keep_tokenizer(settings, processes, folder, tokenizer, class_names):
-    """That of --tokenizer-file becomes the run's own: to resume or to sample, the file is no longer
-    needed."""
+    """Save the tokenizer of --tokenizer-file as the run's own. To resume the run or to sample from
+    it, the file is no longer needed."""
     processes.barrier()                                    # all have seen that it is not there yet
     if processes.rank == 0:
         save_atomically(dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(), step=0,
