@@ -1,17 +1,16 @@
 """The built-in data set: ten kinds of figure, each drawn from (seed, split, index) alone.
 
-Nothing is stored and nothing is downloaded. Picture i depends on no other picture, so asking for
-one or for forty thousand gives the same bytes. Only + - * / and square roots touch the numbers
-(all exact to the last bit by the IEEE standard), so every machine should draw the same bytes too.
+Nothing is stored or downloaded. Image i depends on no other image, so asking for one or for forty
+thousand gives the same bytes. Only + - * / and square roots touch the numbers, which IEEE rounds
+exactly, so every machine should draw the same bytes too.
 
-A figure is a few signed distances (negative inside, in units of the figure's radius). Distance
-times pixels per unit says how much of a pixel the figure covers, which gives smooth edges at
-every size: picture i at 256 pixels is picture i at 32 pixels, only sharper.
+A figure is a few signed distances: negative inside, in units of the figure's radius. A distance in
+pixels says how much of a pixel the figure covers. This gives smooth edges at every size: image i
+at 256 pixels is image i at 32 pixels, only sharper.
 
     coarse to see:  which figure, its colour, where it is, the background's soft ramp
-    fine to see:    edges, windows, eyes, the light falling from the upper left
+    fine to see:    edges, windows, eyes, the light from the upper left
 """
-
 import numpy as np
 
 from engine import BadInput
@@ -27,14 +26,16 @@ FIGURES = np.float32([
 BACKGROUNDS = np.float32([
     [206, 226, 244], [212, 236, 220], [248, 232, 206], [228, 220, 244], [248, 222, 222],
     [226, 228, 232]]) / 255
-INK, CREAM, WOOD = np.float32([[74, 56, 52], [255, 248, 232], [164, 122, 88]]) / 255
+# A layer is painted in a share of the figure's own colour plus a fixed colour.
+MAIN, DARK, PALE = (1, 0), (0.62, 0), (0.3, 0.7 * (np.float32([255, 248, 232]) / 255))
+INK, WOOD = (0, np.float32([74, 56, 52]) / 255), (0, np.float32([164, 122, 88]) / 255)
 
 
 def load(split, *, data_dir=None, size=32, count=None, seed=0):
-    """Return (images uint8 (N, size, size, 3), labels int64 (N,), class names) of one split.
+    """One split: (images uint8 (N, size, size, 3), labels int64 (N,), class names).
 
-    `data_dir` is taken and left unused, so that every data set is loaded by the same call.
-    Raises BadInput for an unknown split, a size outside 16..256 or a count below one.
+    `data_dir` is not used: every data set is loaded by the same call. Raises BadInput for an
+    unknown split, a size outside 16..256 or a count below one.
     """
     count = DEFAULT_COUNT.get(split, 1) if count is None else count  # draw() refuses the split
     if count < 1:
@@ -44,10 +45,8 @@ def load(split, *, data_dir=None, size=32, count=None, seed=0):
 
 
 def draw(indices, *, split="train", size=32, seed=0):
-    """Draw the pictures with these indices (any integers >= 0, in any order, repeats allowed).
-
-    Returns images uint8 (N, size, size, 3) and labels int64 (N,); the label is index % 10.
-    """
+    """The images with these indices (integers >= 0, in any order).
+    -> images uint8 (N, size, size, 3), labels int64 (N,): index % 10"""
     if split not in DEFAULT_COUNT:
         raise BadInput(f"shapes: split must be 'train' or 'test', not {split!r}")
     if not 16 <= size <= 256:
@@ -65,10 +64,8 @@ def draw(indices, *, split="train", size=32, seed=0):
 
 
 def _uniforms(indices, split, seed, fields=7):
-    """(N, fields) numbers in [0, 1), hashed from seed, split and index (splitmix64's mixer).
-
-    A generator object would have to be run from its start; a hash is read at any index.
-    """
+    """(N, fields) numbers in [0, 1), hashed from seed, split and index (splitmix64's mixer). A
+    generator object would have to be run from its start; a hash can be read at any index."""
     def mix(word):
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -88,7 +85,7 @@ def _render(figure, uniforms, size):
     hue, back, radius, left, up, turn, ramp = uniforms.T[:, :, None, None]
     main = FIGURES[(hue * len(FIGURES)).astype(np.int64)[:, 0, 0]]              # (N, 3)
     paper = BACKGROUNDS[(back * len(BACKGROUNDS)).astype(np.int64)[:, 0, 0]]    # (N, 3)
-    radius = 0.33 + 0.07 * radius                                       # of the picture's side
+    radius = 0.33 + 0.07 * radius                                       # of the image's side
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     x = (axis[None, None, :] - 0.10 * (left - 0.5)) / radius                    # (N, 1, size)
     y = (0.10 * (up - 0.5) - axis[None, :, None]) / radius                      # (N, size, 1)
@@ -101,31 +98,10 @@ def _render(figure, uniforms, size):
     planes = [paper[:, c, None, None] * shade + 0 * x for c in range(3)]
     for distance, paint in figure(cos * x - sin * y, sin * x + cos * y):
         cover = np.clip(0.5 - distance * (radius * size), 0, 1)
-        colour = paint(main)                                                    # (N, 3)
+        colour = paint[0] * main + paint[1]                                     # (N, 3)
         for c in range(3):
             planes[c] += cover * (colour[:, c, None, None] * light - planes[c])
     return (np.clip(np.stack(planes, -1), 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-# Paints: the figure's own colour (N, 3), or what goes with it.
-def _main(colour):
-    return colour
-
-
-def _dark(colour):
-    return 0.62 * colour
-
-
-def _pale(colour):
-    return 0.3 * colour + 0.7 * CREAM
-
-
-def _ink(colour):
-    return np.broadcast_to(INK, colour.shape)
-
-
-def _wood(colour):
-    return np.broadcast_to(WOOD, colour.shape)
 
 
 # Distances: arrays x, y (N, size, size), y upwards -> distance (N, size, size).
@@ -165,59 +141,59 @@ def _heart(x, y):
     foot = np.maximum(x + y, 0) / 2
     side = np.sqrt(np.minimum(x**2 + (y - 1)**2, (x - foot)**2 + (y - foot)**2))
     distance = np.where(x + y > 1, lobe, np.where(x > y, side, -side))
-    return [(1.7 * distance, _main)]
+    return [(1.7 * distance, MAIN)]
 
 
 def _star(x, y):
     return [(_polygon(x, y, (0, 1), (.26, .36), (.95, .31), (.43, -.14), (.59, -.81), (0, -.45),
-                      (-.59, -.81), (-.43, -.14), (-.95, .31), (-.26, .36), rounding=0.06), _main)]
+                      (-.59, -.81), (-.43, -.14), (-.95, .31), (-.26, .36), rounding=0.06), MAIN)]
 
 
 def _moon(x, y):
-    return [(np.maximum(_disc(x, y, 0, 0, 1), -_disc(x, y, 0.42, 0.18, 0.80)), _main)]
+    return [(np.maximum(_disc(x, y, 0, 0, 1), -_disc(x, y, 0.42, 0.18, 0.80)), MAIN)]
 
 
 def _ring(x, y):
-    return [(abs(_disc(x, y, 0, 0, 0.72)) - 0.26, _main)]
+    return [(abs(_disc(x, y, 0, 0, 0.72)) - 0.26, MAIN)]
 
 
 def _flower(x, y):
     petals = [(0, .6), (.57, .19), (.35, -.49), (-.35, -.49), (-.57, .19)]
-    return [(_union(*[_disc(x, y, x0, y0, 0.40) for x0, y0 in petals]), _main),
-            (_disc(x, y, 0, 0, 0.32), _pale)]
+    return [(_union(*[_disc(x, y, x0, y0, 0.40) for x0, y0 in petals]), MAIN),
+            (_disc(x, y, 0, 0, 0.32), PALE)]
 
 
 def _house(x, y):
-    return [(_box(x, y, 0, -0.42, 0.70, 0.50), _main),
-            (_polygon(x, y, (-.95, .06), (.95, .06), (0, .95), rounding=0.05), _dark),
-            (_box(x, y, 0.0, -0.56, 0.20, 0.36), _pale)]
+    return [(_box(x, y, 0, -0.42, 0.70, 0.50), MAIN),
+            (_polygon(x, y, (-.95, .06), (.95, .06), (0, .95), rounding=0.05), DARK),
+            (_box(x, y, 0.0, -0.56, 0.20, 0.36), PALE)]
 
 
 def _tree(x, y):
     crown = [_polygon(x, y, (-w, low), (w, low), (0, top), rounding=0.05)
              for w, low, top in [(.78, -.58, .20), (.62, -.10, .62), (.44, .36, 1.0)]]
-    return [(_box(x, y, 0, -0.78, 0.15, 0.24), _wood), (_union(*crown), _main)]
+    return [(_box(x, y, 0, -0.78, 0.15, 0.24), WOOD), (_union(*crown), MAIN)]
 
 
 def _mushroom(x, y):
     cap = np.maximum(_disc(x, y, 0, -0.08, 1.0), -0.08 - y)
-    return [(_box(x, y, 0, -0.45, 0.24, 0.45) - 0.06, _wood), (cap, _main),
+    return [(_box(x, y, 0, -0.45, 0.24, 0.45) - 0.06, WOOD), (cap, MAIN),
             (_union(_disc(x, y, -.48, .26, .16), _disc(x, y, .06, .56, .18),
-                    _disc(x, y, .50, .18, .16)), _pale)]
+                    _disc(x, y, .50, .18, .16)), PALE)]
 
 
 def _fish(x, y):
     body = np.maximum(_disc(x, y, -0.18, -0.50, 1.02), _disc(x, y, -0.18, 0.50, 1.02))
     tail = _polygon(x, y, (.45, 0), (.98, .48), (.98, -.48), rounding=0.04)
-    return [(tail, _dark), (body, _main), (_disc(x, y, -0.58, 0.10, 0.17), _pale),
-            (_disc(x, y, -0.58, 0.10, 0.09), _ink)]
+    return [(tail, DARK), (body, MAIN), (_disc(x, y, -0.58, 0.10, 0.17), PALE),
+            (_disc(x, y, -0.58, 0.10, 0.09), INK)]
 
 
 def _boat(x, y):
-    return [(_box(x, y, 0, 0.15, 0.06, 0.78), _wood),
-            (_polygon(x, y, (.12, -.22), (.82, -.22), (.12, .90)), _main),
-            (_polygon(x, y, (-.12, -.22), (-.66, -.22), (-.12, .62)), _pale),
-            (_polygon(x, y, (-1, -.38), (1, -.38), (.62, -.86), (-.62, -.86)), _dark)]
+    return [(_box(x, y, 0, 0.15, 0.06, 0.78), WOOD),
+            (_polygon(x, y, (.12, -.22), (.82, -.22), (.12, .90)), MAIN),
+            (_polygon(x, y, (-.12, -.22), (-.66, -.22), (-.12, .62)), PALE),
+            (_polygon(x, y, (-1, -.38), (1, -.38), (.62, -.86), (-.62, -.86)), DARK)]
 
 
 FIGURE_LAYERS = [_heart, _star, _moon, _ring, _flower, _house, _tree, _mushroom, _fish, _boat]
