@@ -151,8 +151,8 @@ def test_a_stale_cache_is_made_again_and_one_line_tells_why(made, what, change, 
 
 @pytest.mark.parametrize("end", [".npy", ".json", ".npy.tmp", ".npy.json.tmp"])
 def test_a_damaged_file_of_the_cache_means_that_it_is_made_again(made, end):
-    for damage in (lambda old: b"", lambda old: old[:-9], lambda old: old.replace(b"(2,", b"(1,"),
-                   lambda old: b"PK\3\4" + old, lambda old: b"[1]"):
+    for damage in (lambda old: old[:-9], lambda old: old.replace(b"(2,", b"(1,"),
+                   lambda old: b"[1]"):
         interrupt(made) if end.endswith("tmp") else build(made)
         path = made.folder.path / f"tokens_train{end}"
         path.write_bytes(damage(old := path.read_bytes()))
@@ -213,40 +213,18 @@ def test_a_token_cache_of_imagenets_size_stays_on_the_disk(tmp_path):
     batches.epoch_order.cache_clear()
 
 
-def only_cache(tiny, run):
-    """A new run that has its tokenizer. -> command that makes its cache alone"""
-    run.mkdir()
-    shutil.copy(tiny.folder / "tokenizer.pt", run)
-    return ["05_train.py", *tiny.options, "--stage", "transformer", "--steps", 0, "--out", run]
-
-
-@pytest.mark.slow
-def test_a_process_killed_while_it_encodes_is_continued_bit_for_bit(cli, tiny, tmp_path):
-    run, whole, filled = tmp_path / "killed", tmp_path / "whole", 0
-    process = tiny.start(*(command := [*only_cache(tiny, run), "--views", 150]), cwd=tmp_path)
-    while filled < 3 and process.poll() is None:
-        time.sleep(0.005)
-        if (run / "tokens_train.npy.json.tmp").exists():
-            half = np.load(run / "tokens_train.npy.tmp", mmap_mode="r")
-            filled = (half != 65535).all((1, 2)).sum()
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    assert 0 < (half == 65535).any((1, 2)).sum() < 150
-    assert (result := cli(*command)).out.count("resuming where") == 1, result
-    assert cli(*only_cache(tiny, whole), "--views", 150).status == 0
-    for name in ("tokens_train.npy", "tokens_train.json", "tokens_test.npy"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes()
-
-
 @pytest.mark.slow
 def test_two_processes_write_the_cache_that_one_writes(tiny, tmp_path):
     """The one of the training set they only finish, the other is all theirs."""
-    command = only_cache(tiny, run := tmp_path / "two")
+    run = tmp_path / "two"
+    run.mkdir()
+    shutil.copy(tiny.folder / "tokenizer.pt", run)
     shutil.copy(tiny.folder / "tokens_train.json", run / "tokens_train.npy.json.tmp")
     half = shutil.copy(tiny.folder / "tokens_train.npy", run / "tokens_train.npy.tmp")
     cache = np.load(half, mmap_mode="r+")
     cache[0, 20:40] = cache[1] = 65535
-    process = tiny.start(*command, "--gpus", 2, cwd=tmp_path)
+    process = tiny.start("05_train.py", *tiny.options, "--stage", "transformer", "--steps", 0,
+                         "--out", run, "--gpus", 2, cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and out.count("resuming where") == 1, err
     for name in ("tokens_train.npy", "tokens_train.json", "tokens_test.npy", "tokens_test.json"):
