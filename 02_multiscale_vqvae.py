@@ -91,7 +91,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):
         dtype = self.weight.dtype if x.device.type in self.mixed else x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(dtype), self.bias.to(dtype),
                                 self.eps)
 
