@@ -1,6 +1,8 @@
 """From images to batches: which images in which order, decoded ahead by worker processes."""
+import atexit
 import functools
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -44,9 +46,22 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@functools.cache                                           # register it once
+def kill_workers_at_exit():
+    """A process that fails while images are being loaded would wait for its workers for ever:
+    Python ends them with SIGTERM, which they ignore."""
+    def kill():
+        if hasattr(signal, "SIGCHLD"):                     # torch would report it
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    atexit.register(kill)
+
+
 def crop_batches(images, batches, workers):
     """Each file is decoded once for all its crops. batches: lists of (image, seeds of its crops)
     -> uint8 tensors (B, crops, H, W, 3), in order"""
+    kill_workers_at_exit()
     yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
                           num_workers=min(workers, os.cpu_count() or 1),
                           worker_init_fn=ignore_signals)

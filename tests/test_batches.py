@@ -1,5 +1,10 @@
 """Batches: every image once an epoch, shuffled, decided by seed and step alone."""
+import subprocess
+import sys
+
 import numpy as np
+import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +40,20 @@ def test_the_held_out_sample_is_not_of_the_first_classes_alone():
     """Folders list their images class by class, so the first rows are of a few classes."""
     rows = batches.rows_of(5000, 2000)
     assert len(set(rows)) == 2000 and 2300 < rows.mean() < 2700 and rows.max() > 4900
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_while_images_are_being_loaded_does_not_wait_for_its_workers():
+    """They ignore the SIGTERM with which Python ends them; what it prints is its own error."""
+    code = """
+import numpy as np
+from data import batches
+class Files:
+    def crops(self, i, seeds):
+        return np.zeros((len(seeds), 8, 8, 3), np.uint8)
+loading = batches.crop_batches(Files(), [[(i, [0])] for i in range(100)], 2)
+next(loading)
+raise ValueError("a bug")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: a bug"
