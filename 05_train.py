@@ -49,6 +49,7 @@ from engine.checkpoints import (export, load_checkpoint, model_fingerprint, resu
 from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
                             move_small_arrays_to_gpu, peak_memory, pick_device, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
+from engine.loss_scale import LossScale
 from engine.optimizers import make_optimizers, parameter_groups, set_schedule
 from engine.options import OneLineParser, add_options, assignment, one_line
 from engine.processes import Processes, launch, sync_gradients
@@ -165,22 +166,24 @@ def train_step(stage, model, batch, progress):
     for i, part in enumerate(parts):
         with sync_gradients(model, now=i == len(parts) - 1):
             part_loss, part_metrics = stage.loss(model, part, progress)
-            (part_loss / len(parts)).backward()
+            stage.loss_scale.scale(part_loss / len(parts)).backward()
         loss = loss + part_loss.detach() / len(parts)
         metrics.append(part_metrics)
+    stage.loss_scale.unscale(stage.parts.values())
     # Only the model's gradient is clipped; that of a critic beside it must be finite, too.
     norms = [clip_gradients(module, stage.settings.clip if module is stage.model else torch.inf)
              for module in stage.parts.values()]
     skipped = stage.processes.any(~(loss + sum(norms)).isfinite())       # by all of them, or none
     stage.step_without_gradients(accepted=~skipped)
     step_unless(skipped, stage.optimizers)
+    stage.loss_scale.update(skipped)
     return StepResult(loss, norms[0], skipped, metrics)
 
 
 def train(stage, folder, stop, everything):
     """The loop of both stages, from the last checkpoint to the stage's last step.
 
-    A stage has settings, processes, a name, a model, optimizers, a number of steps, and
+    A stage has settings, processes, a name, a model, optimizers, a loss scale, steps, and
       batches(start)      what each step from `start` on works on: a tuple of tensors (B, ...)
       parts               its modules, by the name that the checkpoint gives their weights
       loss(model, batch, progress)   -> (loss (), what to keep for the log)
@@ -209,7 +212,7 @@ def train(stage, folder, stop, everything):
         set_schedule(stage.optimizers, progress, stage.final_lr, stage.final_decay)
         stage.model.train()
         results.append(train_step(stage, model, batch, progress))
-        if skipped.ten(step, results[-1].skipped):
+        if skipped.ten(step, results[-1].skipped & stage.loss_scale.is_lowest):
             raise BadInput(f"{stage.name}: no finite loss or gradient in ten steps, last at step "
                            f"{step - 1}; lower the learning rate and train the stage again: "
                            f"--stage {stage.name} --fresh ({path} is from before)")
@@ -263,7 +266,8 @@ class TokenizerStage:
         self.images, = move_small_arrays_to_gpu((train_images,), processes.device)
         self.held_out = sample_of(test_images, settings.held_out)
         self.model = lay_out(vqvae.MultiScaleVQVAE(config), processes.device, settings.precision)
-        self.parts = {"model": self.model}
+        self.loss_scale = LossScale(settings.precision).to(processes.device)
+        self.parts = {"model": self.model, "loss_scale": self.loss_scale}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
         if settings.adversarial:
             critic = perceptual.Discriminator(config.image_size).to(processes.device)
@@ -314,13 +318,14 @@ class TokenizerStage:
         -> the loss () that makes the tokenizer please the critic, weighed to equal `picture`"""
         with self.autocast():
             scores = self.critic(torch.cat([image, rebuilt.detach()]))
-        (perceptual.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
+        scale = self.loss_scale.scale
+        scale(perceptual.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
         critic = self.parts["critic"].requires_grad_(False)      # the next pass must not teach it
         with self.autocast():
             displeased = -critic(rebuilt).float().mean()
         critic.requires_grad_(True)
         last = self.model.decoder.conv_out.weight
-        return perceptual.adaptive_weight(picture, displeased, last) * displeased
+        return perceptual.adaptive_weight(scale(picture), scale(displeased), last) * displeased
 
     def step_without_gradients(self, accepted):
         self.model.quantizer.update(accepted)
@@ -365,7 +370,7 @@ def load_transformer(path, device="cpu"):
 def build(path, part, config_class, model_class, device):
     state = load_checkpoint(path)
     state = state.get(part, state)                         # a shipped file holds both models
-    for part_of_training in ("optimizers", "critic"):
+    for part_of_training in ("optimizers", "critic", "loss_scale"):
         state.pop(part_of_training, None)
     try:
         model = model_class(config_class(**state.pop("config")))
@@ -426,10 +431,11 @@ class TransformerStage:
             # block is small and stays float32: 7 bits would not do for the attention's factor.
             processes.shard(self.model, [layer for layer in self.model.blocks.modules()
                                          if isinstance(layer, torch.nn.Linear)],
-                            bfloat16=settings.precision == "bfloat16")
+                            settings.precision)
         else:
             self.model.to(processes.device)
-        self.parts = {"model": self.model}
+        self.loss_scale = LossScale(settings.precision).to(processes.device)
+        self.parts = {"model": self.model, "loss_scale": self.loss_scale}
         self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           sampling={k: getattr(settings, k) for k in ("cfg", "top_k", "top_p")},

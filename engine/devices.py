@@ -109,11 +109,15 @@ def images_that_fit(device, each):
 
 
 def choose_precision(processes, before=None):
-    """What --precision auto means: what the run used before, else bfloat16 where it is fast. One
-    answer for all processes."""
-    known = "float32", "bfloat16"
+    """What --precision auto means: what the run used before, else what is fast here. One answer for
+    all processes."""
+    known = "float32", "bfloat16", "float16"
     if before not in known:
-        before = known[fast_bfloat16(processes.device)]
+        before = known[1] if fast_bfloat16(processes.device) else known[0]
+        # Since 2017 (V100, T4) NVIDIA's GPUs multiply float16 several times faster than float32.
+        if before == "float32" and processes.device.type == "cuda" and (
+                torch.cuda.get_device_capability(processes.device) >= (7, 0)):
+            before = "float16"
     return known[processes.of_first(known.index(before))]
 
 

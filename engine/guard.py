@@ -4,7 +4,7 @@ import torch
 
 def clip_gradients(module, limit):
     """Scale the gradient down to the norm `limit`, if it is larger. -> its norm before, ()"""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(list(module.parameters()), limit)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm        # sharded: the whole
 
 

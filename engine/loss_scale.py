@@ -9,21 +9,23 @@ class LossScale(torch.nn.Module):
 
     The rule and the numbers are those of torch.amp.GradScaler in the original code. Ours takes the
     verdict of all processes and optimizers together, is saved with the other modules of a stage,
-    and never falls below 1. In other precisions the factor is 1 and nothing is multiplied."""
+    and never falls below 1. In other precisions nothing is multiplied and nothing is saved."""
 
     def __init__(self, precision, interval=1000):
         super().__init__()
         self.needed, self.interval = precision == "float16", interval
-        self.register_buffer("factor", torch.tensor(2.0 ** 11 if self.needed else 1.0))
-        self.register_buffer("good_steps", torch.zeros((), dtype=torch.int64))
+        if self.needed:
+            self.register_buffer("factor", torch.tensor(2.0 ** 11))
+            self.register_buffer("good_steps", torch.tensor(0))
 
     def scale(self, loss):
         return loss * self.factor if self.needed else loss
 
     @torch.no_grad()
-    def unscale(self, parameters):
-        """Divide the gradients of these parameters."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
+    def unscale(self, modules):
+        """Divide the gradients of all parameters of these modules."""
+        gradients = [p.grad for module in modules for p in module.parameters()
+                     if p.grad is not None]
         if self.needed and gradients:
             torch._foreach_mul_(gradients, 1 / self.factor)
 
@@ -37,5 +39,5 @@ class LossScale(torch.nn.Module):
 
     @property
     def is_lowest(self):
-        """Can the factor not fall any more? () bool tensor"""
-        return self.factor <= 1
+        """Is it of no use to try a smaller factor? bool, () tensor in float16"""
+        return self.factor <= 1 if self.needed else True

@@ -31,6 +31,7 @@ class Processes:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cudnn.benchmark = True              # sizes repeat: find their best kernels
         self.makes_group = self.world > 1 and not dist.is_initialized()
         if self.makes_group:
             cuda = self.device.type == "cuda"
@@ -105,17 +106,17 @@ class Processes:
                                             gradient_as_bucket_view=True)
         return model
 
-    def shard(self, model, modules, bfloat16):
+    def shard(self, model, modules, precision):
         """Spread the model's weights: each process keeps a share, and each of `modules` is put
         together when it is needed and forgotten again (ZeRO 3, FSDP).
-        bfloat16: compute in it; gradients are averaged in float32 all the same"""
+        precision: of their products; gradients are averaged in float32 all the same"""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # Nobody changes what a module returns in place, which is what torch warns of.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh, policy = init_device_mesh(self.device.type, (self.world,)), MixedPrecisionPolicy()
-        if bfloat16:                                       # or autocast would keep whole copies
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if precision != "float32":                         # or autocast would keep whole copies
+            policy = MixedPrecisionPolicy(getattr(torch, precision), torch.float32)
         for module in modules:
             fully_shard(module, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh)               # what is left: the residual stream's

@@ -50,8 +50,8 @@ class SharedSettings:
     """Settings that both stages depend on."""
     dataset: str = option("shapes", "shapes, cifar10, imagenet, or the path of a folder")
     seed: int = option(0, "same seed, same run", low=0)
-    precision: str = option("auto", "auto is bfloat16 where it is fast",
-                            choices=("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "auto is bfloat16 where it is fast, on older GPUs float16",
+                            choices=("auto", "float32", "bfloat16", "float16"))
     optimizer: str = option("muon", "of the block matrices; the rest is always adamw",
                             choices=("muon", "adamw"))
     muon_lr: float = 0.02                 # peak learning rate of muon

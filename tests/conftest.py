@@ -54,7 +54,7 @@ def stage_of(kind, learn="gradient", **settings):
     m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
     m5, processes = import_module("05_train"), Processes("cpu")
     torch.manual_seed(0)
-    settings = m5.Settings(**dict(precision="float32", **settings))
+    settings = m5.Settings(**{"precision": "float32", **settings})
     sizes = dict(scales=(1, 2, 4), vocab_size=16, latent_dim=4)
     config = m2.TokenizerConfig(**sizes, image_size=16, channels=8, groups=4, unshuffle=2,
                                 multipliers=(1, 2), learn=learn)

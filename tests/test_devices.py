@@ -8,9 +8,34 @@ import torch
 import torch.distributed as dist
 from conftest import stage_of
 
-from engine import checkpoints
+from engine import checkpoints, devices
+from engine.processes import Processes
 
 m5 = import_module("05_train")
+
+
+# -- Precision -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("device, capability, bfloat16, wanted", [
+    ("cuda", (8, 0), True, "bfloat16"), ("cuda", (7, 5), False, "float16"),
+    ("cuda", (7, 0), False, "float16"), ("cuda", (6, 1), False, "float32"),
+    ("cpu", None, True, "bfloat16"), ("cpu", None, False, "float32"),
+    ("mps", None, False, "float32")])
+def test_training_is_in_half_precision_where_the_device_multiplies_it_fast(
+        monkeypatch, device, capability, bfloat16, wanted):
+    monkeypatch.setattr(devices, "fast_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    processes = Processes("cpu")
+    processes.device = torch.device(device)
+    assert devices.choose_precision(processes) == wanted
+    assert [devices.choose_precision(processes, before) for before in (
+        "float32", "float16", "bfloat16", "int8")] == ["float32", "float16", "bfloat16", wanted]
+
+
+def test_convolutions_of_a_gpu_are_exact_in_float32_and_find_their_fastest_kernel():
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = True, False
+    Processes("cpu")
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
 
 
 # -- torch.compile ---------------------------------------------------------------------------------
@@ -58,10 +83,12 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_sharded_weights_are_multiplied_in_bfloat16_but_the_attentions_factor_is_not(alone):
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_sharded_weights_are_multiplied_in_half_precision_but_the_attentions_factor_is_not(
+        alone, precision):
     """bfloat16 has 7 bits after the first: the factor would be off by up to 0.4 %."""
     stage = stage_of("transformer", optimizer="adamw")
-    stage.settings.shard, stage.settings.precision, seen = True, "bfloat16", {}
+    stage.settings.shard, stage.settings.precision, seen = True, precision, {}
     names = stage.model.state_dict().keys()
     stage = type(stage)(stage.settings, stage.processes, stage.tokenizer, stage.model.config,
                         stage.data, "abc")
@@ -71,7 +98,8 @@ def test_sharded_weights_are_multiplied_in_bfloat16_but_the_attentions_factor_is
         module.register_forward_pre_hook(
             lambda module, args, name=name: seen.update({name: getattr(module, name).dtype}))
     assert not m5.train_step(stage, stage.model.train(), next(stage.batches(0)), 0.5).skipped
-    assert seen == dict(log_scale=torch.float32, weight=torch.bfloat16, bias=torch.bfloat16)
+    half = getattr(torch, precision)
+    assert seen == dict(log_scale=torch.float32, weight=half, bias=half)
     assert stage.describe(torch.zeros(21), 0.0)[1]["qk_factor"] == pytest.approx(4, abs=0.1)
 
 

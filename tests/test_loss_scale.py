@@ -1,11 +1,18 @@
 """Training in float16: the factor on the loss, and that it is part of a run."""
+import shutil
+from importlib import import_module
+
 import pytest
 import torch
+from conftest import same, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.checkpoints import load_checkpoint, resume, save
 from engine.loss_scale import LossScale
 from engine.optimizers import orthogonal
+
+m5 = import_module("05_train")
 
 
 @given(bad=st.lists(st.booleans(), max_size=20), interval=st.integers(1, 4))
@@ -18,7 +25,7 @@ def test_the_factor_is_that_of_torchs_own_scaler(bad, interval):
         assert ours.scale(loss) == theirs.scale(loss)
         p.grad = torch.tensor([1.0, torch.inf if overflow else 2.0])
         q.grad = p.grad.clone()
-        ours.unscale([p])
+        ours.unscale([torch.nn.ParameterList([p])])
         theirs.unscale_(optimizer)
         assert torch.equal(p.grad, q.grad)
         ours.update(skipped=torch.tensor(overflow))
@@ -33,3 +40,80 @@ def test_muons_products_in_float16_do_not_depend_on_the_size_of_the_gradient(siz
     torch.manual_seed(0)
     g = torch.randn(2, 30, 100)
     assert torch.allclose(orthogonal(size * g, torch.float16), orthogonal(g), atol=0.02)
+
+
+def gradient(kind, precision, factor=1.0):
+    """Of a step whose loss is 10,000 times smaller than usual. -> all of it (n,)"""
+    stage, found = stage_of(kind, precision=precision, clip=1e9, adversarial=1.0), []
+    if precision == "float16":
+        stage.loss_scale.factor.fill_(factor)
+    loss = stage.loss
+    stage.loss = lambda *given: (lambda value, metrics: (1e-4 * value, metrics))(*loss(*given))
+    stage.optimizers[0].step = lambda: found.extend(
+        p.grad.flatten() for p in stage.model.parameters() if p.grad is not None)
+    torch.manual_seed(0)
+    m5.train_step(stage, stage.model.train(), next(stage.batches(0)), 0.9)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
+def test_small_gradients_survive_float16(kind):
+    wanted = gradient(kind, "float32")
+    assert (gradient(kind, "float16", 2 ** 11) - wanted).norm() < 0.05 * wanted.norm()
+    assert (gradient(kind, "float16", 1) - wanted).norm() > 0.9 * wanted.norm(), "all are lost"
+
+
+@pytest.mark.parametrize("kind", ["transformer",
+                                  pytest.param("tokenizer", marks=pytest.mark.slow)])
+def test_the_factor_is_saved_and_a_resumed_run_goes_on_to_the_last_bit(kind, tmp_path):
+    """Steps with which it doubles, overflows and is halved lie before and after the checkpoint."""
+    def make():
+        stage = stage_of(kind, precision="float16", adversarial=1.0, steps=9, tokenizer_steps=9)
+        stage.loss_scale.interval = 2
+        return stage
+
+    def train(stage, start, end):
+        for step, batch in zip(range(start, end), stage.batches(start)):
+            m5.seed_step(0, stage.name, step, 0)
+            if step in (3, 6):
+                stage.loss_scale.factor.mul_(2 ** 30)
+            skipped.append(bool(m5.train_step(stage, stage.model.train(), batch, 0.9).skipped))
+    straight, first, second, skipped = make(), make(), make(), []
+    train(straight, 0, 9)
+    assert skipped[3] and skipped[6] and not all(skipped)
+    train(first, 0, 5)
+    save(tmp_path / "a.pt", first, 5)
+    assert resume(tmp_path / "a.pt", second) == 5
+    train(second, 5, 9)
+    for stage in (straight, second):
+        save(tmp_path / "b.pt", stage, 9)
+        stage.saved = load_checkpoint(tmp_path / "b.pt")
+    assert same(straight.saved, second.saved)
+    assert straight.saved["loss_scale"]["factor"] > 2 ** 40
+
+
+def test_a_factor_that_is_far_too_large_skips_many_steps_but_ends_no_run(
+        cli, refused, tiny, tmp_path, monkeypatch):
+    """Nor does it go on for ever where the loss itself is not finite."""
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    real = m5.LossScale
+    command = ["05_train.py", *tiny.options, "--stage", "transformer", "--fresh", "--steps", 50,
+               "--precision", "float16", "--out", tmp_path / "run"]
+
+    def large(precision):
+        loss_scale = real(precision)
+        loss_scale.factor.fill_(2.0 ** 50)
+        return loss_scale
+    monkeypatch.setattr(m5, "LossScale", large)
+    result = cli(*command)
+    assert result.status == 0, result.err
+    skipped = [" | skipped 1 | " in line for line in result.out.splitlines()
+               if line.startswith("transformer ")]
+    first = skipped.index(False)
+    assert len(skipped) == 50 and first > 15 and sum(skipped[first:]) < 5
+    loss = m5.TransformerStage.loss
+    monkeypatch.setattr(m5.TransformerStage, "loss", lambda *given: (
+        lambda value, metrics: (value * torch.nan, metrics))(*loss(*given)))
+    monkeypatch.setattr(m5, "LossScale", real)
+    line = refused(*command)
+    assert "no finite loss or gradient in ten steps, last at step 19" in line
