@@ -34,10 +34,8 @@ from report import plots
 
 
 def scale_of_token(scales):
-    """Which scale each of the L tokens belongs to. (1, 2) -> 0 1 1 1 1, shape (L,) int64, on the
-    CPU, also where a model is being built without memory."""
-    return torch.cat([torch.full((side * side,), k, device="cpu")
-                      for k, side in enumerate(scales)])
+    """Which scale each of the L tokens belongs to. (1, 2) -> 0 1 1 1 1, shape (L,) int64"""
+    return torch.cat([torch.full((side * side,), k) for k, side in enumerate(scales)])
 
 
 def block_causal_mask(scales):

@@ -614,7 +614,7 @@ def dry_run(settings, config, var_fields):
     sizes = var_sizes(var_fields, config, var_fields.get("num_classes", 10))
     side, L = config.image_size, sum(side * side for side in config.scales)
     with torch.device("meta"):                             # tensors with shapes but no memory
-        tokenizer, var = vqvae.MultiScaleVQVAE(config), transformer.VAR(sizes).to("meta")
+        tokenizer, var = vqvae.MultiScaleVQVAE(config), transformer.VAR(sizes)
         image, labels = torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.long)
         inputs = torch.zeros(1, L - config.scales[0] ** 2, config.latent_dim)
     print(f"dry run: an image of {side} x {side} is {L} tokens, {len(config.scales)} maps of sides "

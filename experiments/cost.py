@@ -1,11 +1,11 @@
-"""What does one picture cost, by next scale and by next token? Makes the README's figure.
+"""What does it cost to draw one image, scale by scale and token by token?
 
     python experiments/cost.py       minutes on a CPU; writes out/cost.png and prints a table
 
-The same transformer draws n x n tokens in both ways, both with cached keys and values, without
-guidance and without the tokenizer's decoder: scale by scale (sides grow by about a third), and
-token by token in raster order, `scales=(1,) * n * n`. The paper's O(n^4) and O(n^6), appendix,
-count the attention's products where nothing is cached; here they are counted for both cases.
+The same transformer draws n x n tokens both ways with cached keys and values, without guidance and
+without the tokenizer's decoder: scale by scale, each side about a third larger than the last, and
+in raster order, `scales=(1,) * n * n`. The paper's O(n^4) and O(n^6) count the query-key products
+of attention without a cache; here they are counted with and without one.
 """
 import argparse
 import sys
@@ -32,8 +32,8 @@ def next_scale(n):
 
 
 def products(scales, cached):
-    """Query-key pairs: with a cache each new token looks once at all so far; without, every step
-    computes all tokens so far again."""
+    """Query-key pairs. With a cache each new token looks once at all tokens so far; without one,
+    every step computes all of them again."""
     blocks = np.array([side * side for side in scales], dtype=np.float64)
     so_far = blocks.cumsum()
     return float((blocks * so_far).sum() if cached else (so_far ** 2).sum())
@@ -41,7 +41,7 @@ def products(scales, cached):
 
 @torch.no_grad()
 def seconds(scales, depth, width, repeats):
-    """To draw the tokens of one picture: the fastest of some repeats."""
+    """The fastest of `repeats` times to draw the tokens of one image."""
     torch.manual_seed(0)
     var = transformer.VAR(transformer.VARConfig(scales=scales, depth=depth, width=width,
                                                 heads=width // 64)).eval()
@@ -95,11 +95,11 @@ def main():
 
 
 def draw(path, sides, scale, raster):
-    """Both curves, logarithmic in both directions."""
+    """Both curves, with logarithmic axes."""
     lines = {f"raster order, n^{exponent(sides, raster):.1f}": list(zip(sides, raster)),
              f"next scale, n^{exponent(sides, scale):.1f}": list(zip(sides, scale))}
-    plots.save_curve(path, lines, log="xy", y_label="seconds per picture",
-                        x_label="n, side of the token map")
+    plots.save_curve(path, lines, log="xy", y_label="seconds per image",
+                     x_label="n, side of the token map")
 
 
 if __name__ == "__main__":

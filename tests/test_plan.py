@@ -53,7 +53,7 @@ def test_a_transformers_arithmetic_is_six_products_per_weight_and_token(scales, 
     D, C = 32 * heads, 8
     with torch.device("meta"):
         model = m4.VAR(m4.VARConfig(num_classes=5, scales=scales, vocab_size=V, latent_dim=C,
-                                    depth=depth, width=D, heads=heads)).to("meta")
+                                    depth=depth, width=D, heads=heads))
         labels, inputs = torch.zeros(1, dtype=torch.long), torch.zeros(1, model.L - model.first, C)
     sizes = [side * side for side in scales]
     L = sum(sizes)
