@@ -47,12 +47,12 @@ from data.views import Views
 from engine.checkpoints import (export, load_checkpoint, model_fingerprint, resume, save,
                                 save_atomically)
 from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
-                            move_small_arrays_to_gpu, peak_memory, pick_device, to_device)
+                            move_small_arrays_to_gpu, peak_memory, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
 from engine.loss_scale import LossScale
 from engine.optimizers import make_optimizers, parameter_groups, set_schedule
-from engine.options import OneLineParser, add_options, assignment, one_line
-from engine.processes import Processes, launch, sync_gradients
+from engine.options import one_line, read_options
+from engine.processes import Processes, relaunch, sync_gradients
 from engine.progress import Stopwatch, clock
 from engine.run_folder import RunFolder
 from engine.settings import (Settings, TokenizerSettings, TransformerSettings, check,
@@ -106,16 +106,9 @@ PRESETS = {
 def read_settings(argv=None):
     """Command line -> (Settings, TokenizerConfig, dict of VARConfig fields). Defaults, then the
     preset of the data set, then what was typed."""
-    classes = Settings, vqvae.TokenizerConfig, transformer.VARConfig
-    parser = OneLineParser(description=__doc__.splitlines()[0] + " Defaults in brackets; those of "
-                           "a data set are in PRESETS.", allow_abbrev=False)
-    for cls, helps in zip(classes, ({}, TOKENIZER_OPTIONS, TRANSFORMER_OPTIONS)):
-        add_options(parser, cls, helps)
-    parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
-                        type=assignment(*classes), help="any other field of "
-                        + ", ".join(cls.__name__ for cls in classes))
-    typed = vars(parser.parse_args(argv))
-    typed.update(typed.pop("set"))
+    typed = read_options(argv, __doc__.splitlines()[0], {
+        Settings: {}, vqvae.TokenizerConfig: TOKENIZER_OPTIONS,
+        transformer.VARConfig: TRANSFORMER_OPTIONS})
     if "num_classes" in typed:
         raise BadInput("num_classes is known from the data and cannot be set")
     name = typed.get("dataset", "shapes")
@@ -133,8 +126,7 @@ def read_settings(argv=None):
     def pick(cls):
         return {f.name: values[f.name] for f in fields(cls) if f.name in values}
     settings = Settings(**pick(Settings))
-    settings.out = settings.out or os.path.join("out", Path(name).resolve().name
-                                                if name not in PRESETS else name)
+    settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
     config = vqvae.TokenizerConfig(**pick(vqvae.TokenizerConfig))
     var_fields = pick(transformer.VARConfig)
     check(settings, config.image_size)
@@ -347,14 +339,7 @@ class TokenizerStage:
         if self.processes.rank == 0:
             health.save_picture(self.folder.path / "reconstructions.png", self.model,
                                 to_float(self.held_out[::stride][:10].to(self.processes.device)))
-        numbers["warnings"] = health.warnings(self.model, numbers, len(self.held_out))
-        most = min(1, len(self.held_out) * sum(s * s for s in self.model.scales)
-                   / self.model.config.vocab_size)         # each token can be one code at most
-        text = "\n".join([f"psnr {numbers['psnr']:.2f} dB | used {numbers['used_overall']:.0%} of "
-                          f"the codes{'' if most == 1 else f' ({most:.0%} possible)'} | "
-                          f"{len(self.held_out)} pictures",
-                          health.table(self.model.scales, numbers), *numbers["warnings"]])
-        return text, numbers
+        return health.describe(self.model, numbers, len(self.held_out)), numbers
 
 
 def load_tokenizer(path, device="cpu"):
@@ -505,19 +490,6 @@ class TransformerStage:
 
 # -- The whole road --------------------------------------------------------------------------------
 
-def relaunch(settings):
-    """Start this command once per GPU (on a CPU: N processes over gloo). -> exit status"""
-    device = pick_device(settings.device).type
-    if device == "cuda" and settings.gpus > torch.cuda.device_count():
-        raise BadInput(f"--gpus {settings.gpus}: this machine has {torch.cuda.device_count()}")
-    if device == "mps":
-        raise BadInput("--gpus: an Apple GPU works alone; use --gpus 1 or --device cpu")
-    if device == "cpu" and settings.device == "auto":
-        raise BadInput(f"--gpus {settings.gpus}: torch finds no GPU here; with --device cpu as "
-                       "many processes share the CPU")
-    return launch(settings.gpus)
-
-
 def var_sizes(var_fields, config, num_classes):
     """-> VARConfig: some sizes follow from the tokenizer and from the data."""
     return transformer.VARConfig(**{**var_fields, "num_classes": num_classes,
@@ -637,7 +609,7 @@ def main():
         return dry_run(settings, config, var_fields)
     if settings.gpus > 1 and "RANK" not in os.environ:
         load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
-        return relaunch(settings)
+        return relaunch(settings.gpus, settings.device)
     train_all(settings, config, var_fields)
     free_gpu_memory()                                      # chapter 6 needs it
     if settings.stage != "tokenizer" and settings.steps and os.environ.get("RANK", "0") == "0":

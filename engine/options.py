@@ -99,6 +99,21 @@ def assignment(*classes):
     return parse
 
 
+def read_options(argv, description, classes):
+    """The command line -> {field: value} of what was typed. classes: {dataclass: help texts of its
+    fields that are options although they were not made with `option`}"""
+    parser = OneLineParser(description=f"{description} Defaults in brackets; PRESETS in the source "
+                           "holds those of each data set.", allow_abbrev=False)
+    for cls, helps in classes.items():
+        add_options(parser, cls, helps)
+    parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
+                        type=assignment(*classes), help="any other field of "
+                        + ", ".join(cls.__name__ for cls in classes))
+    typed = vars(parser.parse_args(argv))
+    typed.update(typed.pop("set"))
+    return typed
+
+
 def one_line(main):
     """Run a script's main(). A user's mistake ends in one line and exit status 2. Of several
     processes only the first to fail prints; the others wait for the launcher to end them."""

@@ -140,6 +140,19 @@ def lost_connection(error):
         "gloo|nccl|socket|connection", str(error).lower()) is not None
 
 
+def relaunch(count, device):
+    """Start this command `count` times, once per GPU (on a CPU: processes over gloo). -> status"""
+    kind = pick_device(device).type
+    if kind == "cuda" and count > torch.cuda.device_count():
+        raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
+    if kind == "mps":
+        raise BadInput("--gpus: an Apple GPU works alone; use --gpus 1 or --device cpu")
+    if kind == "cpu" and device == "auto":
+        raise BadInput(f"--gpus {count}: torch finds no GPU here; with --device cpu as many "
+                       "processes share the CPU")
+    return launch(count)
+
+
 def launch(count):
     """This command in `count` processes on this machine, as `torchrun --standalone` would start
     it. -> the exit status of the first that failed, else 0

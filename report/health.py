@@ -104,6 +104,18 @@ def warnings(tokenizer, health, images_seen):
     return lines
 
 
+def describe(tokenizer, numbers, images):
+    """The report on held-out images as text; adds its warnings to `numbers`, what `examine` found.
+    images: how many there were"""
+    numbers["warnings"] = warnings(tokenizer, numbers, images)
+    tokens = images * sum(side * side for side in tokenizer.scales)
+    most = min(1, tokens / tokenizer.config.vocab_size)    # each token can be one code at most
+    possible = "" if most == 1 else f" ({most:.0%} possible)"
+    return "\n".join([f"psnr {numbers['psnr']:.2f} dB | used {numbers['used_overall']:.0%} of the "
+                      f"codes{possible} | {images} pictures", table(tokenizer.scales, numbers),
+                      *numbers["warnings"]])
+
+
 @torch.no_grad()
 def save_picture(path, tokenizer, image):
     """One sheet: real images, what is decoded after each scale, and where the last one errs.
