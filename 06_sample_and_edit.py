@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.registry import dataset_named
 from engine import BadInput, released
 from engine.options import one_line
 from report import command_line, gallery, judge
@@ -385,8 +384,7 @@ def measure(job, task):
         (real, labels), (test, test_labels) = job.real_images("train"), job.real_images("test")
         count = judge.comparable(job.n or 1000, len(real), len(test))
         wanted = np.resize(np.unique(labels), count)       # the classes that there are, in turn
-        network = judge.judge_of(job.dataset, real, labels, len(job.names),
-                                 dataset_named(job.dataset).judge_steps, job.device)
+        network = judge.judge_of(job.dataset, real, labels, len(job.names), job.device)
         judge.evaluate(job.out, network, job.tokenizer, real, test, test_labels,
                        draw_images(job, wanted.tolist()), wanted,
                        f"samples, cfg {job.sampling['cfg']:g}")
