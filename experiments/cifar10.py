@@ -1,14 +1,14 @@
-"""From nothing to the CIFAR-10 figures and pictures of the README, in one line.
+"""CIFAR-10 from nothing to its table and figures, with one command.
 
     python experiments/cifar10.py                                         on one GPU
     python experiments/cifar10.py --n 1000 --out out/cifar10-short --tokenizer-steps 3400 \
         --tokenizer-batch-size 16 --steps 1350 --batch-size 16 --views 1 \
         --set held_out=2000 top_p=0
 
-The second is for a CPU, and much too short. Trains both stages with chapter 5, samples and edits
-with chapter 6, and asks chapter 6 for its judge's verdict at several strengths of guidance. All but
---n, --cfg and --out goes to 05_train.py, --export FILE too. The same line goes on where it was
-stopped; seconds are then those since.
+The second command is for a CPU; its training is far too short for good images. Chapter 5 trains
+both stages and chapter 6 samples and edits; then the judge of chapter 6 measures the samples at
+several strengths of guidance. All options but --n, --cfg and --out go to 05_train.py. The same
+command resumes what was stopped; seconds are then those since the resume.
 """
 import json
 import platform
@@ -43,13 +43,13 @@ def call(script, *options):
 
 
 def held_out(folder, stage):
-    """The last evaluation of a stage."""
+    """The last evaluation of a stage. -> dict"""
     entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [e["held_out"] for e in entries if e["stage"] == stage and "held_out" in e][-1]
 
 
 def train(folder, options):
-    """Both stages. -> lines about them"""
+    """Train both stages. -> one line about each"""
     lines = []
     for stage in ("tokenizer", "transformer"):
         out, seconds = call("05_train.py", "--dataset", "cifar10", *options, "--stage", stage,
@@ -59,12 +59,12 @@ def train(folder, options):
             raise BadInput(f"05_train.py trained no {stage}: leave out --dry-run and --help")
         pace = re.findall(r"([\d,.]+) img/s", out)
         lines.append(f"{stage}: {took[1]}; {f'{pace[-1]} pictures/s, ' if pace else ''}"
-                     f"{seconds:.0f} s with all that goes with it")
+                     f"{seconds:.0f} s in all")
     return lines
 
 
 def figures(folder):
-    """Tokenizer and transformer, scale by scale, as a table."""
+    """-> the lines of a table: tokenizer and transformer, scale by scale"""
     settings = json.loads((folder / "settings.json").read_text())
     tokenizer, transformer = held_out(folder, "tokenizer"), held_out(folder, "transformer")
     rows = {"": [f"{side}x{side}" for side in settings["scales"]] + ["all"],
@@ -80,7 +80,8 @@ def figures(folder):
 
 
 def verdict(folder, cfgs, n, options):
-    """What the judge says of samples at each strength of guidance, beside real pictures."""
+    """-> the lines of a table: what the judge measures at each strength of guidance, and of real
+    images"""
     rows, notes = {"": ["in class", "Frechet", "precision", "recall"]}, {}
     for cfg in cfgs:
         out, seconds = call("06_sample_and_edit.py", "--run", folder, "--task", "evaluate", "--n",
