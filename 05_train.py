@@ -28,7 +28,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib import import_module
@@ -161,10 +160,10 @@ def train_step(stage, model, batch, progress):
             stage.loss_scale.scale(part_loss / len(parts)).backward()
         loss = loss + part_loss.detach() / len(parts)
         metrics.append(part_metrics)
-    stage.loss_scale.unscale(stage.parts.values())
+    stage.loss_scale.unscale(stage.modules.values())
     # Only the model's gradient is clipped; that of a critic beside it must be finite, too.
     norms = [clip_gradients(module, stage.settings.clip if module is stage.model else torch.inf)
-             for module in stage.parts.values()]
+             for module in stage.modules.values()]
     skipped = stage.processes.any(~(loss + sum(norms)).isfinite())       # by all of them, or none
     stage.step_without_gradients(accepted=~skipped)
     step_unless(skipped, stage.optimizers)
@@ -176,38 +175,28 @@ def train(stage, folder, stop, everything):
     """The loop of both stages, from the last checkpoint to the stage's last step.
 
     A stage has settings, processes, a name, a model, optimizers, a loss scale, steps, and
-      batches(start)      what each step from `start` on works on: a tuple of tensors (B, ...)
-      parts               its modules, by the name that the checkpoint gives their weights
-      loss(model, batch, progress)   -> (loss (), what to keep for the log)
-      step_without_gradients(accepted)   of what the optimizers do not move: the codes
-      summary(metrics)    -> (text, dict) since the last log line
+      batches(start)      the batch of each step from `start` on: a tuple of tensors (B, ...)
+      modules             the modules to save, by their name in the checkpoint
+      loss(model, batch, progress)       -> (loss (), what to keep for the log)
+      step_without_gradients(accepted)   moves what the optimizers do not move: the codes
+      summary(metrics)    -> (text, dict) for the log, of the steps since the last line
       evaluate()          -> (text, dict) on held-out images
       about               what else the checkpoint says; its "settings" must stay the same
-    everything: the dict of all settings, for settings.json"""
+    everything: dict of all settings, for settings.json"""
     settings, processes, total = stage.settings, stage.processes, stage.steps
-    path = folder.checkpoint(stage.name)
-    start = 0 if settings.fresh else resume(path, stage)
-    if settings.fresh and stage.invalidates:
-        folder.remove(stage.invalidates)
-    folder.begin(stage.name, start, everything)
-    processes.barrier()
+    start = begin(stage, folder, everything)
     if start >= total:
         return processes.say(f"{stage.name}: trained for {start} steps")
-    if start:
-        processes.say(f"{stage.name}: resuming at step {start}")
-
     model, results = processes.wrap(stage.model, settings.compile), []
-    skipped, watch, begin = SkippedInARow(processes.device), Stopwatch(), time.time()
+    in_a_row = SkippedInARow(stage.name, processes.device)
+    watch, since_start = Stopwatch(), Stopwatch()
     for step, batch in enumerate(stage.batches(start), start=start + 1):
         progress = (step - 1) / total
         seed_step(settings.seed, stage.name, step - 1, processes.rank)
         set_schedule(stage.optimizers, progress, stage.final_lr, stage.final_decay)
         stage.model.train()
         results.append(train_step(stage, model, batch, progress))
-        if skipped.ten(step, results[-1].skipped & stage.loss_scale.is_lowest):
-            raise BadInput(f"{stage.name}: no finite loss or gradient in ten steps, last at step "
-                           f"{step - 1}; lower the learning rate and train the stage again: "
-                           f"--stage {stage.name} --fresh ({path} is from before)")
+        in_a_row.add(step, results[-1].skipped & stage.loss_scale.is_lowest)
         if step % settings.log_every == 0 or step == total:
             report(stage, step, results, watch.seconds() / (step - start), folder)
             results = []
@@ -219,11 +208,24 @@ def train(stage, folder, stop, everything):
                 folder.log(dict(stage=stage.name, step=step, held_out=numbers))
             stopping = stop.agreed(step)
             if step % settings.save_every == 0 or step == total or stopping:
-                save(path, stage, step)
+                save(folder.checkpoint(stage.name), stage, step)
             if stopping:
                 stop.leave(f"and saved at step {step} of the {stage.name}")
-    processes.say(f"{stage.name}: steps {start} to {total} in {time.time() - begin:.0f} s"
+    processes.say(f"{stage.name}: steps {start} to {total} in {since_start.seconds():.0f} s"
                   + peak_memory(processes.device))
+
+
+def begin(stage, folder, everything):
+    """Resume the stage, or start it. Until its checkpoint has been accepted, the folder stays as it
+    is. -> steps done so far"""
+    start = 0 if stage.settings.fresh else resume(folder.checkpoint(stage.name), stage)
+    if stage.settings.fresh and stage.invalidates:
+        folder.remove(stage.invalidates)
+    folder.begin(stage.name, start, everything)
+    stage.processes.barrier()
+    if 0 < start < stage.steps:
+        stage.processes.say(f"{stage.name}: resuming at step {start}")
+    return start
 
 
 def report(stage, step, results, seconds, folder):
@@ -259,11 +261,11 @@ class TokenizerStage:
         self.held_out = sample_of(test_images, settings.held_out)
         self.model = lay_out(vqvae.MultiScaleVQVAE(config), processes.device, settings.precision)
         self.loss_scale = LossScale(settings.precision).to(processes.device)
-        self.parts = {"model": self.model, "loss_scale": self.loss_scale}
+        self.modules = {"model": self.model, "loss_scale": self.loss_scale}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
         if settings.adversarial:
             critic = perceptual.Discriminator(config.image_size).to(processes.device)
-            self.parts["critic"] = critic
+            self.modules["critic"] = critic
             self.critic = processes.wrap(critic, settings.compile)
             # Two more gradients end at the decoder's last layer. A compiled graph always computes
             # all of its gradients, so this layer stays outside.
@@ -312,7 +314,7 @@ class TokenizerStage:
             scores = self.critic(torch.cat([image, rebuilt.detach()]))
         scale = self.loss_scale.scale
         scale(perceptual.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
-        critic = self.parts["critic"].requires_grad_(False)      # the next pass must not teach it
+        critic = self.modules["critic"].requires_grad_(False)      # the next pass must not teach it
         with self.autocast():
             displeased = -critic(rebuilt).float().mean()
         critic.requires_grad_(True)
@@ -420,7 +422,7 @@ class TransformerStage:
         else:
             self.model.to(processes.device)
         self.loss_scale = LossScale(settings.precision).to(processes.device)
-        self.parts = {"model": self.model, "loss_scale": self.loss_scale}
+        self.modules = {"model": self.model, "loss_scale": self.loss_scale}
         self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           sampling={k: getattr(settings, k) for k in ("cfg", "top_k", "top_p")},

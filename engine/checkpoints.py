@@ -57,7 +57,7 @@ def export(folder, path):
 def save(path, stage, step):
     """All of a stage after `step` steps. Every process calls this, rank 0 writes."""
     mine = stage.processes.rank == 0
-    weights = {name: whole(part.state_dict(), mine) for name, part in stage.parts.items()}
+    weights = {name: whole(part.state_dict(), mine) for name, part in stage.modules.items()}
     optimizers = [whole(optimizer.state_dict(), mine) for optimizer in stage.optimizers]
     if mine:
         save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
@@ -72,7 +72,7 @@ def resume(path, stage):
     state = load_checkpoint(path)
     check_identity(path, state, stage)
     try:
-        for name, module in stage.parts.items():
+        for name, module in stage.modules.items():
             own, saved = module.state_dict(), state[name]
             module.load_state_dict({key: spread(saved[key], own.get(key)) for key in saved})
         for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):

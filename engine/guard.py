@@ -1,6 +1,8 @@
 """Steps whose loss or gradient is not finite (infinite, or not a number) change nothing."""
 import torch
 
+from engine import BadInput
+
 
 def clip_gradients(module, limit):
     """Scale the gradient down to the norm `limit`, if it is larger. -> its norm before, ()"""
@@ -20,14 +22,18 @@ def step_unless(skipped, optimizers):
 
 
 class SkippedInARow:
-    """Counts skipped steps, from 0 again after each good one. The count stays on the device:
-    looking at it waits for a GPU, so there only every tenth step does."""
+    """Ends a stage after ten skipped steps in a row."""
 
-    def __init__(self, device):
-        self.count, self.every = torch.zeros((), device=device), 1 if device.type == "cpu" else 10
+    def __init__(self, stage, device):
+        self.stage, self.count = stage, torch.zeros((), device=device)
+        # Looking at the count makes Python wait for a GPU, so there only every tenth step looks.
+        self.every = 1 if device.type == "cpu" else 10
 
-    def ten(self, step, skipped):
-        """Were the last ten steps or more skipped? step: number of this one, from 1; skipped: ()
-        bool tensor"""
+    def add(self, step, skipped):
+        """step: number of this step, from 1; skipped: () bool tensor. Raises BadInput"""
         self.count = (self.count + 1) * skipped
-        return step % self.every == 0 and bool(self.count >= 10)
+        if step % self.every == 0 and self.count >= 10:
+            raise BadInput(f"{self.stage}: no finite loss or gradient in {int(self.count)} steps, "
+                           f"last at step {step - 1}; the checkpoint is from before. Lower the "
+                           "learning rate and train this stage again, with --fresh --stage "
+                           f"{self.stage}")

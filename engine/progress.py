@@ -1,16 +1,19 @@
-"""How far is it? Lines for work that takes long, always with the time that is left."""
+"""How far is it? Work that takes long says so, always with the time that is left."""
 import contextlib
 import time
+from functools import partial
 
 
 def clock(seconds):
+    """-> "80 s", "12 m" or "3.4 h" """
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} m" if seconds < 5400 \
         else f"{seconds / 3600:.1f} h"
 
 
-def progress(parts, total, what="pictures", size=len):
-    """Hand on `parts`, a generator or a list; `size` says how many things one holds. Whenever more
-    than 3 s have passed since the start or the last line, say how far it is."""
+def progress(parts, total, what="pictures", size=len, say=partial(print, flush=True)):
+    """Yield the `parts` of a generator or a list, and say how far it is when more than 3 s have
+    passed since the start or the last line. total: number of things in all parts; size(part): how
+    many one part holds; say(line): prints it"""
     done, begin = 0, time.monotonic()
     said = begin
     for part in parts:
@@ -18,11 +21,11 @@ def progress(parts, total, what="pictures", size=len):
         done, now = done + size(part), time.monotonic()
         if now - said > 3 and done < total:
             said, eta = now, clock((now - begin) / done * (total - done))
-            print(f"  {done:,} of {total:,} {what} | eta {eta}", flush=True)
+            say(f"  {done:,} of {total:,} {what} | eta {eta}")
 
 
 class Stopwatch:
-    """Seconds since it was made, less those of its pauses."""
+    """Counts the seconds since it was made, except those of its pauses."""
 
     def __init__(self):
         self.begin = time.monotonic()
@@ -32,6 +35,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self):
+        """A context whose time does not count."""
         since = time.monotonic()
         yield
         self.begin += time.monotonic() - since

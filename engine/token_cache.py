@@ -9,7 +9,6 @@ which no code does. So a run that was stopped half way finds them and makes only
 import contextlib
 import json
 import os
-import time
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 
 from engine.checkpoints import model_fingerprint
 from engine.devices import autocast, to_device
-from engine.progress import clock
+from engine.progress import progress
 
 
 @torch.no_grad()
@@ -72,9 +71,11 @@ def encode(settings, processes, stop, tokenizer, pictures, path, split):
     steps = [(view, rows) for rows, views in jobs for view in views]
     images = pictures.batches([job for job in jobs if job[1]],
                               partial(to_device, device=processes.device))
-    begin = said = time.time()
+    count = sum(len(rows) for _, rows in steps)
+    work = progress(zip(steps, images), count, f"tokenized for {split}", say=processes.say,
+                    size=lambda done: len(done[0][1]))
     with open(path, "r+b") as file:
-        for done, ((view, rows), image) in enumerate(zip(steps, images), 1):
+        for done, ((view, rows), image) in enumerate(work, 1):
             with autocast(processes.device, settings.precision):
                 tokens = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
             file.seek(cache.offset + (view * n + rows[0]) * cache[0, 0].nbytes)
@@ -82,10 +83,6 @@ def encode(settings, processes, stop, tokenizer, pictures, path, split):
             file.flush()
             if stop.asked():
                 stop.leave(f"at {100 * done // len(steps)}% of the tokens")
-            if time.time() - said > 5:
-                said = time.time()
-                eta = clock((said - begin) / done * (len(steps) - done))
-                processes.say(f"  tokens of {split}: {100 * done // len(steps)}% | eta {eta}")
         os.fsync(file.fileno())
 
 

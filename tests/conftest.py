@@ -1,9 +1,12 @@
 """Put the repository root on the path, make Hypothesis repeatable, and train one tiny run that the
 tests of chapters 5 and 6 share."""
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,13 +71,42 @@ def stage_of(kind, learn="gradient", **settings):
                                dict(train=data, test=data), "abc")
 
 
-def start(script, *options, cwd):
-    """The real script in a process of its own, as a user starts it; one thread, as here."""
-    assert script < "05" or "--device" in options, "see no_automatic_device"
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def is_the_same_run(a, b):
+    """Every bit: weights, optimizers, steps, settings, what was logged, the tokens."""
+    from engine.checkpoints import load_checkpoint
+    for name in ("tokenizer.pt", "transformer.pt"):
+        assert same(load_checkpoint(a / name), load_checkpoint(b / name))
+    for name in ("log.jsonl", "tokens_train.npy", "tokens_train.json", "tokens_test.npy",
+                 "tokens_test.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert not list(a.glob("*.tmp")), "half a file was left behind"
+    return True
+
+
+def start(*words, cwd):
+    """Python with these words, scripts below the root, in a process group of its own; one thread,
+    as here."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env.update(OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONWARNINGS="ignore")
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd,
-                            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = [str(ROOT / word) if str(word).endswith(".py") else str(word) for word in words]
+    return subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.fixture
+def under_fire(monkeypatch, tmp_path):
+    """under_fire(mishap, *options): 05_train.py in a process of its own, with that mishap (see
+    under_fire.py). -> .status .out .err"""
+    def call(mishap, *options):
+        monkeypatch.setenv("MISHAP", mishap)
+        process = start("tests/under_fire.py", *options, cwd=tmp_path)
+        out, err = process.communicate(timeout=300)
+        return SimpleNamespace(status=process.returncode, out=out, err=err)
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +135,57 @@ def tiny(picture_folder, tmp_path_factory):
     assert process.returncode == 0, err
     return SimpleNamespace(folder=work / "run", options=options, start=start, stdout=out,
                            stderr=err, pictures=picture_folder)
+
+
+# Stage 2 without what differs between processes (see README): noise of each, and Muon's rounding.
+PLAIN = ("--stage transformer --set label_dropout=0 drop_path=0 --optimizer adamw --steps 14 "
+         "--save-every 4").split()
+
+
+def with_tokens(tiny, folder):
+    """A folder that has the tiny run's tokenizer and its tokens. -> .folder .options"""
+    folder.mkdir()
+    for name in ("tokenizer.pt", *(f"tokens_{split}.{end}" for split in ("train", "test")
+                                   for end in ("npy", "json"))):
+        shutil.copy(tiny.folder / name, folder)
+    return SimpleNamespace(folder=folder, options=[*tiny.options, *PLAIN, "--out", folder])
+
+
+@pytest.fixture
+def stage_2(tiny, tmp_path):
+    return with_tokens(tiny, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def alone(tiny, tmp_path_factory):
+    """That run by one process: .folder, and .agrees(folder) of another."""
+    run = with_tokens(tiny, tmp_path_factory.mktemp("alone") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MISHAP", "")
+        process = start("tests/under_fire.py", *run.options, cwd=run.folder)
+        assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
+    return SimpleNamespace(folder=run.folder, agrees=partial(agrees, run.folder))
+
+
+def agrees(alone, folder):
+    """What was logged, and the weights: they differ by little of what training changed."""
+    m4, m5 = import_module("04_var_transformer"), import_module("05_train")
+    one, two = log_of(alone), log_of(folder)
+    assert [e["step"] for e in one] == [e["step"] for e in two] and len(one) == 14 + 4
+    for x, y in zip(one, two):
+        assert x.keys() == y.keys()
+        x, y = x.get("held_out", x), y.get("held_out", y)
+        for key in {"loss", "per_scale", "right", "grad"} & x.keys():
+            assert x[key] == pytest.approx(y[key], rel=2e-4, abs=1e-5), (key, x, y)
+    (model, about), (other, _) = (m5.load_transformer(f / "transformer.pt")
+                                  for f in (folder, alone))
+    torch.manual_seed(0)
+    begin = m4.VAR(model.config).state_dict()
+    for name, weight in other.state_dict().items():
+        moved = (weight - begin[name]).norm()
+        assert (model.state_dict()[name] - weight).norm() < 0.01 * moved + 1e-5, name
+    assert moved > 0 and about["step"] == 14 and not list(folder.glob("*.tmp"))
+    return True
 
 
 @pytest.fixture

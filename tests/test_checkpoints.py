@@ -1,11 +1,12 @@
 """Checkpoints: whole or not at all, read without trusting them, laid out as the weights are."""
+import fnmatch
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import same
+from conftest import is_the_same_run, same
 
 from engine import BadInput, checkpoints
 
@@ -79,3 +80,62 @@ def test_optimizer_states_of_another_memory_layout_go_on_as_they_were():
     laid = {key: checkpoints.spread(value, model.weight) for key, value in saved.items()}
     assert same(laid, saved) and laid["exp_avg"].stride() == model.weight.stride()
     assert saved["exp_avg"].stride() != model.weight.stride()
+
+
+# -- Killed, and out of disk -----------------------------------------------------------------------
+
+TOKENS = "import_module('02_multiscale_vqvae').MultiScaleVQVAE, 'image_to_tokens'"
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_one_moment_after_the_other_still_ends_bit_for_bit(
+        under_fire, tiny, tmp_path):
+    """Each process resumes what the one before it has saved; calls are counted anew in each."""
+    command = [*tiny.options, "--out", tmp_path / "run"]
+    for moment, only, left in [
+            ("1, os, 'replace'", "tokenizer.pt", {"settings.json", "tokenizer.pt.*.tmp"}),
+            ("13, m5, 'train_step'", "", {"tokenizer.pt"}),
+            ("2, os, 'replace'", "tokenizer.pt", {"tokenizer.pt", "tokenizer.pt.*.tmp"}),
+            ("3, " + TOKENS, "", {"tokens_train.npy.tmp", "tokens_train.npy.json.tmp"}),
+            ("2, os, 'replace'", "tokens_train", {"tokens_train.npy", "tokens_train.npy.json.tmp"}),
+            ("8, m5, 'train_step'", "", {"tokens_test.json", "transformer.pt"}),
+            ("1, os, 'replace'", "log.jsonl", {"log.jsonl", "log.jsonl.*.tmp"})]:
+        mishap = f"before({moment}, lambda: send('SIGKILL'), {only!r})"
+        result = under_fire(mishap, *command)
+        assert (result.status, result.err) == (-9, ""), (moment, result)
+        files = {path.name for path in (tmp_path / "run").iterdir()}
+        assert all(fnmatch.filter(files, name) for name in left), (moment, files)
+    result = under_fire("", *command)
+    assert (result.status, result.err) == (0, ""), result
+    assert is_the_same_run(tmp_path / "run", tiny.folder)
+
+
+FULL_DISK = """
+def fill():
+    import resource
+    os.system("cp -r run kept")
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({}, resource.RLIM_INFINITY))
+before({}, fill)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_that_names_the_file_and_nothing_is_lost(
+        under_fire, tiny, tmp_path):
+    """From some call on, no file can grow beyond so many bytes."""
+    command = [*tiny.options, "--out", tmp_path / "run"]
+    for moment, size, file, step in [
+            ("8, m5, 'train_step'", "20_000", "tokenizer.pt", 5),
+            ("32, m5, 'train_step'", "30_000", "transformer.pt", 5),
+            ("8, m5, 'report'", "os.path.getsize('run/log.jsonl') + 9", "log.jsonl", 10)]:
+        shutil.rmtree(tmp_path / "kept", ignore_errors=True)
+        result = under_fire(FULL_DISK.format(size, moment), *command)
+        assert result.status == 2 and result.err.count("\n") == 1, result
+        assert result.err.startswith("under_fire.py: ") and file in result.err, result.err
+        for path in (tmp_path / "kept").glob("*.pt"):      # as they were when the disk was full
+            assert (tmp_path / "run" / path.name).read_bytes() == path.read_bytes()
+            last = checkpoints.load_checkpoint(path)["step"]
+        assert last == step and not list((tmp_path / "run").glob("*.tmp"))
+    result = under_fire("", *command)
+    assert (result.status, result.err) == (0, ""), result
+    assert is_the_same_run(tmp_path / "run", tiny.folder)

@@ -192,7 +192,7 @@ def test_the_critic_is_heard_late_and_then_ever_more(progress):
 
 def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
     stage = stage_of("tokenizer", adversarial=0.5)
-    image, critic, last = pictures(4, 16, 16), stage.parts["critic"], stage.model.decoder.conv_out
+    image, critic, last = pictures(4, 16, 16), stage.modules["critic"], stage.model.decoder.conv_out
     rebuilt, _, losses = stage.model(image)
     real, fake, picture = critic(image), critic(rebuilt), losses["reconstruction"]
     hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2

@@ -1,22 +1,26 @@
 """One process or many: the same numbers, one voice, and nothing left behind."""
 import gc
+import json
 import subprocess
 import weakref
 from importlib import import_module
 
 import pytest
 import torch
+from conftest import stage_of
+from hypothesis import given
+from hypothesis import strategies as st
 
+from engine.checkpoints import load_checkpoint
 from engine.options import one_line
 
 m5 = import_module("05_train")
 
 
-@pytest.mark.parametrize("status", [0, 3])
 def test_chapter_6_starts_when_the_training_is_out_of_the_way_and_its_status_counts(
-        status, tiny, tmp_path, monkeypatch):
+        tiny, tmp_path, monkeypatch):
     """Both models share a GPU with it otherwise. Weak references tell whether they are gone."""
-    models, alive, released = [], [], []
+    models, alive, grouped = [], [], []
     for stage in (m5.TokenizerStage, m5.TransformerStage):
         def init(self, *args, real=stage.__init__, **options):
             real(self, *args, **options)
@@ -28,12 +32,137 @@ def test_chapter_6_starts_when_the_training_is_out_of_the_way_and_its_status_cou
     def call(command, **_):
         gc.collect()
         alive.append(sum(model() is not None for model in models))
-        released.append(torch.distributed.is_initialized())
-        return status
+        grouped.append(torch.distributed.is_initialized())
+        return 3
     monkeypatch.setattr(subprocess, "call", call)
     monkeypatch.setattr("sys.argv", ["05_train.py", *tiny.options, "--tokenizer-steps", "1",
                                      "--steps", "1", "--out", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as end:
         one_line(m5.main)
-    assert (stop.value.code or 0) == status
-    assert alive == [0, 0, 0] and not any(released)
+    assert end.value.code == 3 and alive == [0, 0, 0] and grouped == [False]
+
+
+# -- A batch in parts ------------------------------------------------------------------------------
+
+def gradients_of(kind, accumulate, **settings):
+    """Of one training step with 16 images. -> {part: [its gradients]}, StepResult"""
+    stage = stage_of(kind, accumulate=accumulate, **settings)
+    stage.settings.clip, found = 1e9, {}
+    if kind == "transformer":
+        stage.model.double(), stage.tokenizer.double()
+    stage.step_without_gradients = lambda accepted: None   # nothing was observed in eval mode
+
+    def look():
+        found.update({name: [p.grad for p in part.parameters()]
+                      for name, part in stage.modules.items()})
+    stage.optimizers[0].step = look
+    result = m5.train_step(stage, stage.model.eval(), next(stage.batches(0)), 1.0)
+    assert not result.skipped and len(result.metrics) == accumulate
+    return found, result
+
+
+@given(accumulate=st.sampled_from([2, 4, 8, 16]))
+@pytest.mark.parametrize("kind, part, settings", [
+    ("transformer", "model", {}), ("tokenizer", "model", {}),
+    ("tokenizer", "critic", dict(adversarial=1.0))])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(kind, part, settings, accumulate):
+    (found, parts), (wanted, whole) = (gradients_of(kind, n, **settings) for n in (accumulate, 1))
+    for ours, grad in zip(found[part], wanted[part], strict=True):
+        assert (grad is None) == (ours is None)            # a phi that serves no scale
+        assert grad is None or (ours - grad).norm() <= 2e-4 * grad.norm() + 1e-9
+    if part == "model":
+        assert parts.norm.item() == pytest.approx(whole.norm.item(), rel=1e-5)
+        assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+
+
+# -- The same numbers ------------------------------------------------------------------------------
+
+NOTE_SHARES = """
+real = m5.TransformerStage.__init__
+def init(self, *args):
+    real(self, *args)
+    weights = list(self.model.parameters())
+    held = sum((w.to_local() if hasattr(w, "to_local") else w).numel() for w in weights)
+    Path(f"{RANK}.json").write_text(f"[{held}, {sum(w.numel() for w in weights)}]")
+m5.TransformerStage.__init__ = init
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--shard --activation-checkpointing --accumulate 2"])
+def test_two_processes_train_as_one_however_they_share_the_work(
+        under_fire, stage_2, alone, tmp_path, options):
+    result = under_fire(NOTE_SHARES, *stage_2.options, "--gpus", 2, *options.split())
+    assert (result.status, result.err) == (0, ""), result
+    assert alone.agrees(stage_2.folder)
+    shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for held, whole in shares:
+        assert held <= 0.55 * whole if "shard" in options else held == whole
+    assert sum(held for held, _ in shares) >= shares[0][1]
+    state, one = (load_checkpoint(folder / "transformer.pt")
+                  for folder in (stage_2.folder, alone.folder))
+    for a, b in zip(state["optimizers"][0]["state"].values(),
+                    one["optimizers"][0]["state"].values(), strict=True):
+        assert [(k, type(v), v.shape) for k, v in a.items()] == [
+            (k, type(v), v.shape) for k, v in b.items()], "an optimizer of this share only"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [
+    (["--gpus", 2, "--shard"], []), ([], ["--gpus", 2, "--shard", "--accumulate", 2])])
+def test_what_sharded_processes_saved_one_process_resumes_and_vice_versa(
+        under_fire, stage_2, alone, first, then):
+    """The first run is killed, its last checkpoint is that of step 8."""
+    rank = 1 if first else -1
+    result = under_fire(f"RANK == {rank} and before(11, m5, 'train_step', lambda: send('SIGKILL'))",
+                        *stage_2.options, *first)
+    assert result.status == (2 if first else -9)
+    result = under_fire("", *stage_2.options, *then)
+    assert (result.status, result.err) == (0, "") and "resuming at step 8\n" in result.out, result
+    assert alone.agrees(stage_2.folder)
+
+
+# -- One of them fails -----------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank, how, status, first, last", [
+    (0, "fail(m5.BadInput('no luck'))", 2, "", "under_fire.py: no luck\n"),
+    (1, "fail(m5.BadInput('no luck'))", 2, "", "under_fire.py: no luck\n"),
+    (1, "1 / 0", 1, "Traceback", "ZeroDivisionError: division by zero\n"),
+    (0, "send('SIGKILL')", 2, "under_fire.py: process 0 of 2 was killed by signal 9",
+     "without --fresh\n")])
+def test_the_first_process_that_fails_is_the_only_one_that_is_heard(
+        under_fire, stage_2, rank, how, status, first, last):
+    result = under_fire(f"RANK == {rank} and before(7, m5, 'train_step', lambda: {how})",
+                        *stage_2.options, "--gpus", 2)
+    assert result.status == status and result.err.startswith(first), result
+    assert result.err.endswith(last) and "gloo" not in result.err, result.err
+    assert result.err.count("Traceback") == (status == 1)
+    assert status == 1 or result.err.count("\n") == 1
+    assert load_checkpoint(stage_2.folder / "transformer.pt")["step"] == 4
+
+
+# -- Who writes ------------------------------------------------------------------------------------
+
+NOTE_FILES = """
+notes = open(f"noted.{RANK}", "w", buffering=1)
+def hook(event, args):
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.truncate"):
+        if "/run/" in str(args[0]) or str(args[0]).endswith("/run"):
+            notes.write(f"{event} {Path(str(args[0])).name}\\n")
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.slow
+def test_only_the_first_process_writes_but_for_rows_of_the_token_cache(
+        under_fire, tiny, tmp_path):
+    result = under_fire(NOTE_FILES, *tiny.options, "--tokenizer-steps", 2, "--steps", 2, "--gpus",
+                        2, "--out", tmp_path / "run")
+    assert (result.status, result.err) == (0, ""), result
+    first, second, launcher = ((tmp_path / f"noted.{r}").read_text() for r in (0, 1, -1))
+    for words in ("tokenizer.pt", "log.jsonl", "settings.json", "os.rename", "os.mkdir", ".png"):
+        assert words in first, "the notes would miss it"
+    assert set(second.splitlines()) == {"open tokens_train.npy.tmp", "open tokens_test.npy.tmp"}
+    assert launcher == ""

@@ -1,28 +1,116 @@
 """A run's folder belongs to one run at a time, and its log to the steps that were saved."""
+import json
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import BadInput
+from engine.run_folder import RunFolder
 
 SCRIPT = "05_train.py"
+HOLD = """
+import os, sys, time
+from engine.run_folder import RunFolder
+with RunFolder(sys.argv[1]):
+    if os.fork():
+        print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no such lock")
+def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path):
+    """Also after `kill -9`, while a loading worker that was forked from it still lives."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT,
+                              text=True, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BadInput, match="run is in use by another run"):
+            with RunFolder(tmp_path / "run"):
+                raise AssertionError("two at a time")
+        with RunFolder(tmp_path / "run", writes=False):    # another process of the same run
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with RunFolder(tmp_path / "run") as folder:
+            assert folder.path.is_dir()
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.stdout.close()
+
+
+def test_a_refused_command_leaves_no_new_folder_and_an_old_one_as_it_was(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "mine.txt").write_text("keep")
+    for name in ("new", "old"):
+        with pytest.raises(BadInput):
+            with RunFolder(tmp_path / name):
+                raise BadInput("no")
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "old" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(refused, tiny, tmp_path, below):
+    (tmp_path / "note.txt").write_text("no folder")
+    line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "note.txt" / below)
+    assert "note.txt" in line and (tmp_path / "note.txt").read_text() == "no folder"
+
+
+@given(entries=st.lists(st.tuples(st.sampled_from(["tokenizer", "transformer"]), st.integers(1, 9)),
+                        max_size=8),
+       cut=st.integers(0, 20), stage=st.sampled_from(["tokenizer", "transformer"]),
+       step=st.integers(0, 9))
+def test_a_stage_that_begins_anew_drops_what_was_logged_later_and_what_a_crash_left(
+        entries, cut, stage, step):
+    lines = [dict(stage=s, step=n) for s, n in entries]
+    with tempfile.TemporaryDirectory() as path, RunFolder(path) as folder:
+        for entry in lines:
+            folder.log(entry)
+        with open(folder.path / "log.jsonl", "a") as file:
+            file.write(json.dumps(dict(stage=stage, step=0))[:cut])         # cut short by a crash
+        for half in ("tokenizer.pt.17.tmp", "settings.json.17.tmp", "log.jsonl.17.tmp"):
+            (folder.path / half).write_text("half")
+        (folder.path / "tokens_train.npy.tmp").write_text("whole rows, to be resumed")
+        folder.begin(stage, step, dict(seed=step))
+        kept = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
+        assert kept == [e for e in lines if e["stage"] != stage or e["step"] <= step]
+        assert folder.settings() == dict(seed=step)
+        assert [p.name for p in Path(path).glob("*.tmp")] == ["tokens_train.npy.tmp"]
+
+
+def test_a_process_that_does_not_write_writes_nothing(tmp_path):
+    (tmp_path / "transformer.pt").write_text("whole")
+    with RunFolder(tmp_path, writes=False) as folder:
+        folder.begin("tokenizer", 0, {})
+        folder.log({})
+        folder.remove("transformer.pt")
+        assert folder.settings() == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer.pt"]
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
+def test_a_second_run_in_the_same_folder_is_refused_and_resumes_once_the_first_is_killed(
         refused, cli, tiny, tmp_path):
-    """Also at once after `kill -9`, while the dead run's loading workers still live."""
     path = tmp_path / "run" / "tokenizer.pt"
     options = [*tiny.options, "--workers", 2, "--out", tmp_path / "run"]
     first = tiny.start(SCRIPT, *options, "--tokenizer-steps", 100_000, cwd=tmp_path)
     while not path.exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    line = refused(SCRIPT, *options, "--tokenizer-steps", 100_000)
+    line = refused(SCRIPT, *options)
     assert str(tmp_path / "run") in line and "another run" in line
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     first.wait()
-    line = refused(SCRIPT, *options)                       # fewer steps than it was started with
-    assert "other settings" in line
+    assert "tokenizer_steps 100000 -> 24" in refused(SCRIPT, *options)
     assert cli(SCRIPT, *options, "--fresh", "--stage", "tokenizer").status == 0
     first.communicate()
