@@ -1,159 +1,136 @@
-"""How fast is it? Prints the README's tables; nothing is asserted, nothing is trained for real.
+"""How fast is it? Prints the tables of experiments/README.md. Nothing is trained for real.
 
-    python experiments/benchmark.py                    on a CPU, about 10 minutes
-    python experiments/benchmark.py --device cuda  depth 16 and 30, attention kernels, torch.compile
+    python experiments/benchmark.py                on a CPU, about 10 minutes
+    python experiments/benchmark.py --device cuda  attention, depths 16 and 30, torch.compile
 
-On a CPU: the work of the original code's sizes (256 px, its tokenizer of 109 M parameters, a
-transformer of depth 8, 4 pictures, float32), in seconds and in units of U, the time of one float32
-product of two 2048x2048 matrices in the same process. Beside it the same models as the original
-code runs them: convolutions in torch's default memory layout, attention under a dense mask, every
-picture encoded again in every training step. Then training steps per second at small sizes.
+On a CPU: the original code's sizes (256 px, its tokenizer of 109 M parameters, a transformer of
+depth 8, 4 images), in seconds and in units of U, the time of one float32 product of two 2048x2048
+matrices in the same process. "plain" is the same models as the original code runs them: attention
+under a dense mask, convolutions in torch's default memory layout, every image encoded again in
+every training step. Then training steps at the sizes of the presets.
 """
 import argparse
-import contextlib
 import copy
 import platform
 import resource
 import sys
-import tempfile
 import time
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import shapes  # noqa: E402
-from engine import plan, released  # noqa: E402
 from data.batches import to_float  # noqa: E402
+from engine import released  # noqa: E402
 from engine.devices import choose_precision, fast_bfloat16, lay_out  # noqa: E402
 from engine.processes import Processes  # noqa: E402
-from engine.run_folder import RunFolder  # noqa: E402
+from report.health import decibels  # noqa: E402
 
-vqvae, mask = import_module("02_multiscale_vqvae"), import_module("03_block_causal_mask")
+vqvae, masking = import_module("02_multiscale_vqvae"), import_module("03_block_causal_mask")
 transformer, training = import_module("04_var_transformer"), import_module("05_train")
 sampling = import_module("06_sample_and_edit")
 
-SCALES, PICTURE = released.SCALES[680], 256
-PEAK = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}    # bfloat16, TFLOP/s
-# In U, when U was 0.10 s: measured on 2 cores, in float32, by those who maintain this project.
+TOKENIZER = vqvae.TokenizerConfig(**released.TOKENIZER)
+GUIDED = dict(cfg=1.5, top_k=900, top_p=0.96)
+# In U, when U was 0.10 s: the original code on 2 cores in float32, measured when this was written.
 ORIGINAL = {"tokenise": 66, "decode": 104, "sample": 137, "training step": 102}
 
 
-def seconds(work, device, repeats):
+def seconds(work, repeats):
     """The fastest of some repeats, after one that does not count."""
     times = []
     for _ in range(repeats + 1):
-        synchronise(device)
         begin = time.perf_counter()
         work()
-        synchronise(device)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     return min(times[1:])
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def var_config(depth):
-    return transformer.VARConfig(num_classes=1000, scales=SCALES, vocab_size=4096, latent_dim=32,
-                                 depth=depth)
+    return transformer.VARConfig(num_classes=1000, scales=TOKENIZER.scales, latent_dim=32,
+                                 vocab_size=TOKENIZER.vocab_size, depth=depth)
 
 
-def stage_of(options, tokenizer_config, config, batch, folder):
-    """Stage 2 as chapter 5 builds it, on invented tokens, whose last batch is ready to be used."""
-    settings, *_ = training.read_settings([*options, "--out", folder])
+def row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def head(*cells):
+    print()
+    row(*cells)
+    row(*["---"] * len(cells))
+
+
+def stage_2(options, tokenizer_config, config, batch):
+    """Stage 2 as chapter 5 builds it, on invented tokens. -> stage, a batch"""
+    settings = training.read_settings(options.split())[0]
     processes = Processes(settings.device)
     if settings.precision == "auto":
         settings.precision = choose_precision(processes)
-    tokenizer = lay_out(vqvae.MultiScaleVQVAE(tokenizer_config), processes.device)
-    tokenizer.eval().requires_grad_(False)
+    tokenizer = lay_out(vqvae.MultiScaleVQVAE(tokenizer_config).eval().requires_grad_(False),
+                        processes.device, settings.precision)
     L = sum(side * side for side in config.scales)
-    tokens = torch.randint(config.vocab_size, (1, batch, L)).numpy().astype("uint16")
-    labels = torch.randint(config.num_classes, (batch,)).numpy()
-    data = {"train": (tokens, labels), "test": (tokens, labels)}
-    return training.TransformerStage(settings, processes, tokenizer, config, data,
-                                     [""] * config.num_classes)
+    data = (torch.randint(config.vocab_size, (1, batch, L)).numpy().astype("uint16"),
+            torch.randint(config.num_classes, (batch,)).numpy())
+    stage = training.TransformerStage(settings, processes, tokenizer, config,
+                                      dict(train=data, test=data), [""] * config.num_classes)
+    return stage, stage.rows("train", torch.arange(batch).numpy())
 
 
 def original_sizes(device, repeats):
-    """The four pieces of work, every way in turn, again and again: other programs disturb all ways
-    alike, and the fastest of each counts. -> {name: {how: seconds}}, seconds of U, peak GB of ours
-    """
+    """Every piece of work in every way in turn, again and again: other programs disturb all ways
+    alike, and the fastest turn of each counts."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        options = "--dataset imagenet --precision float32 --batch-size 4 --device", device.type
-        stage = stage_of(" ".join(options).split(), vqvae.TokenizerConfig(**released.TOKENIZER),
-                         var_config(8), 4, folder)
-    image, labels = torch.rand(4, 3, PICTURE, PICTURE, device=device) * 2 - 1, torch.arange(4)
-    batch, a = stage.rows("train", torch.arange(4).numpy()), torch.randn(2048, 2048, device=device)
-    tokens = stage.tokenizer.image_to_tokens(image)
+    stage, batch = stage_2(f"--dataset imagenet --precision float32 --device {device}", TOKENIZER,
+                           var_config(8), 4)
+    side, a = TOKENIZER.image_size, torch.randn(2048, 2048, device=device)
+    image = torch.rand(4, 3, side, side, device=device) * 2 - 1
+    labels, tokens = torch.arange(4, device=device), stage.tokenizer.image_to_tokens(image)
+    plain = copy.deepcopy(stage.tokenizer).to(memory_format=torch.contiguous_format)
+    tokenizers = {"plain": plain, "float32": stage.tokenizer}
+    if fast_bfloat16(torch.device(device)):
+        tokenizers["bfloat16"] = plain                     # the better layout there
 
-    def train(tokenizer, how):
-        if how == "plain":
-            tokenizer.image_to_tokens(image)
+    def under_mask(q, k, v, scales, mask, qk_factor):
+        return masking.attention(q, k, v, mask, qk_factor)
+
+    def step(way):
+        if way == "plain":
+            tokenizers[way].image_to_tokens(image)
         with torch.enable_grad():
             training.train_step(stage, stage.model.train(), batch, 0.5)
-    work = {"tokenise": lambda tokenizer, how: tokenizer.image_to_tokens(image),
-            "decode": lambda tokenizer, how: tokenizer.tokens_to_image(tokens),
-            "sample": lambda tokenizer, how: sampling.generate(
-                tokenizer, stage.model.eval(), labels, cfg=1.5, top_k=900, top_p=0.96),
-            "training step": train}
-    ways = {"float32": stage.tokenizer}
-    if fast_bfloat16(device):
-        ways["bfloat16"] = stage.tokenizer
+    work = {"tokenise": lambda way: tokenizers[way].image_to_tokens(image),
+            "decode": lambda way: tokenizers[way].tokens_to_image(tokens),
+            "sample": lambda way: sampling.generate(tokenizers[way], stage.model.eval(), labels,
+                                                    **GUIDED),
+            "training step": step}
+    contexts = {"float32": nullcontext, "bfloat16": lambda: torch.autocast(device, torch.bfloat16),
+                "plain": lambda: mock.patch.object(masking, "block_causal_attention", under_mask)}
+    found, unit = {}, [seconds(lambda: a @ a, 5)]
     with torch.no_grad():
-        for piece in work.values():                        # as a user's program would, so far
-            piece(stage.tokenizer, "float32")
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            1e9 if sys.platform == "darwin" else 1e6)
-        ways["plain"] = copy.deepcopy(stage.tokenizer).to(memory_format=torch.contiguous_format)
-        found = {name: {how: [] for how in ways} for name in work}
-        U = [seconds(lambda: a @ a, device, 5)]
-        for turn in range(repeats + 1):
+        for _ in range(repeats):
             for name, piece in work.items():
-                for how, tokenizer in ways.items():
-                    with way_of(how):
-                        begin = time.perf_counter()
-                        piece(tokenizer, how)
-                        found[name][how].append(time.perf_counter() - begin)
-                U.append(seconds(lambda: a @ a, device, 2))
-    best = {name: {how: min(times[1:]) for how, times in hows.items()}
-            for name, hows in found.items()}
-    return best, min(U), memory
-
-
-@contextlib.contextmanager
-def way_of(how):
-    """bfloat16 by autocast; the plain way computes all products of attention and hides some."""
-    prefix = mask.block_causal_attention
-    if how == "plain":
-        mask.block_causal_attention = hide_afterwards
-    try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
-            yield
-    finally:
-        mask.block_causal_attention = prefix
-
-
-def hide_afterwards(q, k, v, scales, allowed=None, qk_factor=None):
-    allowed = mask.block_causal_mask(scales).to(q.device) if allowed is None else allowed
-    return mask.attention(q, k, v, allowed, qk_factor)
-
-
-def print_original_sizes(found, U, memory):
-    ways = [how for how in ("float32", "bfloat16") if how in found["sample"]]
-    print("| 4 pictures of 256 px | original, U | plain, U |"
-          + "".join(f" {how}, U | seconds | plain / {how} |" for how in ways))
-    print("| --- " * (3 + 3 * len(ways)) + "|")
-    for name, times in found.items():
-        print(f"| {name} | {ORIGINAL[name]} | {times['plain'] / U:.0f} |" + "".join(
-            f" {times[how] / U:.0f} | {times[how]:.2f} | {times['plain'] / times[how]:.2f}x |"
-            for how in ways))
-    print(f"U = {U:.3f} s; largest peak memory of ours {memory:.1f} GB")
+                for way in tokenizers:
+                    with contexts[way]():
+                        found.setdefault((name, way), []).append(seconds(lambda: piece(way), 1))
+                unit.append(seconds(lambda: a @ a, 2))
+    U, ways = min(unit), [way for way in tokenizers if way != "plain"]
+    head("4 images of 256 px", "original, U", "plain, U",
+         *[f"{way}{unit}" for way in ways for unit in (", U", ", s", ", times plain")])
+    for name in work:
+        best = {way: min(found[name, way]) for way in tokenizers}
+        row(name, ORIGINAL[name], f"{best['plain'] / U:.0f}", *[text for way in ways for text in (
+            f"{best[way] / U:.0f}", f"{best[way]:.2f}", f"{best['plain'] / best[way]:.2f}x")])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory /= 1e9 if sys.platform == "darwin" else 1e6
+    print(f"U = {U:.3f} s; peak memory of all ways {memory:.1f} GB")
 
 
 @torch.no_grad()
@@ -164,118 +141,62 @@ def half_precision(count=500):
     exact = tokenizer.image_to_tokens(image)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = tokenizer.image_to_tokens(image)
-    f_hat = tokenizer.features(exact)
-    pictures = [tokenizer.tokens_to_image(tokens) for tokens in (exact, rounded)]
-    halved = copy.deepcopy(tokenizer).bfloat16().decode(f_hat).float().clamp(-1, 1)
+    images = [tokenizer.tokens_to_image(tokens) for tokens in (exact, rounded)]
+    half = copy.deepcopy(tokenizer).bfloat16().decode(tokenizer.features(exact)).float()
 
     def psnr(a, b):
-        return float(10 * torch.log10(4 / (a - b).square().mean()))
+        return float(decibels((a - b).square().mean()))
     same = float((torch.cat(exact, 1) == torch.cat(rounded, 1)).float().mean())
-    print(f"\nbfloat16 on {count} shapes: {same:.1%} of the tokens stay, PSNR of reconstructions "
-          f"{psnr(pictures[0], image):.2f} -> {psnr(pictures[1], image):.2f} dB; decoded in it: "
-          f"{psnr(pictures[0], halved):.1f} dB from float32")
+    print(f"\nbfloat16 on {count} shapes: {same:.1%} of the tokens are the same, PSNR of the "
+          f"reconstructions {psnr(images[0], image):.2f} -> {psnr(images[1], image):.2f} dB; "
+          f"decoded in it: {psnr(images[0], half.clamp(-1, 1)):.1f} dB from float32")
 
 
-def small_sizes(device, repeats):
-    """Training steps per second of both stages at the presets for shapes and CIFAR-10; on a GPU
-    with torch.compile too: does it pay within ten minutes of training?"""
-    print("\n| preset | stage | batch | parameters | precision | compile | ms a step | "
-          "pictures/s |\n" + "| --- " * 8 + "|")
-    for name in ("shapes", "cifar10"):
-        options = ["--dataset", name, "--device", device.type]
-        settings, config, var_fields = training.read_settings(options)
-        with tempfile.TemporaryDirectory() as folder:
-            processes = Processes(settings.device)
-            settings.precision = choose_precision(processes)
-            images = torch.randint(256, (settings.tokenizer_batch_size, 32, 32, 3)).byte().numpy()
-            first = training.TokenizerStage(settings, processes, RunFolder(folder), config, images,
-                                            images[:1], [""] * 10)
-            pixels = (torch.from_numpy(images),)
-            sizes = training.var_sizes(var_fields, config, 10)
-            second = stage_of(options, config, sizes, settings.batch_size, folder)
-            rows = second.rows("train", torch.arange(settings.batch_size).numpy())
-            for stage, batch in ((first, pixels), (second, rows)):
-                parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
-                for how in ("off", "on")[:1 + (device.type == "cuda")]:
-                    model = stage.processes.wrap(stage.model.train(), compile=how == "on")
-                    time_ = seconds(lambda: training.train_step(stage, model, batch, 0.5), device,
-                                    repeats)
-                    print(f"| {name} | {stage.name} | {stage.batch_size} | {parameters:.1f} M | "
-                          f"{stage.settings.precision} | {how} | {1e3 * time_:.0f} | "
-                          f"{stage.batch_size / time_:.0f} |", flush=True)
+def steps(device, repeats, presets=("shapes", "cifar10")):
+    """Training steps at the sizes of presets; on a GPU also of ImageNet, and with torch.compile."""
+    head("preset", "stage", "batch", "parameters", "precision", "compile", "ms a step", "images/s")
+    large = [f"imagenet --batch-size 64 --depth {depth}" for depth in (16, 30)]
+    for preset in (*presets, *(large if device == "cuda" else ())):
+        options = f"--dataset {preset} --device {device}"
+        settings, config, var_fields = training.read_settings(options.split())
+        stage, tokens = stage_2(options, config, training.var_sizes(var_fields, config, 10),
+                                settings.batch_size)
+        work = [(stage, tokens)]
+        if config.image_size == 32:
+            images = torch.randint(256, (settings.tokenizer_batch_size, 32, 32, 3)).byte()
+            work.append((training.TokenizerStage(
+                stage.settings, stage.processes, None, config, images.numpy(), images[:1].numpy(),
+                [""] * 10), (images,)))
+        for stage, batch in work:
+            parameters = sum(p.numel() for p in stage.model.parameters()) / 1e6
+            for compiled in (False, True)[:1 + (device == "cuda")]:
+                model = stage.processes.wrap(stage.model.train(), compiled)
+                took = seconds(lambda: training.train_step(stage, model, batch, 0.5), repeats)
+                row(preset, stage.name, stage.batch_size, f"{parameters:.1f} M",
+                    stage.settings.precision, "on" if compiled else "off", f"{1e3 * took:.0f}",
+                    f"{stage.batch_size / took:.0f}")
 
 
-def gpu(device, depths=(16, 30), batch=64, repeats=5):
-    """Training steps and sampling at full size, then attention kernels."""
-    print("\n| depth | batch | compile | ms a step | pictures/s | MFU | peak GB | sampled/s |\n"
-          + "| --- " * 8 + "|")
-    for depth in depths:
-        for compiled in (False, True)[:1 + (device.type == "cuda")]:
-            full_size(device, depth, batch, repeats, compiled)
-    kernels(device, batch, repeats)
-
-
-def full_size(device, depth, batch, repeats, compiled):
-    """One row: training steps in bfloat16, then sampling with cfg 1.5, if the model fits."""
-    options = (f"--dataset imagenet --depth {depth} --device {device.type} --precision bfloat16 "
-               f"--batch-size {batch}".split() + (["--compile"] if compiled else []))
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else "CPU"
-    peak = next((value for key, value in PEAK.items() if key in name), None)
-    config, sizes = vqvae.TokenizerConfig(**released.TOKENIZER), var_config(depth)
-    with torch.device("meta"):
-        model = transformer.VAR(sizes)
-    flops = plan.flops(lambda: model(torch.zeros(1, dtype=torch.long), torch.zeros(
-        1, model.L - model.first, sizes.latent_dim)))
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            stage = stage_of(options, config, sizes, batch, folder)
-        wrapped = stage.processes.wrap(stage.model.train(), stage.settings.compile)
-        rows = stage.rows("train", torch.arange(batch).numpy())
-        step = seconds(lambda: training.train_step(stage, wrapped, rows, 0.5), device,
-                       repeats)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0
-        labels = torch.arange(batch, device=device)
-        with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
-            drawn = seconds(lambda: sampling.generate(
-                stage.tokenizer, stage.model.eval(), labels, cfg=1.5, top_k=900, top_p=0.96),
-                device, 1)
-    except torch.OutOfMemoryError:
-        return print(f"| {depth} | {batch} | {'on' if compiled else 'off'} | out of memory |")
-    mfu = f"{flops * batch / step / peak / 1e12:.1%}" if peak else "-"
-    print(f"| {depth} | {batch} | {'on' if compiled else 'off'} | {1e3 * step:.0f} | "
-          f"{batch / step:.0f} | {mfu} | {memory:.1f} | {batch / drawn:.1f} |", flush=True)
-
-
-def kernels(device, batch, repeats, scales=SCALES, heads=16):
-    """Block-causal attention by every way there is, forwards and backwards."""
-    L = sum(side * side for side in scales)
-    q, k, v = torch.randn(3, batch, heads, L, 64, device=device, dtype=torch.bfloat16)
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    allowed = mask.block_causal_mask(scales).to(device)
-    ways = {"prefix": lambda: mask.block_causal_attention(q, k, v, scales, allowed),
-            "SDPA, dense mask": lambda: mask.attention(q, k, v, allowed)}
-    if device.type == "cuda":
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        scale = mask.scale_of_token(scales).to(device)
-        blocks = create_block_mask(lambda b, h, i, j: scale[i] >= scale[j], None, None, L, L,
-                                   device=str(device))
-        flex = torch.compile(flex_attention)
-        ways["FlexAttention, compiled"] = lambda: flex(q, k, v, block_mask=blocks)
-        ways["prefix, compiled"] = torch.compile(ways["prefix"])
-    print(f"\n| attention, {batch} x {heads} x {L} x 64, bfloat16 | forward ms | both ms |\n"
-          "| --- | --- | --- |")
+def kernels(device, batch=64, repeats=5, heads=16):
+    """Block-causal attention in several ways, forward and backward, in bfloat16."""
+    scales = TOKENIZER.scales
+    allowed = masking.block_causal_mask(scales).to(device)
+    L = len(allowed)
+    q, k, v = (torch.randn(batch, heads, L, 64, device=device, dtype=torch.bfloat16,
+                           requires_grad=True) for _ in range(3))
+    ways = {"by prefixes": lambda: masking.block_causal_attention(q, k, v, scales, allowed),
+            "dense mask": lambda: masking.attention(q, k, v, allowed)}
+    if device == "cuda":
+        ways.update({f"{name}, compiled": torch.compile(way) for name, way in ways.items()})
+    head(f"attention, {batch} x {heads} x {L} x 64, bfloat16", "forward, ms", "both, ms")
     for name, way in ways.items():
         try:
             with torch.no_grad():
-                forward = seconds(way, device, repeats)
-            both = seconds(lambda: way().sum().backward(), device, repeats)
+                forward = seconds(way, repeats)
+            row(name, f"{1e3 * forward:.2f}",
+                f"{1e3 * seconds(lambda: way().sum().backward(), repeats):.2f}")
         except RuntimeError as error:                      # too large, or no such kernel here
-            print(f"| {name} | {str(error).splitlines()[0][:60]} | |")
-            continue
-        print(f"| {name} | {1e3 * forward:.2f} | {1e3 * both:.2f} |", flush=True)
+            row(name, str(error).splitlines()[0][:60], "")
 
 
 def main():
@@ -283,16 +204,15 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts [3]")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else (
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else (
         f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    print(f"torch {torch.__version__}, {where}, {time.strftime('%Y-%m-%d')}")
-    if device.type == "cuda":
-        gpu(device)
+    print(f"torch {torch.__version__}, {machine}, {time.strftime('%Y-%m-%d')}")
+    if args.device == "cuda":
+        kernels("cuda")
     else:
-        print_original_sizes(*original_sizes(device, args.repeats))
+        original_sizes("cpu", args.repeats)
         half_precision()
-    small_sizes(device, args.repeats)
+    steps(args.device, args.repeats)
 
 
 if __name__ == "__main__":

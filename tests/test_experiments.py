@@ -93,26 +93,27 @@ def test_the_cost_experiment_finds_exponents_and_draws_its_figure(monkeypatch, t
 
 @pytest.mark.slow
 def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
-    """At sizes that take a second; what a GPU would be asked too."""
-    small = dict(vars(benchmark.vqvae.TokenizerConfig(channels=8, vocab_size=64)))
-    monkeypatch.setattr(benchmark, "SCALES", small["scales"])
-    monkeypatch.setattr(benchmark.released, "TOKENIZER", small)
+    """At sizes that take seconds, with what a GPU would be asked too."""
+    small = benchmark.vqvae.TokenizerConfig(channels=8, vocab_size=64)
+    monkeypatch.setattr(benchmark, "TOKENIZER", small)
     monkeypatch.setattr(benchmark, "var_config", lambda depth: benchmark.transformer.VARConfig(
         num_classes=5, depth=1, width=64, heads=1, vocab_size=64))
-    monkeypatch.setattr(benchmark, "PICTURE", 32)
-    device = torch.device("cpu")
-    found, U, memory = benchmark.original_sizes(device, 1)
-    benchmark.print_original_sizes(found, U, memory)
-    benchmark.gpu(device, depths=(1,), batch=4, repeats=1)
+    real = benchmark.masking.block_causal_attention
+    benchmark.original_sizes("cpu", 1)
     benchmark.half_precision(20)
+    benchmark.steps("cpu", 1, ["shapes"])
+    benchmark.kernels("cpu", batch=2, repeats=1)
     out = capsys.readouterr().out
-    stay, before, after, apart = map(float, re.search(
-        r"(\d+\.\d)% of the tokens stay.* (\d+\.\d+) -> (\d+\.\d+) dB;.* (\d+\.\d) dB",
+    same, before, after, apart = map(float, re.search(
+        r"(\d+\.\d)% of the tokens are the same.* (\d+\.\d+) -> (\d+\.\d+) dB;.* (\d+\.\d) dB",
         out).groups())
-    assert 75 < stay < 100 and abs(before - after) < 0.3 and before > 30 and 45 < apart < 80
-    assert all(f"| {name} |" in out for name in benchmark.ORIGINAL)
-    assert "| 1 | 4 | off |" in out and "| 1 | 4 | on |" not in out and "| prefix |" in out
-    assert benchmark.mask.block_causal_attention is not benchmark.hide_afterwards, "put back"
+    assert 75 < same < 100 and abs(before - after) < 0.3 and before > 30 and 45 < apart < 80
+    rows = [rf"{name} \| \d+( \| \d+){{2}} \| \d+\.\d\d \| " for name in benchmark.ORIGINAL]
+    rows += [rf"shapes \| {stage} \| 16 \| \d\.\d M \| \w+ \| off \| \d+ \| \d+ \|"
+             for stage in ("transformer", "tokenizer")]
+    rows += [r"by prefixes \| \d+\.\d\d \| \d+\.\d\d \|", r"dense mask \| \d+\.\d\d \| "]
+    assert all(re.search(rf"^\| {row}", out, re.M) for row in rows)
+    assert benchmark.masking.block_causal_attention is real, "everything is put back"
 
 
 @pytest.mark.slow
