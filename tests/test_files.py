@@ -134,7 +134,7 @@ def test_a_damaged_part_of_the_right_length_is_refused_and_fetched_again(hub, tm
     out, path = io.BytesIO(), tmp_path / "a.pth"
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("weights", some_bytes(1000))
-    hub.files["a.pth"] = body = out.getvalue()
+    hub.files["a.pth"] = body = out.getvalue() if "zip" in known else some_bytes(500)
     hub.tells = sha256(body) if "server" in known else None
     arguments = hub.url + "a.pth", path, sha256(body) if "caller" in known else ""
     (tmp_path / "a.pth.part").write_bytes(body[:400] + bytes(100))

@@ -214,9 +214,11 @@ def test_which_side_an_image_is_on_depends_on_its_name_and_not_on_its_neighbours
     assert dict(zip(names[::-1], folder.held_out(names[::-1]))) == before
 
 
-def test_one_image_in_20_is_held_out_on_every_machine_the_same():
+def test_one_image_in_20_is_held_out_on_every_machine_the_same(monkeypatch):
     held = folder.held_out([f"cat/{i}.jpg" for i in range(10_000)])
     assert 450 < held.sum() < 550 and np.flatnonzero(held)[:5].tolist() == [13, 36, 38, 53, 70]
+    monkeypatch.setattr(folder, "HELD_OUT", 1)
+    assert folder.held_out(["a", "b", "c"]).sum() == 2, "never all"
 
 
 @given(sizes=st.lists(st.integers(1, 25), min_size=1, max_size=4))

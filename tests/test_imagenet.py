@@ -60,6 +60,7 @@ def test_unsorted_validation_images_get_their_labels_from_the_list_beside_them(t
     images, labels, names = imagenet.load("test", data_dir=tmp_path, size=4)
     assert names == CLASSES
     assert {Path(images.path(i)).stem: k for i, k in enumerate(labels)} == expected
+    assert sorted(labels) == labels.tolist(), "what stands in for a damaged image relies on it"
     assert len(imagenet.load("train", data_dir=tmp_path, size=4)[0]) == 2
 
 
