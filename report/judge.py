@@ -225,11 +225,6 @@ def distances(features_query, features_set):
                       for part in features_query.split(100)])
 
 
-def nearest_neighbours(features_query, features_set):
-    """For each of (N, F) the row of (M, F) closest to it: int64 (N,)."""
-    return distances(features_query, features_set).argmin(1)
-
-
 # -- The table -------------------------------------------------------------------------------------
 
 def comparable(asked, real, test):
@@ -294,7 +289,7 @@ def neighbours(out, judge, real, shown, floor, fake):
     print(f"nearest of {len(known):,} training pictures: samples are {near[1].median():.2f} away "
           f"(median), held-out pictures {near[0].median():.2f}; {closer:.1%} of the samples are "
           "nearer than the nearest 1 % of held-out pictures")
-    by_features = nearest_neighbours(fake[:len(shown)], known).cpu()
+    by_features = distances(fake[:len(shown)], known).argmin(1).cpu()
     flat = shown.flatten(1).double()                       # float32 cannot tell near copies apart
     by_pixels = torch.cat([torch.cdist(flat, as_floats(part).flatten(1).double())
                            for part in real.split(2000)], 1).argmin(1)

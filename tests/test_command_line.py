@@ -153,20 +153,6 @@ def test_square_cuts_the_middle_without_touching_its_pixels(width, height, chann
     assert np.array_equal(cut, photo[top:top + short, left:left + short])
 
 
-def test_read_gives_an_upright_rgb_image_on_white(tmp_path):
-    colour, grey, clear = (noise_photo(7, 5, channels) for channels in (3, 1, 4))
-    share = clear[..., 3:] / 255
-    on_white = clear[..., :3] * share + 255 * (1 - share)
-    for pixels, wanted in ((colour, colour), (grey, np.stack([grey] * 3, 2)), (clear, on_white)):
-        Image.fromarray(pixels).save(tmp_path / "photo.png")
-        found = command_line.read(tmp_path / "photo.png")
-        assert found.mode == "RGB" and abs(np.array(found) - wanted.astype(float)).max() <= 1
-    turned = Image.Exif()
-    turned[0x0112] = 6                                     # "the camera was held upright"
-    Image.fromarray(colour).save(tmp_path / "photo.png", exif=turned)
-    assert np.array_equal(np.array(command_line.read(tmp_path / "photo.png")), np.rot90(colour, 3))
-
-
 # -- How many at once, in which precision ----------------------------------------------------------
 
 @pytest.mark.parametrize("asked, device, millions, fast, dtype", [

@@ -1,5 +1,4 @@
 """The tokenizer's health: usage, perplexity, energy left and PSNR of each scale, and warnings."""
-import json
 import math
 import re
 from importlib import import_module
@@ -15,7 +14,7 @@ from PIL import Image
 from report import health, plots
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
-KINDS = dict(three={}, one={"scales": (4,)}, apart={"residual": False}, signs={"quantizer": "lfq"})
+KINDS = dict(three={}, one={"scales": (4,)}, apart={"residual": False})
 
 
 def seeded(seed=0):
@@ -38,20 +37,6 @@ def test_psnr_is_that_of_the_definition_pixel_by_pixel(seed, share):
 def slow_usage(tokens, V):                                 # list of ints -> (used, perplexity)
     shares = [tokens.count(code) / len(tokens) for code in sorted(set(tokens))]
     return len(shares) / V, math.prod(p ** -p for p in shares)
-
-
-@given(V=st.integers(1, 12), K=st.integers(1, 3), B=st.integers(1, 4), seed=st.integers(0, 99))
-def test_counts_and_usage_equal_a_slow_loop_and_two_batches_count_as_one(V, K, B, seed):
-    one, two = ([torch.randint(V, (B, k + 1), generator=seeded(9 * seed + k + part))
-                 for k in range(K)] for part in (0, 400))
-    counts = health.count_codes(one, V) + health.count_codes(two, V)
-    both = [torch.cat(pair) for pair in zip(one, two)]
-    assert torch.equal(counts, health.count_codes(both, V)) and counts.shape == (K, V)
-    numbers, flat = health.usage(counts), [part.flatten().tolist() for part in both]
-    assert counts.tolist() == [[part.count(code) for code in range(V)] for part in flat]
-    used, perplexity = zip(*[slow_usage(part, V) for part in [*flat, sum(flat, [])]])
-    assert [*numbers["used"], numbers["used_overall"]] == pytest.approx(used)
-    assert [*numbers["perplexity"], numbers["perplexity_overall"]] == pytest.approx(perplexity)
 
 
 def test_perplexity_of_examples_worked_by_hand():
@@ -85,8 +70,11 @@ def slow_examine(model, images):
             missing[k] += float(((f - f_hat) ** 2).sum())
             error = (model.decode(f_hat).clamp(-1, 1) - image) / 2
             db[k] -= 10 * math.log10(float((error ** 2).mean())) / len(images)
-    used, perplexity = zip(*[slow_usage(part, V) for part in tokens])
-    return dict(used=used, perplexity=perplexity, left=missing / energy, psnr_after=db, psnr=db[-1])
+    (*used, overall), (*perplexity, together) = zip(*[
+        slow_usage(part, V) for part in [*tokens, sum(tokens, [])]])
+    return dict(used=used, perplexity=perplexity, used_overall=overall,
+                perplexity_overall=together, left=missing / energy, psnr_after=db,
+                psnr=db[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,13 +106,10 @@ def warned(used=(0.02, 0.1, 0.19, 0.2, 0.9), left=(0.9, 0.7, 0.709, 0.3, 0.1), s
     return health.warnings(SimpleNamespace(config=config), dict(used=used, left=left), seen)
 
 
-def test_a_tokenizer_that_is_well_is_not_warned_about():
+def test_a_scale_that_collapsed_or_does_harm_is_named_with_a_setting_to_try(cli):
     assert warned() == [], "up to 4x4, few codes are normal"
     assert warned(used=[0.01] * 5, seen=3) == [], "64 codes were not seen four times over"
     assert warned(left=[0.1, 0.9, 0.2, 0.9, 0.2], residual=False) == [], "each scale stands alone"
-
-
-def test_a_scale_that_collapsed_or_does_harm_is_named_with_a_setting_to_try(cli):
     (few,) = warned(used=[0.02, 0.1, 0.19, 0.2, 0.19], seen=4)
     (middle,) = warned(used=[0.02, 0.1, 0.1, 0.19, 0.5])
     (worse,) = warned(left=[0.9, 0.7, 0.3, 0.312, 0.1])
@@ -136,9 +121,8 @@ def test_a_scale_that_collapsed_or_does_harm_is_named_with_a_setting_to_try(cli)
     m5.read_settings(["--device", "cpu", *re.search(r"--set \S+(?=,)", few)[0].split()])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_sheet_shows_every_scale_and_where_the_last_one_errs(kind, tmp_path):
-    model, images = tokenizer_and_images(kind, 3)
+def test_the_sheet_shows_every_scale_and_where_the_last_one_errs(tmp_path):
+    model, images = tokenizer_and_images("three", 3)
     health.save_picture(tmp_path / "x.png", model, images)
     steps = model.pyramid(model.image_to_tokens(images))
     rebuilt = [model.decode(f_hat).clamp(-1, 1) for f_hat in steps]
@@ -151,17 +135,3 @@ def test_the_sheet_shows_every_scale_and_where_the_last_one_errs(kind, tmp_path)
         shown = sheet[5 + 98 * r:98 + 98 * r:6, -3 * 98 + 3:]
         for c, image in enumerate(row):
             assert np.abs(shown[:, 98 * c:98 * c + 96:6].astype(int) - image).max() <= 1, (r, c)
-
-
-def test_a_run_logs_the_health_of_every_scale(tiny):
-    entries = map(json.loads, (tiny.folder / "log.jsonl").read_text().splitlines())
-    entries = [entry for entry in entries if entry["stage"] == "tokenizer"]
-    found = [entry["held_out"] for entry in entries if "held_out" in entry]
-    assert len(found) == 4 and len(entries) == 4 + 24
-    for numbers in found:
-        for key in ("used", "perplexity", "left", "psnr_after"):
-            assert len(numbers[key]) == 3 and all(map(math.isfinite, numbers[key])), key
-        text = "\n".join([health.table((1, 2, 4), numbers), *numbers["warnings"]])
-        assert numbers["psnr"] == numbers["psnr_after"][-1] and text in tiny.stdout
-    assert all("held_out" in entry or health.short((1, 2, 4), entry) in tiny.stdout
-               for entry in entries)

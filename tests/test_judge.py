@@ -1,7 +1,6 @@
 """The judge: what it learns, how it reads images, and what is measured with its features."""
 import contextlib
 import io
-import math
 import re
 
 import numpy as np
@@ -67,14 +66,7 @@ def test_frechet_distance_matches_the_closed_form():
     expected = torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * product
     assert judge.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
     assert judge.frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-8)
-
-
-@given(count=st.integers(2, 6), width=st.integers(1, 5), seed=st.integers(0, 99))
-def test_frechet_distance_is_never_negative_even_with_few_images(count, width, seed):
-    a, b = torch.randn(2, count, width, generator=seeded(seed))
-    distance = judge.frechet_distance(a, b)
-    assert distance >= 0 and math.isfinite(distance)
-    assert judge.frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+    assert judge.frechet_distance(a[:2], a[:2]) == pytest.approx(0, abs=1e-5), "not below, either"
     with pytest.raises(ValueError):
         judge.frechet_distance(a[:1], b)
 
@@ -94,31 +86,11 @@ def test_precision_and_recall_match_the_slow_loop(seed, k):
     real, fake = torch.randn(14, 2, generator=seeded(seed)).double().split([8, 6])
     assert judge.precision_recall(real, fake + 0.5, k) == (
         slow_share_inside(fake + 0.5, real, k), slow_share_inside(real, fake + 0.5, k))
-
-
-def test_precision_and_recall_at_the_extremes():
-    points = torch.randn(50, 4, generator=seeded())
-    assert judge.precision_recall(points, points) == (1, 1)
-    assert judge.precision_recall(points, points + 100) == (0, 0)
     # Copies of one real image look real and cover next to nothing: that is mode collapse.
-    precision, recall = judge.precision_recall(points, points[:1].repeat(20, 1))
-    assert precision == 1 and recall <= 1 / 50
+    precision, recall = judge.precision_recall(real, real[:1].repeat(20, 1), k)
+    assert precision == 1 and recall == 1 / 8
     with pytest.raises(ValueError):
-        judge.precision_recall(points, points[:3])
-
-
-@given(n=st.sampled_from([1, 3, 101]), m=st.integers(1, 9), seed=st.integers(0, 99))
-def test_distances_and_nearest_equal_the_slow_loop(n, m, seed):
-    a, b = torch.randn(n + m, 3, generator=seeded(seed)).split([n, m])
-    slow = [[math.dist(p, q) for q in b.tolist()] for p in a.tolist()]
-    assert torch.allclose(judge.distances(a, b), torch.tensor(slow), atol=1e-5)
-    assert judge.nearest_neighbours(a, b).tolist() == [row.index(min(row)) for row in slow]
-
-
-@pytest.mark.parametrize("size", [16, 32, 50, 64, 256])
-def test_the_judge_takes_every_size(size):
-    network = judge.Judge(7, size).eval()
-    assert network(torch.rand(2, 3, size, size)).shape == (2, 7)
+        judge.precision_recall(real, real[:k])
 
 
 @pytest.mark.slow
@@ -169,8 +141,7 @@ class Wall:
 
 @pytest.fixture
 def wall(monkeypatch):
-    wall = Wall()
-    monkeypatch.setattr(gallery, "save", wall)
+    monkeypatch.setattr(gallery, "save", wall := Wall())
     return wall
 
 

@@ -11,11 +11,6 @@ from PIL import Image
 from report import plots
 
 
-def test_to_uint8_rounds_and_clips():
-    images = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
-    assert plots.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
-
-
 @given(height=st.integers(1, 9), width=st.integers(1, 9), side=st.integers(1, 20))
 def test_enlarge_shows_at_every_place_the_pixel_it_lies_in(height, width, side):
     images = torch.rand(2, 3, height, width)
@@ -39,14 +34,6 @@ def test_every_pixel_of_a_grid_lands_where_it_should(tmp_path_factory, count, co
     assert (sheet == expected).all()
 
 
-def test_grid_scales_small_images_and_leaves_large_ones(tmp_path):
-    for side, shown in [(8, 96), (32, 96), (64, 128), (256, 256)]:
-        plots.save_grid(tmp_path / "g.png", torch.zeros(1, 3, side, side), 1, gap=0)
-        assert Image.open(tmp_path / "g.png").size == (shown, shown)
-    with pytest.raises(ValueError):
-        plots.save_grid(tmp_path / "g.png", torch.zeros(0, 3, 8, 8), 1)
-
-
 def test_labels_and_legends_are_never_cut_off(tmp_path):
     path, text = tmp_path / "g.png", "a long label, with more words\nthan pictures"
     plots.save_grid(path, np.full((2, 4, 4, 3), 255, np.uint8), 2, scale=1, row_labels=[text],
@@ -54,11 +41,18 @@ def test_labels_and_legends_are_never_cut_off(tmp_path):
     sheet = np.array(Image.open(path))
     edge = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
     assert sheet.min() < 100 and edge.min() == 255  # there is ink, and none touches the border
-
-
-def test_the_bar_of_a_legend_runs_through_the_heat_map_between_its_ticks():
     bar = np.array(plots.legend("text", ["0", "1/2", "1"]))[16, 50:450]
     assert (bar == plots.heat_map(np.linspace(0, 1, 400)[None])[0]).all()
+
+
+def test_images_outside_0_to_1_are_cut_and_small_ones_are_enlarged(tmp_path):
+    images = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert plots.to_uint8(images)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    for side, shown in [(8, 96), (32, 96), (64, 128), (256, 256)]:
+        plots.save_grid(tmp_path / "g.png", torch.zeros(1, 3, side, side), 1, gap=0)
+        assert Image.open(tmp_path / "g.png").size == (shown, shown)
+    with pytest.raises(ValueError):
+        plots.save_grid(tmp_path / "g.png", torch.zeros(0, 3, 8, 8), 1)
 
 
 def test_heat_map_rises_and_clips():
@@ -75,12 +69,6 @@ def test_token_colours_are_stable_and_spread():
     later = plots.token_colours(torch.full((2, 1), 5), 1, 512)[1, :, 0, 0]
     assert torch.equal(later, colours[0, :, 0, 5])
     assert torch.pdist(colours[0].reshape(3, -1).T).min() > 0.08
-
-
-def test_a_gif_holds_its_frames(tmp_path):
-    frames = [np.full((8, 8, 3), level, np.uint8) for level in (0, 120, 250)]
-    plots.save_gif(tmp_path / "a" / "x.gif", frames, 200)
-    assert Image.open(tmp_path / "a" / "x.gif").n_frames == 3
 
 
 def line_of(path, colour=plots.LINES[0]):

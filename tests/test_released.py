@@ -90,8 +90,8 @@ def offered(monkeypatch, tmp_path):
     return lambda name: ("--released", name, "--device", "cpu", "--out", tmp_path / "made")
 
 
-@pytest.mark.parametrize("name", ["d16", "d36"])
-@pytest.mark.parametrize("precision", ["auto", "float16", "bfloat16"])
+@pytest.mark.parametrize("name, precision", [("d16", "auto"), ("d16", "float16"),
+                                             ("d36", "bfloat16")])
 def test_a_released_model_samples_in_the_precision_asked_for(cli, offered, monkeypatch, name,
                                                              precision):
     seen, draw = [], m6.generate
