@@ -24,24 +24,24 @@ def small(monkeypatch):
     return members
 
 
-@pytest.fixture
-def official(monkeypatch):
-    """official(members): the bytes of this archive, which from now on is the official one."""
-    def make(members, links=(), raw=None):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-            for name, body in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(body)
-                tar.addfile(info, io.BytesIO(body))
-            for name, target, kind in links:
-                info = tarfile.TarInfo(name)
-                info.type, info.linkname, info.size = kind, target, 20 * 3073   # the size lies
-                tar.addfile(info)
-        archive = raw or buffer.getvalue()
-        monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
-        return archive
-    return make
+def packed(monkeypatch, members, links=()):
+    """-> the bytes of an archive that from now on is the official one"""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+        for name, target, kind in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, target, 20 * 3073   # the size lies
+            tar.addfile(info)
+    return accepted(monkeypatch, buffer.getvalue())
+
+
+def accepted(monkeypatch, archive):
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
+    return archive
 
 
 def files_in(root):
@@ -66,10 +66,10 @@ def test_records_are_red_green_and_blue_planes(small, tmp_path, where):
 
 
 def test_it_is_fetched_once_checked_and_what_is_missing_is_unpacked_again(
-        small, official, hub, tmp_path, monkeypatch):      # noqa: F811
+        small, hub, tmp_path, monkeypatch):                # noqa: F811
     monkeypatch.setattr(cifar10, "URL", f"{hub.url}c.tar.gz")
     hub.files["c.tar.gz"] = b"another file"
-    archive, path = official(small), tmp_path / "new" / cifar10.ARCHIVE
+    archive, path = packed(monkeypatch, small), tmp_path / "new" / cifar10.ARCHIVE
     refusal(lambda: cifar10.load("test", data_dir=path.parent), cifar10.URL, str(path), "sha256")
     hub.files["c.tar.gz"] = archive
     images, labels, _ = cifar10.load("test", data_dir=path.parent)
@@ -82,27 +82,22 @@ def test_it_is_fetched_once_checked_and_what_is_missing_is_unpacked_again(
     refusal(lambda: cifar10.load("train", data_dir=path.parent), str(path), "damaged")
 
 
-def test_hostile_archives_write_nothing_elsewhere(small, official, tmp_path):
-    first = f"{cifar10.FOLDER}/data_batch_1.bin"
+def test_hostile_archives_write_nothing_elsewhere(small, tmp_path, monkeypatch):
+    first, secret = f"{cifar10.FOLDER}/data_batch_1.bin", tmp_path / "secret"
     rest = {name: body for name, body in small.items() if name != first}
-    secret = tmp_path / "secret"
     secret.write_bytes(bytes(20 * 3073))
     stray = {"../evil": b"e", str(tmp_path / "evil"): b"e", f"{cifar10.FOLDER}/../../evil": b"e"}
-    whole = official(small)
-    cases = [
-        (dict(members={**stray, **small}), None),
-        (dict(members=rest, links=[(first, str(secret), tarfile.SYMTYPE)]), "plain file"),
-        (dict(members=rest, links=[(first, "../../secret", tarfile.LNKTYPE)]), "plain file"),
-        (dict(members={**rest, first: small[first][:-1]}), "plain file"),
-        (dict(members=rest), "lacks"),
-        (dict(members={}, raw=whole[:len(whole) // 2]), "damaged"),
-        (dict(members={}, raw=gzip.compress(b"not a tar")), "damaged"),
-        # A folder that is a link out of the way: members below it are not followed blindly.
-        (dict(members={}, links=[(cifar10.FOLDER, str(tmp_path), tarfile.SYMTYPE)]), "lacks")]
-    for number, (archive, complaint) in enumerate(cases):
+    for number, (members, links, complaint) in enumerate([
+            ({**stray, **small}, [], None),
+            (rest, [(first, str(secret), tarfile.SYMTYPE)], "plain file"),
+            (rest, [(first, "../../secret", tarfile.LNKTYPE)], "plain file"),
+            ({**rest, first: small[first][:-1]}, [], "plain file"),
+            (rest, [], "lacks"),
+            # A folder that is a link out of the way: members below it are not followed blindly.
+            ({}, [(cifar10.FOLDER, str(tmp_path), tarfile.SYMTYPE)], "lacks")]):
         root = tmp_path / "inner" / str(number)
         root.mkdir(parents=True)
-        (root / cifar10.ARCHIVE).write_bytes(official(**archive))
+        (root / cifar10.ARCHIVE).write_bytes(packed(monkeypatch, members, links))
         if complaint:
             refusal(lambda: cifar10.load("train", data_dir=root), complaint)
         else:
@@ -111,7 +106,12 @@ def test_hostile_archives_write_nothing_elsewhere(small, official, tmp_path):
         assert not any(p.is_symlink() for p in root.rglob("*"))
 
 
-def test_damaged_files_and_wrong_options_are_refused(small, tmp_path):
+def test_damaged_files_and_wrong_options_are_refused(small, tmp_path, monkeypatch):
+    whole = packed(monkeypatch, small)
+    for archive in (whole[:len(whole) // 2], gzip.compress(b"not a tar")):
+        (tmp_path / cifar10.ARCHIVE).write_bytes(accepted(monkeypatch, archive))
+        refusal(lambda: cifar10.load("train", data_dir=tmp_path), "damaged")
+    (tmp_path / cifar10.ARCHIVE).unlink()
     for name, body in small.items():
         (tmp_path / name.split("/")[1]).write_bytes(body)
     test, body = tmp_path / "test_batch.bin", small[f"{cifar10.FOLDER}/test_batch.bin"]

@@ -12,10 +12,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import BadInput, files
+from engine import BadInput, files, released
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -157,6 +158,18 @@ def test_a_failed_download_is_one_line_that_says_where_to_put_the_file(hub, tmp_
         path.parent.mkdir()
         path.with_name("a.pth.part").write_bytes(some_bytes(400))
     assert reason in refused(url, path) and not path.exists()
+
+
+def test_released_weights_are_fetched_once_and_what_does_not_load_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(released, "URL", hub.url)
+    out = io.BytesIO()
+    torch.save({"weight": torch.ones(2)}, out)
+    hub.files["var_d16.pth"] = out.getvalue()
+    for _ in range(2):
+        assert released.fetch("var_d16.pth")["weight"].sum() == 2 and len(hub.seen) == 1
+    (hub.folder / "var_d16.pth").write_bytes(b"no weights")
+    with pytest.raises(BadInput, match="var_d16.pth.*remove it to download it again"):
+        released.fetch("var_d16.pth")
 
 
 def fetch_at_once(url, path, start):
