@@ -134,7 +134,8 @@ class KVCache:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each between a norm that the class modulates and a gate that it opens."""
+    """Attention and MLP. The class speaks to both: it scales and shifts what enters (AdaLN), and a
+    gate that it opens multiplies what is added to x."""
 
     def __init__(self, cfg, drop_rate):
         super().__init__()
@@ -174,7 +175,8 @@ class VAR(nn.Module):
         self.config = cfg = config
         D, self.K, self.first = cfg.width, len(cfg.scales), cfg.scales[0] ** 2
         self.L = sum(side * side for side in cfg.scales)
-        # 1. What stands in a position: the start or a cell of f_hat, where it is, in which map.
+        # 1. What stands in a position: the start or a cell of f_hat, in which map, and where. The L
+        # positions are learned; nothing says which of them are neighbours.
         self.class_embed = nn.Embedding(cfg.num_classes + 1, D)
         self.start = nn.Parameter(torch.empty(1, self.first, D))
         self.word_embed = nn.Linear(cfg.latent_dim, D)
@@ -188,8 +190,7 @@ class VAR(nn.Module):
         self.shared_modulation = nn.Linear(D, 6 * D) if cfg.shared_adaln else None
         rates = [cfg.drop_path * i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
         self.blocks = nn.ModuleList(Block(cfg, rate) for rate in rates)
-        # 4. The head: one logit per code. (With the 2^24 codes of a lookup-free quantizer one would
-        # predict the bits of a code instead.)
+        # 4. The head: a logit for each code (for 2^24 codes one would predict their bits instead).
         self.head_norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
         self.head_modulation = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, cfg.vocab_size)
@@ -208,9 +209,9 @@ class VAR(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.start, std=std)
         nn.init.trunc_normal_(self.position, std=std)
-        # 2. 2 * depth branches are added up: divided by its root, the sum is as large at any depth.
-        # Their gates are almost shut, so that every block starts as the identity and a deep stack
-        # trains from the first step.
+        # 2. 2 * depth branches are added up; divided by the root of that, their sum is as large at
+        # any depth. Their gates are almost shut: every block starts as the identity, and a deep
+        # stack trains from the first step.
         gate = 1e-3 if cfg.depth < 24 else 1e-4 if cfg.depth < 30 else 1e-5
         gate = 5e-6 if cfg.depth >= 36 else gate
         for block in self.blocks:

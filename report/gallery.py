@@ -148,13 +148,13 @@ def entropy(out, tokenizer, var, image, labels, names):
 @torch.no_grad()
 def attention_weights(var, labels, teacher_inputs, queries=slice(None)):
     """Who looks at whom: -> one (B, heads, n, L) per block, n of the L queries, rows sum to 1."""
-    found, may = [], var.scale_of_token[:, None] >= var.scale_of_token[None]
+    found = []
 
     def listen(attention, inputs):
-        q, k, _, scale = attention.project(inputs[0])
+        q, k, _, qk_factor = attention.project(inputs[0])
         with torch.autocast(q.device.type, enabled=False):
-            logits = q[:, :, queries].float() @ k.float().mT * scale
-        logits = logits.masked_fill(~may[queries], -torch.inf)
+            logits = q[:, :, queries].float() @ k.float().mT * qk_factor
+        logits = logits.masked_fill(~var.mask[queries], -torch.inf)
         found.append(logits.softmax(-1))
     handles = [block.attention.register_forward_pre_hook(listen) for block in var.blocks]
     try:
