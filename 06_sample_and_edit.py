@@ -22,8 +22,7 @@ sees the whole image, so hidden pixels leak into the tokens that are kept); the 
 always kept; kept tokens are quantized again as f_hat grows, not replayed; an edit takes several
 passes; the likelihood, which training maximizes, can be asked for.
 
-The pictures and tables that the tasks make are written by report/gallery.py, report/density.py
-and report/judge.py; the options are in report/command_line.py.
+Options are in report/command_line.py; report/ also writes the pictures and tables.
 
     python 06_sample_and_edit.py                        newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
@@ -32,7 +31,6 @@ and report/judge.py; the options are in report/command_line.py.
 from functools import partial
 from importlib import import_module
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -340,6 +338,7 @@ def repaint(job, paint, image, region, labels, seed=0, at_once=None, **options):
 
 
 def show_samples(job, task):
+    """Samples and how they come about, or one class at several strengths of guidance."""
     c, names, n = job.classes[0], {c: job.names[c] for c in job.classes}, job.n or 8
     if task == "guidance":
         rows = {cfg: torch.cat(list(draw_images(job, [c] * 8, cfg=cfg)))
@@ -352,6 +351,7 @@ def show_samples(job, task):
 
 
 def show_edits(job, task):
+    """What becomes of real images: repainted, out-painted, reconstructed, looked at."""
     image, labels = job.images_to_edit(5 if task in ("outpaint", "edit") else 10)
     if image is None:                                      # random numbers that no task uses again
         image = 2 * torch.cat(list(draw_images(job, labels, seed=2 ** 31))).to(job.device) - 1
@@ -365,16 +365,17 @@ def show_edits(job, task):
         painted = repaint(job, outpaint, image, grow, labels, at_once=1)
         gallery.canvas(job.out, image, grow, painted, names)
     else:
-        keep = job.kept_region((0.5, 0, 1, 1) if task == "inpaint" else (0.1, 0.1, 0.9, 0.9))
-        rows = ({f"drawing {i + 1}": (labels, i) for i in range(3)} if task == "inpaint" else
-                {f"as {job.names[c]}": ([c] * len(image), 0) for c in job.classes[:10]})
-        soft = 0 if job.args.paste else None
-        results = {text: repaint(job, edit, image, keep, wanted, seed, soft=soft)
-                   for text, (wanted, seed) in rows.items()}
+        keep, soft = job.kept_region(task), 0 if job.args.paste else None
+        rows = [(f"drawing {i + 1}", labels, i) for i in range(3)]
+        if task == "edit":                                 # the same noise as every class
+            rows = [(f"as {job.names[c]}", [c] * len(image), 0) for c in job.classes[:10]]
+        results = {text: repaint(job, edit, image, keep, classes, seed, soft=soft)
+                   for text, classes, seed in rows}
         gallery.edits(job.out, task, job.tokenizer, image, keep, results, names, job.args.paste)
 
 
 def measure(job, task):
+    """Likelihoods, a judge's verdict, or samples for another evaluator."""
     among = job.classes if job.asked else job.every_class
     if task == "density":
         image, labels = job.images_to_weigh(among)
@@ -382,12 +383,10 @@ def measure(job, task):
                 labels, among, job.names)
     elif task == "evaluate":
         (real, labels), (test, test_labels) = job.real_images("train"), job.real_images("test")
-        count = judge.comparable(job.n or 1000, len(real), len(test))
-        wanted = np.resize(np.unique(labels), count)       # the classes that there are, in turn
+        wanted = judge.labels_to_draw(job.n or 1000, labels, test_labels)
         network = judge.judge_of(job.dataset, real, labels, len(job.names), job.device)
         judge.evaluate(job.out, network, job.tokenizer, real, test, test_labels,
-                       draw_images(job, wanted.tolist()), wanted,
-                       f"samples, cfg {job.sampling['cfg']:g}")
+                       draw_images(job, wanted), wanted, f"samples, cfg {job.sampling['cfg']:g}")
     else:
         labels = among * (job.n or 50)                     # in turn: the evaluator looks at parts
         gallery.export_npz(job.args.export_npz, draw_images(job, labels), len(labels), job.side)

@@ -16,6 +16,7 @@ from engine.progress import progress
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "pretrained"
 PICTURES = ("sample", "guidance", "think", "reconstruct", "inpaint", "outpaint", "edit")
 ON_REQUEST = ("density", "evaluate")                       # these take longer
+BOXES = {"inpaint": (0.5, 0, 1, 1), "edit": (0.1, 0.1, 0.9, 0.9)}    # fractions of the side
 
 
 def read_arguments(description):
@@ -203,7 +204,7 @@ class Job:
         except BadInput as error:
             if self.var is None:
                 raise
-            print(f"no held-out pictures ({error}): working on pictures drawn by the model itself")
+            print(f"no held-out images ({error}): working on images drawn by the model itself")
             return None, self.classes[:count]
         image = to_float(stack([images[int(i)] for i in rows]))
         return image.to(self.device), labels[rows].tolist()
@@ -216,20 +217,20 @@ class Job:
         images, labels = self.real_images("test")
         rows = np.flatnonzero(np.isin(labels, classes))
         if len(rows) == 0:
-            raise BadInput("none of the held-out pictures is of these classes")
+            raise BadInput("none of the held-out images is of these classes")
         rows = rows[rows_of(len(rows), self.n or max(1, 5000 // len(classes)))]
         return (to_float(stack([images[int(i)] for i in rows])),
                 [classes.index(label) for label in labels[rows].tolist()])
 
-    def kept_region(self, box):
-        """--mask, --box or `box` -> (side, side) bool, True = keep: where the mask file is not
-        white, or outside the box (fractions of the side)."""
+    def kept_region(self, task):
+        """--mask, --box or the task's own box -> (side, side) bool, True = keep: where the mask
+        file is not white, or outside the box."""
         keep = torch.ones(self.side, self.side, dtype=torch.bool)
         if self.args.mask:
             grey = square(read(self.args.mask).convert("L"), self.side)
             keep = torch.from_numpy(grey <= 127)
         else:
-            x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or box)
+            x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or BOXES[task])
             keep[y0:y1, x0:x1] = False
         if keep.all():
             raise BadInput("nothing to repaint: --mask is nowhere white, or --box is smaller than "

@@ -55,7 +55,7 @@ def likelihoods(tokenizer, weigh, image, classes):
                                    for f_hat in tokenizer.pyramid(tokens)], 1))
             for c in classes:
                 yield weigh(tokens, torch.full_like(tokens[0][:, 0], c)).cpu()
-    parts = list(progress(passes(), len(image) * len(classes), "pictures times classes"))
+    parts = list(progress(passes(), len(image) * len(classes), "images times classes"))
     n = len(classes)
     nats = torch.cat([torch.stack(parts[i:i + n], 1) for i in range(0, len(parts), n)])
     return nats, torch.cat(db)
@@ -69,7 +69,7 @@ def bits_table(known, none, scales, V, side):
 
     def line(name, per_scale, total):
         print(f"    {name:<22}" + "".join(f"{x:>9}" for x in [*per_scale, total]))
-    print(f"{count} picture(s); without a model every token costs {math.log2(V):g} bits")
+    print(f"{count} image(s); without a model every token costs {math.log2(V):g} bits")
     line("side", [f"{s}x{s}" for s in scales], "all")
     line("tokens", n.tolist(), int(n.sum()))
     for name, bits in (("bits, class known", known), ("bits, no class", none)):
@@ -77,7 +77,7 @@ def bits_table(known, none, scales, V, side):
     line("bits per token", [f"{x:.2f}" for x in known / n], f"{known.sum() / n.sum():.2f}")
     line("bits per pixel", [f"{x:.3f}" for x in known / pixels], f"{known.sum() / pixels:.3f}")
     if float(known.sum()) > math.log2(V) * int(n.sum()):
-        print("more bits than without a model: it has never seen such pictures")
+        print("more bits than without a model: it has never seen such images")
 
 
 def bayes(nats, labels, scales):
@@ -85,7 +85,7 @@ def bayes(nats, labels, scales):
     the coarse ones. nats (N, classes, K); labels (N,): which of these classes is right"""
     right = [float((nats[:, :, :k + 1].sum(2).argmax(1) == labels).double().mean())
              for k in range(nats.shape[2])]
-    print(f"Bayes' rule names the class right for {right[-1]:.1%} of {len(labels)} pictures "
+    print(f"Bayes' rule names the class right for {right[-1]:.1%} of {len(labels)} images "
           f"(by chance {1 / nats.shape[1]:.1%})")
     print("    from scales up to " + ", ".join(
         f"{s}x{s}: {part:.1%}" for s, part in zip(scales, right)))
@@ -116,7 +116,7 @@ def file_bytes(picture, **how):
 
 def codec_curve(images, **how):
     """images uint8 (N, H, W, 3) -> (PSNR in dB, bytes of the file, bare bytes), means over the
-    pictures."""
+    images."""
     made = [file_bytes(x, **how) for x in images]
     original, decoded = (to_float(torch.from_numpy(x)) for x in
                          (images, np.stack([m[2] for m in made])))

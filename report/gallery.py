@@ -93,7 +93,7 @@ def edits(out, task, tokenizer, image, keep, results, names, pasted):
     pasted: the kept pixels were put back, so they say nothing about the model"""
     alone = decoded(tokenizer, tokenizer.image_to_tokens(image))[-1]
     image, keep = image.cpu(), keep.cpu()
-    print(f"{task}: pictures of " + ", ".join(names))
+    print(f"{task}: images of " + ", ".join(names))
     if keep.any() and not pasted:
         ours, bound = (float(np.mean([health.psnr(2 * x - 1, image, keep).mean() for x in made]))
                        for made in (results.values(), [alone]))
@@ -110,7 +110,7 @@ def canvas(out, image, grow, painted, names):
     left, top, right, bottom = grow
     original, scale = (image.cpu() + 1) / 2, max(1, round(200 / painted.shape[-1]))
     shown = torch.nn.functional.pad(original, (left, right, top, bottom), value=1.0)
-    print("outpaint: pictures of " + ", ".join(names))
+    print("outpaint: images of " + ", ".join(names))
     save(out, "outpaint", torch.cat([shown, painted]), len(image), scale=scale,
          row_labels=["original", "out-painted"], column_labels=names)
 
@@ -215,4 +215,4 @@ def export_npz(path, batches, count, side):
             np.lib.format.write_array_header_1_0(array, header)
             for batch in batches:
                 array.write(plots.to_uint8(batch).tobytes())
-    print(f"wrote {path}: {count} pictures")
+    print(f"wrote {path}: {count} images")

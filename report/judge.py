@@ -190,7 +190,7 @@ def frechet_distance(features_a, features_b):
     """
     a, b = features_a.double(), features_b.double()
     if len(a) < 2 or len(b) < 2:
-        raise ValueError("the Fréchet distance needs at least two pictures on either side")
+        raise ValueError("the Fréchet distance needs at least two images on either side")
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(a.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -206,7 +206,7 @@ def precision_recall(features_real, features_fake, k=3):
     nearest neighbour. Both sets need more than k rows, else ValueError.
     """
     if min(len(features_real), len(features_fake)) <= k:
-        raise ValueError(f"precision and recall with k={k} need more than {k} pictures a side")
+        raise ValueError(f"precision and recall with k={k} need more than {k} images a side")
 
     def share_inside(points, members):
         # The member itself comes first at distance 0, so its k-th neighbour is the (k+1)-th.
@@ -227,13 +227,14 @@ def distances(features_query, features_set):
 
 # -- The table -------------------------------------------------------------------------------------
 
-def comparable(asked, real, test):
-    """How many images each row of the table has: equally many, and 4 or more, else BadInput."""
-    count = min(asked, real, test)
+def labels_to_draw(asked, labels, test_labels):
+    """Labels of the samples to judge, as many as there are real and held-out images, at most
+    `asked`: the classes that there are, in turn. Raises BadInput if these are too few."""
+    count = min(asked, len(labels), len(test_labels))
     if count < 4:
-        raise BadInput(f"evaluate needs 4 pictures of each kind; there are {real} to train on, "
-                       f"{test} held out and {asked} to sample")
-    return count
+        raise BadInput(f"evaluate needs 4 images of each kind; there are {len(labels)} to train "
+                       f"on, {len(test_labels)} held out and {asked} to sample")
+    return np.resize(np.unique(labels), count).tolist()
 
 
 def evaluate(out, judge, tokenizer, real, test, test_labels, samples, meant, name):
@@ -244,7 +245,7 @@ def evaluate(out, judge, tokenizer, real, test, test_labels, samples, meant, nam
     first, count, device = [], len(meant), next(tokenizer.parameters()).device
     logits = extract(judge, batches_of(test, range(len(test))))[1]
     print(f"judge: {accuracy(logits, test_labels):.2%} right on {len(test):,} held-out "
-          "pictures; the figures below are on its features and are no Inception FID")
+          "images; the figures below are on its features and are no Inception FID")
     known = extract(judge, batches_of(real, rows_of(len(real), count)))[0]
     rows = rows_of(len(test), count)
 
@@ -258,12 +259,12 @@ def evaluate(out, judge, tokenizer, real, test, test_labels, samples, meant, nam
             if sum(map(len, first)) < 16:
                 first.append(batch[:16].clone())           # to look at: the others are not kept
             yield batch
-    print(f"{count} pictures a row, beside as many to train on (the Frechet distance shrinks with "
+    print(f"{count} images a row, beside as many to train on (the Frechet distance shrinks with "
           "their number: compare equal ones)")
     print(f"{'':<28}{'in class':>9}{'Frechet':>9}{'precision':>11}{'recall':>8}")
     features = []
     for text, batches, labels in (
-            ("held-out pictures (floor)", batches_of(test, rows), test_labels[rows]),
+            ("held-out images (floor)", batches_of(test, rows), test_labels[rows]),
             ("reconstructions", rebuilt(), test_labels[rows]), (name, watched(), meant)):
         found, logits = extract(judge, batches)
         precision, recall = precision_recall(known, found)
@@ -286,9 +287,9 @@ def neighbours(out, judge, real, shown, floor, fake):
             for features in (floor, fake)]
     closest = near[0].quantile(0.01)
     closer = (near[1] < closest).double().mean()
-    print(f"nearest of {len(known):,} training pictures: samples are {near[1].median():.2f} away "
-          f"(median), held-out pictures {near[0].median():.2f}; {closer:.1%} of the samples are "
-          "nearer than the nearest 1 % of held-out pictures")
+    print(f"nearest of {len(known):,} training images: samples are {near[1].median():.2f} away "
+          f"(median), held-out images {near[0].median():.2f}; {closer:.1%} of the samples are "
+          "nearer than the nearest 1 % of held-out images")
     by_features = distances(fake[:len(shown)], known).argmin(1).cpu()
     flat = shown.flatten(1).double()                       # float32 cannot tell near copies apart
     by_pixels = torch.cat([torch.cdist(flat, as_floats(part).flatten(1).double())

@@ -1,4 +1,4 @@
-"""Figures made with Pillow alone: grids of pictures, heat maps, token maps, line charts, GIFs."""
+"""Figures made with Pillow alone: grids of images, heat maps, token maps, line charts, GIFs."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def to_uint8(images):
 
 def save_grid(path, images, columns, *, row_labels=None, column_labels=None, scale=None, gap=2,
               footer=None):
-    """Write pictures row by row into one PNG on white.
+    """Write images row by row into one PNG on white.
 
     images: float tensor (N, 3, H, W) in [0, 1] or uint8 array (N, H, W, 3). `scale` is a whole
     number (None: cells of about 96 pixels); `gap` is the white between cells, in pixels.
@@ -105,8 +105,8 @@ def token_colours(tokens, side, vocab_size):
 
 def save_gif(path, frames, milliseconds):
     """Write frames, a list of uint8 (H, W, 3), as a GIF that repeats for ever."""
-    pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-    _save(pictures[0], path, save_all=True, append_images=pictures[1:], duration=milliseconds,
+    images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    _save(images[0], path, save_all=True, append_images=images[1:], duration=milliseconds,
           loop=0)
 
 

@@ -139,9 +139,9 @@ def test_a_mask_keeps_what_is_not_white_and_a_box_what_lies_outside(tmp_path):
     Image.fromarray(white).save(tmp_path / "mask.png")
     wanted = torch.ones(8, 8, dtype=torch.bool)
     wanted[2:6, 4:] = False
-    assert torch.equal(make_job(mask=tmp_path / "mask.png").kept_region(None), wanted)
-    assert torch.equal(make_job(box=(0.5, 0.25, 1, 0.75)).kept_region((0, 0, 1, 1)), wanted)
-    assert torch.equal(make_job().kept_region((0.5, 0.25, 1, 0.75)), wanted)
+    assert torch.equal(make_job(mask=tmp_path / "mask.png").kept_region("edit"), wanted)
+    assert torch.equal(make_job(box=(0.5, 0.25, 1, 0.75)).kept_region("edit"), wanted)
+    assert torch.equal(make_job().kept_region("inpaint"), (torch.arange(8) < 4).expand(8, 8))
 
 
 @given(width=st.integers(1, 30), height=st.integers(1, 30), channels=st.sampled_from([1, 3]))

@@ -67,7 +67,7 @@ def test_bayes_of_a_hand_worked_case():
     1; the second class 0, by 3. Image 1: class 0 by 2, class 1 by 1, class 1 by 5."""
     nats = torch.tensor([[[-4.0, -1, -2], [-3, -4, -2]], [[-1.0, -2, -6], [-3, -1, -1]]])
     out = printed(density.bayes, nats, torch.tensor([0, 0]), (1, 2, 3))
-    assert "for 50.0% of 2 pictures (by chance 50.0%)" in out
+    assert "for 50.0% of 2 images (by chance 50.0%)" in out
     assert "1x1: 50.0%, 2x2: 100.0%, 3x3: 50.0%" in out
     out = printed(density.bayes, nats, torch.tensor([1, 0]), (1, 2, 3))
     assert "1x1: 100.0%, 2x2: 50.0%, 3x3: 0.0%" in out
@@ -234,10 +234,10 @@ def test_density_of_a_run_weighs_the_images_asked_for(cli, refused, tiny, tmp_pa
                      tmp_path / "made", *options)
         assert result.status == 0, result.err
         return result.out
-    assert "3 picture(s); without" in (out := weigh()) and "by chance 33.3%" in out
+    assert "3 image(s); without" in (out := weigh()) and "by chance 33.3%" in out
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["rate_distortion.png"]
-    assert "2 picture(s); without" in (out := weigh("--n", 2, "--classes", "cat", "bee", "ant"))
-    assert "1 picture(s); without" in (out := weigh("--classes", "cat")) and "Bayes" not in out
+    assert "2 image(s); without" in (out := weigh("--n", 2, "--classes", "cat", "bee", "ant"))
+    assert "1 image(s); without" in (out := weigh("--classes", "cat")) and "Bayes" not in out
     image = next(tiny.pictures.rglob("*.png"))
     assert "p(class | tokens)" in (out := weigh("--image", image)) and "Bayes'" not in out
     for part in ("tokenizer.pt", "transformer.pt"):

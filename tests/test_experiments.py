@@ -145,7 +145,7 @@ def test_the_cifar10_experiment_trains_asks_the_judge_and_prints_what_they_said(
     loss, usage = (cifar.held_out(run, stage) for stage in ("transformer", "tokenizer"))
     assert lines["cross-entropy, nats a token (2,000 pictures)"][-1] == f"{loss['loss']:.3f}"
     assert lines["codes used"] == [f"{x:.0%}" for x in [*usage["used"], usage["used_overall"]]]
-    assert all(len(lines[name]) == 4 for name in ("held-out pictures (floor)", "reconstructions",
+    assert all(len(lines[name]) == 4 for name in ("held-out images (floor)", "reconstructions",
                                                   "samples, cfg 0", "samples, cfg 2.5"))
 
 

@@ -171,10 +171,10 @@ def test_neighbours_equal_the_slow_search_and_find_copies(wall):
             for part in (fake, floor)]
     limit = near[1][0] + 0.29 * (near[1][1] - near[1][0])  # 1 % of the way from 0 to 29
     share = sum(x < limit for x in near[0]) / len(near[0])
-    found = re.search(r"samples are ([\d.]+) away .*pictures ([\d.]+); ([\d.]+)%", out).groups()
+    found = re.search(r"samples are ([\d.]+) away .*images ([\d.]+); ([\d.]+)%", out).groups()
     assert share >= 5 / 26 and float(found[2]) == pytest.approx(100 * share, abs=0.06)
     assert [float(x) for x in found[:2]] == pytest.approx([near[0][12], near[1][14]], abs=6e-3)
-    assert "nearest of 40 training pictures" in out
+    assert "nearest of 40 training images" in out
 
 
 class Copier(torch.nn.Linear):
@@ -206,12 +206,13 @@ def test_the_table_has_the_figures_of_three_kinds_of_images_and_keeps_no_samples
             [right, judge.frechet_distance(known, features)], abs=0.06, rel=1e-3)
         assert [float(x) for x in row[3:]] == pytest.approx(
             judge.precision_recall(known, features), abs=6e-3)
-    assert "24 pictures a row" in out and "right on 24 held-out" in out
+    assert "24 images a row" in out and "right on 24 held-out" in out
     assert torch.equal(wall.rows[0], samples[:16])
 
 
-def test_four_images_of_each_kind_are_needed():
-    assert judge.comparable(1000, 40, 4) == 4 and judge.comparable(7, 40, 30) == 7
-    for counts in ((3, 40, 40), (1000, 3, 40), (1000, 40, 3)):
-        with pytest.raises(BadInput, match="4 pictures"):
-            judge.comparable(*counts)
+def test_classes_take_turns_and_four_images_of_each_kind_are_needed():
+    assert judge.labels_to_draw(1000, np.array([5, 2, 5, 2, 2]), np.zeros(9)) == [2, 5, 2, 5, 2]
+    assert len(judge.labels_to_draw(7, np.zeros(40), np.zeros(30))) == 7
+    for asked, real, test in ((3, 40, 40), (1000, 3, 40), (1000, 40, 3)):
+        with pytest.raises(BadInput, match="4 images"):
+            judge.labels_to_draw(asked, np.zeros(real), np.zeros(test))
