@@ -3,7 +3,7 @@
 A transformer that predicts the next *scale* must not look at finer scales; inside a scale everyone
 may look at everyone. This leaks nothing: the positions of map k hold f_hat_{k-1}, rebuilt from the
 coarser maps alone and resized to the size of map k, never map k itself. The tokens of map k are
-predicted at once, each independently of the others, given the coarser maps.
+predicted at once, each independently of the others, given the coarser maps: they have no order.
 
     scales (1, 2), 1 + 4 tokens           raster order, 5 blocks of one token
         1  2  2  2  2                         1  2  3  4  5
