@@ -102,9 +102,7 @@ def test_a_data_set_from_outside_is_one_line_in_the_table(monkeypatch, tmp_path)
         return np.full((3, size, size, 3), len(split), np.uint8), np.arange(3), ["a", "b", "c"]
     refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, imagenet")
     monkeypatch.setitem(registry.DATASETS, "toy", registry.Dataset(load))
-    images, labels, names = registry.load_data("toy", "test", 16)
-    assert images.shape == (3, 16, 16, 3) and images[0, 0, 0, 0] == 4 and names[2] == "c"
+    assert registry.load_data("toy", "test", 16)[0][0, 15, 15, 0] == 4
     tree(tmp_path, train="cat/x.png", val="cat/y.png")
-    images, labels, names = registry.load_data(str(tmp_path), "test", 16)
+    images, _, names = registry.load_data(str(tmp_path), "test", 16)
     assert images.path(0).endswith("y.png") and images[0].shape == (16, 16, 3) and names == ["cat"]
-    refusal(lambda: registry.load_data("imagenet", "train", 64), "--data-dir")
