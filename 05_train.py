@@ -68,7 +68,7 @@ transformer = import_module("04_var_transformer")
 # The sizes of the models that have an option; --set reaches the others.
 TOKENIZER_OPTIONS = {"image_size": "side of the square images, in pixels",
                      "vocab_size": "codes of the tokenizer",
-                     "quantizer": "vq (learned codes) or lfq (signs)"}
+                     "quantizer": "how features become codes, by a name in QUANTIZERS of 01_vq.py"}
 TRANSFORMER_OPTIONS = {"depth": "blocks of the transformer; for imagenet it sets all else"}
 # Side of the images -> how the tokenizer makes them small, and the sides of its token maps.
 LAYOUTS = {

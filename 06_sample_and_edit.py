@@ -229,9 +229,9 @@ def paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, **sampli
         """Half of a coarse cell kept is enough to compute its token: what this token then gets
         wrong in the kept part, finer scales correct, as they quantize what is still missing."""
         missing = target - f_hat if tokenizer.config.residual else target
-        covered = tokenizer.look_at(trusted_cells, k).clamp(min=1e-6)              # (1, n, 1)
-        mean = tokenizer.look_at(missing * trusted_cells, k) / covered             # (B, n, C)
-        kept = tokenizer.look_at(kept_cells, k)[..., 0] >= 0.5                     # (1, n)
+        covered = tokenizer.downsample_to(trusted_cells, k).clamp(min=1e-6)        # (1, n, 1)
+        mean = tokenizer.downsample_to(missing * trusted_cells, k) / covered       # (B, n, C)
+        kept = tokenizer.downsample_to(kept_cells, k)[..., 0] >= 0.5               # (1, n)
         return torch.where(kept, tokenizer.quantizer.nearest(mean), drawn)         # (B, n)
     return sample_tokens(tokenizer, var, labels, choose=choose, **sampling)
 

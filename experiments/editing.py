@@ -33,7 +33,7 @@ def replay(tokenizer, var, image, keep, labels, *, generator, paint_passes=1, se
     pass and the leak (the encoder sees the hidden part) this is the paper's demo."""
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
     kept_cells = (share >= 0.5).float()
-    kept = [tokenizer.look_at(kept_cells, k)[0, :, 0] >= 0.5 for k in range(tokenizer.K)]
+    kept = [tokenizer.downsample_to(kept_cells, k)[0, :, 0] >= 0.5 for k in range(tokenizer.K)]
     composite, noise = image if leak else m6.hide(image, keep), generator.get_state()
     for _ in range(paint_passes):
         generator.set_state(noise)

@@ -60,17 +60,13 @@ def no_revival(quantizer):
     quantizer.revive = False
 
 
-def by_direction(quantizer):
-    quantizer.__class__ = DirectionQuantizer
-
-
 # Row -> options of 05_train.py, and what no option does.
 ROWS = {
     "gradient": (["--set", "learn=gradient"], [random_start, no_revival]),
     "gradient + data start": (["--set", "learn=gradient"], [no_revival]),
     "EMA + data start": ([], [no_revival]),
     "EMA + revival": ([], []),
-    "L2-normalised": ([], [by_direction]),
+    "L2-normalised": (["--quantizer", "direction"], []),
     "LFQ": (["--quantizer", "lfq"], []),
     "independent scales": (["--set", "residual=false"], []),
     "coarse f_hats count fully": (["--set", "coarse=1"], []),  # as in the original code
@@ -102,6 +98,7 @@ def frechet(tokenizer, images, labels, held_out, dataset, count):
 def run_row(name, options, count):
     """Train one row. -> its last evaluation (see report/health.py), pictures, reconstructions"""
     more, changes = ROWS[name]
+    vq.QUANTIZERS["direction"] = DirectionQuantizer
     settings, config, _ = training.read_settings([*options, *more, "--stage", "tokenizer"])
     log = Path(settings.out) / "log.jsonl"
     held_out, _, _ = training.load_data(settings.dataset, "test", config.image_size,
