@@ -33,6 +33,8 @@ class StopSignal:
     def __exit__(self, kind, error, trace):
         for number, handler in self.former.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        if self.former.get(signal.SIGINT) == signal.SIG_IGN:         # as `launch` has started us
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # Processes that were told to stop end at different times. An error that follows from this
         # is no news, and a mistake that all of them notice is reported by rank 0.
         rank = self.processes.rank

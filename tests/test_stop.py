@@ -58,7 +58,8 @@ def test_a_second_signal_ends_at_once_unless_it_is_the_first_that_arrived_twice(
 
 def test_handlers_come_back_nohup_holds_and_a_forked_worker_stays_silent(capsys):
     before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
-    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert before[0] == signal.default_int_handler
+    old = [signal.signal(name, signal.SIG_IGN) for name in (signal.SIGHUP, signal.SIGINT)][0]
     try:
         with stop.StopSignal(Processes("cpu")) as asked:
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
