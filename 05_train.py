@@ -143,15 +143,15 @@ def seed_step(seed, stage, step, rank):
 
 @dataclass
 class StepResult:
-    """What a step leaves on the device. Nothing has waited for it yet."""
+    """What a step returns. The tensors are still on the device: reading one waits for a GPU."""
     loss: torch.Tensor                    # ()
     norm: torch.Tensor                    # (), of the model's gradient before clipping
-    skipped: torch.Tensor                 # () bool: not everything was finite, nothing has changed
-    metrics: list                         # what the stage wants to log, of each part of the batch
+    skipped: torch.Tensor                 # () bool: something was not finite, nothing has changed
+    metrics: list                         # for the log, one entry for each part of the batch
 
 
 def train_step(stage, model, batch, progress):
-    """Learn from one batch. batch: tuple of tensors (B, ...) -> StepResult"""
+    """Forward, backward, clip, step. batch: tuple of tensors (B, ...) -> StepResult"""
     parts = list(zip(*[tensor.chunk(stage.settings.accumulate) for tensor in batch]))
     loss, metrics = 0, []
     for i, part in enumerate(parts):
@@ -161,10 +161,10 @@ def train_step(stage, model, batch, progress):
         loss = loss + part_loss.detach() / len(parts)
         metrics.append(part_metrics)
     stage.loss_scale.unscale(stage.modules.values())
-    # Only the model's gradient is clipped; that of a critic beside it must be finite, too.
+    # Only the model's gradient is clipped. That of the critic has to be finite, too.
     norms = [clip_gradients(module, stage.settings.clip if module is stage.model else torch.inf)
              for module in stage.modules.values()]
-    skipped = stage.processes.any(~(loss + sum(norms)).isfinite())       # by all of them, or none
+    skipped = stage.processes.any(~(loss + sum(norms)).isfinite())       # in all processes or none
     stage.step_without_gradients(accepted=~skipped)
     step_unless(skipped, stage.optimizers)
     stage.loss_scale.update(skipped)
@@ -203,7 +203,7 @@ def train(stage, folder, stop, everything):
         with watch.paused():
             if step in {total * quarter // 4 for quarter in (1, 2, 3, 4)}:
                 stage.model.eval()
-                text, numbers = stage.evaluate()           # by all: sharded weights need them all
+                text, numbers = stage.evaluate()           # sharded weights need every process
                 processes.say(f"  held out at step {step}: {text}")
                 folder.log(dict(stage=stage.name, step=step, held_out=numbers))
             stopping = stop.agreed(step)
@@ -216,8 +216,8 @@ def train(stage, folder, stop, everything):
 
 
 def begin(stage, folder, everything):
-    """Resume the stage, or start it. Until its checkpoint has been accepted, the folder stays as it
-    is. -> steps done so far"""
+    """Resume the stage or start it. The folder changes only after the checkpoint was accepted.
+    -> number of steps done"""
     start = 0 if stage.settings.fresh else resume(folder.checkpoint(stage.name), stage)
     if stage.settings.fresh and stage.invalidates:
         folder.remove(stage.invalidates)
@@ -429,22 +429,22 @@ class TransformerStage:
                           settings={**identity(settings, TransformerSettings), **asdict(config),
                                     "tokenizer": model_fingerprint(tokenizer)})
 
-    def rows(self, split, at):
+    def rows(self, split, indices):
         """Rows of the token cache, counted through all views. -> tokens (B, L), labels (B,)"""
         tokens, labels = self.data[split]
         _, n, L = tokens.shape
         if torch.is_tensor(tokens):
-            at = to_device(torch.from_numpy(at), self.processes.device)
-            return tokens.view(-1, L)[at].long(), labels[at % n]
-        found = torch.from_numpy(tokens.reshape(-1, L)[at].astype(np.int64))
-        labels = torch.from_numpy(labels[at % n])
+            indices = to_device(torch.from_numpy(indices), self.processes.device)
+            return tokens.view(-1, L)[indices].long(), labels[indices % n]
+        found = torch.from_numpy(tokens.reshape(-1, L)[indices].astype(np.int64))
+        labels = torch.from_numpy(labels[indices % n])
         return tuple(to_device(rows, self.processes.device) for rows in (found, labels))
 
     def batches(self, start):
         views, n, _ = self.data["train"][0].shape
         for step in range(start, self.steps):
-            at = batch_indices(step, views * n, self.batch_size, self.settings.seed + 1)
-            yield self.rows("train", self.processes.share(at))
+            indices = batch_indices(step, views * n, self.batch_size, self.settings.seed + 1)
+            yield self.rows("train", self.processes.share(indices))
 
     def per_token(self, model, tokens, labels):
         """-> (cross-entropy in nats (B, L), right (B, L) bool)"""

@@ -1,5 +1,5 @@
-"""Checkpoints: written whole or not at all, read without trusting them, put together when the
-weights are spread over processes."""
+"""Checkpoints: written whole or not at all, read without trusting the file, and the same file
+whether the weights lie in one process or are sharded over many."""
 import hashlib
 import zipfile
 
@@ -10,6 +10,7 @@ from engine.files import written_whole
 
 
 def save_atomically(value, path):
+    """torch.save that leaves the old file or all of the new one, never half. Raises OSError"""
     try:
         with written_whole(path) as file:
             torch.save(value, file)
@@ -18,16 +19,15 @@ def save_atomically(value, path):
 
 
 def load_checkpoint(path):
-    """A file written by this script; tensors and plain values only, so a hostile file can do no
-    harm. The tensors are on the CPU and are read from the file when they are used: processes on one
-    machine share them, and what nobody uses takes no memory. Raises BadInput, with one line, for
-    anything else."""
+    """The dict in a file written by 05_train.py. It may hold tensors and plain values only, so a
+    hostile file can do no harm. The tensors are on the CPU and are read from the file when they are
+    used: processes on one machine share them, and unused ones take no memory. Raises BadInput"""
     try:
-        in_place = zipfile.is_zipfile(path)                # files of before torch 1.6 are none
+        in_place = zipfile.is_zipfile(path)                # not so before torch 1.6
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
-    except Exception as error:               # truncated, something else, or code instead of tensors
+    except Exception as error:               # truncated, another format, or code in the file
         raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); "
                        "expected a file written by 05_train.py") from None
     if not isinstance(state, dict):
@@ -36,7 +36,7 @@ def load_checkpoint(path):
 
 
 def model_fingerprint(model):
-    """A short name for exactly these weights."""
+    """A short text that differs whenever any weight differs."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
@@ -44,29 +44,30 @@ def model_fingerprint(model):
 
 
 def export(folder, path):
-    """One file to give away: both models without their optimizers, in half precision."""
+    """Write both models to one file to give away: in float16, without optimizers."""
     both = {}
-    for part in ("tokenizer", "transformer"):
-        state = load_checkpoint(folder / f"{part}.pt")
+    for name in ("tokenizer", "transformer"):
+        state = load_checkpoint(folder / f"{name}.pt")
         state = {k: v for k, v in state.items() if k not in ("optimizers", "critic")}
         weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
-        both[part] = {**state, "model": weights}
+        both[name] = {**state, "model": weights}
     save_atomically(both, path)
 
 
 def save(path, stage, step):
-    """All of a stage after `step` steps. Every process calls this, rank 0 writes."""
-    mine = stage.processes.rank == 0
-    weights = {name: whole(part.state_dict(), mine) for name, part in stage.modules.items()}
-    optimizers = [whole(optimizer.state_dict(), mine) for optimizer in stage.optimizers]
-    if mine:
+    """Write the checkpoint of a stage after `step` steps. Every process must call this; rank 0
+    writes."""
+    keep = stage.processes.rank == 0
+    weights = {name: gather(module.state_dict(), keep) for name, module in stage.modules.items()}
+    optimizers = [gather(optimizer.state_dict(), keep) for optimizer in stage.optimizers]
+    if keep:
         save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
     stage.processes.barrier()
 
 
 def resume(path, stage):
-    """Load the checkpoint of a stage. -> the steps that it was trained for, 0 if there is none
-    Raises BadInput for the checkpoint of another run, or a damaged one."""
+    """Load the checkpoint of a stage into its modules and optimizers. -> the steps that it was
+    trained for, 0 without a checkpoint. Raises BadInput if it is damaged or of another run."""
     if not path.exists():
         return 0
     state = load_checkpoint(path)
@@ -88,7 +89,7 @@ def resume(path, stage):
 
 
 def check_identity(path, state, stage):
-    """Raises BadInput unless the checkpoint was made with the stage's settings, all of them."""
+    """Raises BadInput unless the checkpoint was trained with exactly the settings of the stage."""
     old, new = state.get("settings"), stage.about["settings"]
     if not isinstance(old, dict) or set(old) != set(new):
         raise BadInput(f"{path} was saved by another version of this code or is no {stage.name}; "
@@ -96,27 +97,27 @@ def check_identity(path, state, stage):
     changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
     if changed:
         raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
-                       "give the old ones, or --fresh starts over (with --stage transformer "
-                       "only stage 2), --out takes another folder")
+                       "give the old ones, another folder with --out, or --fresh to start over "
+                       "(with --stage transformer only stage 2)")
 
 
-def whole(state, mine=True):
-    """The same state with every weight that is spread over processes put together, on the CPU of
-    the process that keeps it (`mine`). All processes must call this."""
+def gather(state, keep):
+    """A state dict whose sharded tensors are whole, on the CPU. Every process must call this. Only
+    those with `keep` get the tensors, the others None."""
     if isinstance(state, dict):
-        return {key: whole(value, mine) for key, value in state.items()}
+        return {key: gather(value, keep) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value, mine) for value in state]
+        return [gather(value, keep) for value in state]
     if not hasattr(state, "full_tensor"):
         return state
     full = state.full_tensor()
-    return full.cpu() if mine else None
+    return full.cpu() if keep else None
 
 
 def spread(value, like):
-    """A copy of a whole tensor of the same shape as `like`, laid out in memory as it is (fused
-    optimizers walk through both side by side), and cut as it is if that is spread over processes.
-    Of anything else, a copy as it is: nothing goes on living in the file it came from."""
+    """A copy of the tensor `value` with the memory layout of `like`, because fused optimizers walk
+    through a weight and its moments side by side; sharded if `like` is sharded. A value of another
+    shape or type is copied unchanged, so that nothing still refers to the file it was read from."""
     if not torch.is_tensor(value) or not torch.is_tensor(like) or value.shape != like.shape:
         return value.clone() if torch.is_tensor(value) else value
     if not hasattr(like, "full_tensor"):

@@ -5,15 +5,15 @@ from engine import BadInput
 
 
 def clip_gradients(module, limit):
-    """Scale the gradient down to the norm `limit`, if it is larger. -> its norm before, ()"""
+    """Scale the module's gradient down to the norm `limit` if it is larger. -> its norm before, ()
+    """
     norm = torch.nn.utils.clip_grad_norm_(list(module.parameters()), limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm        # sharded: the whole
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # of all shards
 
 
 def step_unless(skipped, optimizers):
-    """The optimizers' step, or none of it where `skipped` (a bool tensor ()) is true; then the
-    gradients are gone. On a GPU the fused optimizers look at it themselves, so that Python need not
-    wait for the answer."""
+    """Let the optimizers step unless `skipped` is true, then clear the gradients. skipped: () bool
+    tensor. On a GPU the fused optimizers read it themselves, so Python does not wait for it."""
     for optimizer in optimizers:
         optimizer.found_inf = skipped.float()
         if skipped.is_cuda or not skipped:

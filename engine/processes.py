@@ -1,4 +1,4 @@
-"""One process or many: which one this is, what they tell each other, and how they are started."""
+"""One process or many: which one this is, what they exchange, and how they are launched."""
 import contextlib
 import os
 import re
@@ -19,7 +19,7 @@ from engine.devices import pick_device
 
 
 class Processes:
-    """This process and the others of its run, which torchrun or `launch` has started.
+    """This process and the others of its run, started by torchrun or by `launch`.
 
         with Processes("auto") as processes:
             ...
@@ -83,36 +83,36 @@ class Processes:
         return self.largest(number if self.rank == 0 else -1)
 
     def barrier(self):
-        """Wait until every process has come here."""
+        """Wait until every process has reached this line."""
         if self.world > 1:
             dist.barrier()
 
     def launcher_is_gone(self):
-        """Has whoever started these processes died?"""
+        """Has the process that started these processes died?"""
         return self.world > 1 and os.getppid() != self.launcher
 
     def wrap(self, model, compile=False):
-        """The model to train through: compiled if asked, its gradients averaged if there are many
-        processes."""
+        """The model to call in training: compiled if asked; with several processes its backward
+        pass averages the gradients."""
         if compile:
             import torch._functorch.config as functorch
             functorch.donated_buffer = False               # an adaptive weight goes back twice more
             model = torch.compile(model)
         if self.world > 1 and not is_sharded(model):
-            # Buffers are not copied from rank 0: the quantizer keeps them equal by itself. (The
-            # option has a new name in torch 2.13, which torch 2.9 does not know.)
+            # Buffers need no copy from rank 0, because the quantizer keeps them equal. torch 2.13
+            # has a new name for this option, which torch 2.9 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             model = DistributedDataParallel(model, broadcast_buffers=False,
                                             gradient_as_bucket_view=True)
         return model
 
     def shard(self, model, modules, precision):
-        """Spread the model's weights: each process keeps a share, and each of `modules` is put
-        together when it is needed and forgotten again (ZeRO 3, FSDP).
-        precision: of their products; gradients are averaged in float32 all the same"""
+        """Shard the model (ZeRO 3, FSDP): each process keeps a part of every weight, and each of
+        `modules` is gathered only while it is used.
+        precision: of their products; gradients are averaged in float32 in any case"""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        # Nobody changes what a module returns in place, which is what torch warns of.
+        # torch warns of changing in place what a module returns. This code never does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh, policy = init_device_mesh(self.device.type, (self.world,)), MixedPrecisionPolicy()
         if precision != "float32":                         # or autocast would keep whole copies
@@ -127,15 +127,15 @@ def is_sharded(model):
 
 
 def sync_gradients(model, now):
-    """A context: do the processes average the gradients of this part of a batch, or later? Sharded
-    models always do it now, as no process has room for whole gradients."""
+    """A context for a backward pass: with several processes, average the gradients now, or only
+    add them up. Sharded models always average, because no process has room for whole gradients."""
     if isinstance(model, DistributedDataParallel) and not now:
         return model.no_sync()
     return contextlib.nullcontext()
 
 
 def lost_connection(error):
-    """Is this how torch reports that another process has gone?"""
+    """Is this the error that torch raises when another process has ended?"""
     return isinstance(error, RuntimeError) and re.search(
         "gloo|nccl|socket|connection", str(error).lower()) is not None
 
@@ -154,11 +154,11 @@ def relaunch(count, device):
 
 
 def launch(count):
-    """This command in `count` processes on this machine, as `torchrun --standalone` would start
-    it. -> the exit status of the first that failed, else 0
+    """Run this command in `count` processes on this machine, as `torchrun --standalone` does.
+    -> the exit status of the first process that failed, else 0
 
-    Unlike torchrun, a signal is passed on and then waited for, however long saving takes; when one
-    process fails, its own last line is the last."""
+    Unlike torchrun, it passes a signal on and lets the processes save, and when one process fails,
+    the last line printed is that of this process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -171,8 +171,8 @@ def launch(count):
         passed_on.append(number)
         for process in processes:
             with contextlib.suppress(ValueError):          # Windows has no such signal
-                process.send_signal(number)                # to one that has ended: does nothing
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # theirs too, until StopSignal listens
+                process.send_signal(number)                # does nothing if it has ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # inherited, until StopSignal listens
     processes = [subprocess.Popen([sys.executable, *sys.argv],
                                   env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)))
                  for rank in range(count)]
@@ -186,12 +186,12 @@ def launch(count):
     status = failed.returncode
     end = time.monotonic() + (60 if passed_on or status in (129, 130, 143) else 0.5)
     for process in processes:
-        try:                                               # stopped on request: all save and end
+        try:                                               # after a signal they save and end
             process.wait(max(0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()                                 # it waits for one that is gone
-    if status < 0 and not passed_on:                       # say it for one that could not
+            process.kill()                                 # it waits for the one that failed
+    if status < 0 and not passed_on:                       # a killed process prints nothing
         raise BadInput(f"process {processes.index(failed)} of {count} was killed by signal "
-                       f"{-status} (9: out of memory?); the same command goes on from the last "
-                       "checkpoint, without --fresh")
+                       f"{-status} (9: out of memory?); the same command, without "
+                       "--fresh, resumes from the last checkpoint")
     return 128 + passed_on[0] if status < 0 else status

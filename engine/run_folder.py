@@ -8,11 +8,11 @@ from engine.files import write_atomically
 
 
 class RunFolder:
-    """Used as `with RunFolder(path) as folder:`. It belongs to one run at a time, and a command
-    that is refused leaves no new folder behind.
+    """Used as `with RunFolder(path) as folder:`. A folder belongs to one run at a time, and a
+    command that is refused leaves no new folder behind.
 
-    path: Path of the folder; writes: False in every process but one, whose methods that write then
-    do nothing. Raises BadInput if another run holds the folder."""
+    writes: may this process write? With several processes only rank 0 does; in the others every
+    method that writes does nothing. Raises BadInput if another run uses the folder."""
 
     def __init__(self, path, writes=True):
         self.path, self.writes, self.lock = Path(path), writes, None
@@ -33,8 +33,8 @@ class RunFolder:
                 self.path.rmdir()
 
     def take_lock(self):
-        """The system lets go of the lock when this process ends, however it ends. The lock is of
-        the kind that forked loading workers do not inherit: they may live longer."""
+        """The operating system releases the lock when this process ends, also when it is killed.
+        Loading workers may live longer, but this kind of lock is not inherited by forks."""
         try:
             import fcntl
         except ImportError:                                # Windows: a second run is not noticed
@@ -45,24 +45,24 @@ class RunFolder:
             self.lock.close()
             raise BadInput(f"{self.path} is in use by another run; wait until it ends or stop it, "
                            "or give another folder with --out") from None
-        except OSError:                                    # a network disk that knows no locks
+        except OSError:                                    # a network disk without locks
             return
 
     def checkpoint(self, stage):
-        """Stage "tokenizer" or "transformer" -> the path of its checkpoint."""
+        """-> path of the checkpoint of the stage "tokenizer" or "transformer\""""
         return self.path / f"{stage}.pt"
 
     def settings(self):
-        """What this folder was last used with: a dict, empty if there is none."""
+        """-> dict of the settings of the last run, empty if there was none"""
         with contextlib.suppress(OSError, ValueError):
             settings = json.loads((self.path / "settings.json").read_text())
             return settings if isinstance(settings, dict) else {}
         return {}
 
     def begin(self, stage, step, settings):
-        """A command was accepted and starts `stage` at `step`. Writes settings.json, removes files
-        that a killed process left half written, and drops log lines of later steps, which will be
-        logged again."""
+        """Prepare the folder for a stage that begins at `step`: write settings.json, remove files
+        that a killed process left half written, and drop the log lines of later steps, because
+        these steps will be logged again."""
         if not self.writes:
             return
         for half in [*self.path.glob("*.pt.*.tmp"), *self.path.glob("*.json*.*.tmp")]:
@@ -90,8 +90,8 @@ class RunFolder:
 
 
 def keeps(line, stage, step):
-    """Is this line of the log of another stage, or of a step up to `step`? A line that a crash cut
-    short is not kept."""
+    """Does this line of the log stay when `stage` begins at `step`? A line that a crash cut short
+    does not."""
     try:
         entry = json.loads(line)
         return entry["stage"] != stage or entry["step"] <= step

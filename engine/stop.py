@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to save and end; the same command then resumes it."""
+"""Ctrl-C and SIGTERM ask a run to save and to end. The same command then resumes it."""
 import os
 import signal
 import sys
@@ -9,17 +9,17 @@ from engine.processes import lost_connection
 
 
 class StopSignal:
-    """Remembers that SIGINT, SIGTERM or SIGHUP (a terminal that closes) has come.
+    """Remembers that SIGINT, SIGTERM or SIGHUP (the terminal was closed) has arrived.
 
         with StopSignal(processes) as stop:
             ...
             if stop.agreed(step): save, then stop.leave(...)
 
-    The former handlers come back at the end. again: what resumes the run."""
+    The former handlers are restored at the end. again: the command that resumes the run."""
 
     def __init__(self, processes, again="the same command"):
         self.processes, self.again = processes, again
-        self.number, self.since = 0, 0.0                   # the signal, and when it came
+        self.number, self.since = 0, 0.0                   # the signal, and when it arrived
         self.former, self.pid = {}, os.getpid()
 
     def __enter__(self):
@@ -35,17 +35,17 @@ class StopSignal:
             signal.signal(number, handler or signal.SIG_DFL)
         if self.former.get(signal.SIGINT) == signal.SIG_IGN:         # as `launch` has started us
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Processes that were told to stop end at different times. An error that follows from this
-        # is no news, and a mistake that all of them notice is reported by rank 0.
+        # Processes that were told to stop do not end at the same moment, and the last ones lose
+        # their connection. Mistakes that all processes notice are reported by rank 0 alone.
         rank = self.processes.rank
         if self.number and (lost_connection(error)
                             or rank and isinstance(error, (BadInput, OSError))):
             sys.exit(128 + self.number)
 
     def receive(self, number, frame):
-        """The handler. A second signal ends the process at once; but the same Ctrl-C may arrive
-        twice, from the terminal and from the launcher."""
-        if os.getpid() != self.pid:                        # a worker that was forked a moment ago
+        """The handler. A second signal ends the process at once, unless it arrives within a second:
+        the terminal and the launcher both deliver the same Ctrl-C."""
+        if os.getpid() != self.pid:                        # a loading worker that was just forked
             return
         if not self.number:
             self.number, self.since = number, time.monotonic()
@@ -55,14 +55,14 @@ class StopSignal:
             sys.exit(128 + number)
 
     def asked(self):
-        """The number of the signal that came, else 0. A launcher that has died counts as SIGTERM:
-        nobody else would tell its processes."""
+        """-> number of the signal that arrived, 0 if none did. A launcher that has died counts as
+        SIGTERM, since it can no longer pass signals on."""
         if self.processes.launcher_is_gone():
             self.number = self.number or signal.SIGTERM
         return self.number
 
     def agreed(self, step):
-        """The same, but all processes get the same answer. They ask each other every tenth step."""
+        """The same, with one answer for all processes. They exchange it in every tenth step."""
         if self.processes.world == 1:
             return self.asked()
         if step % 10:
@@ -70,7 +70,7 @@ class StopSignal:
         self.number = self.processes.largest(self.asked())
         return self.number
 
-    def leave(self, where):
-        """End this process. where: what was reached, such as "at step 7" """
-        self.processes.say(f"stopped {where}: {self.again} resumes from there")
+    def leave(self, reached):
+        """Exit with the status of the signal. reached: such as "at step 7" """
+        self.processes.say(f"stopped {reached}: {self.again} resumes from there")
         sys.exit(128 + self.number)

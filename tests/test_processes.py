@@ -130,7 +130,7 @@ def test_what_sharded_processes_saved_one_process_resumes_and_vice_versa(
     (1, "fail(m5.BadInput('no luck'))", 2, "", "under_fire.py: no luck\n"),
     (1, "1 / 0", 1, "[rank1]: Traceback", "ZeroDivisionError: division by zero\n"),
     (0, "send('SIGKILL')", 2, "under_fire.py: process 0 of 2 was killed by signal 9",
-     "without --fresh\n")])
+     "resumes from the last checkpoint\n")])
 def test_the_first_process_that_fails_is_the_only_one_that_is_heard(
         under_fire, stage_2, rank, how, status, first, last):
     result = under_fire(f"RANK == {rank} and before(7, m5, 'train_step', lambda: {how})",
