@@ -46,7 +46,7 @@ from data.views import Views
 from engine.checkpoints import (export, load_checkpoint, model_fingerprint, resume, save,
                                 save_atomically)
 from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
-                            move_small_arrays_to_gpu, peak_memory, to_device)
+                            move_small_arrays_to_gpu, peak_memory, reset_peak_memory, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
 from engine.loss_scale import LossScale
 from engine.optimizers import make_optimizers, parameter_groups, set_schedule
@@ -189,6 +189,7 @@ def train(stage, folder, stop, everything):
         return processes.say(f"{stage.name}: trained for {start} steps")
     model, results = processes.wrap(stage.model, settings.compile), []
     in_a_row = SkippedInARow(stage.name, processes.device)
+    reset_peak_memory(processes.device)
     watch, since_start = Stopwatch(), Stopwatch()
     for step, batch in enumerate(stage.batches(start), start=start + 1):
         progress = (step - 1) / total

@@ -145,13 +145,17 @@ def move_small_arrays_to_gpu(arrays, device):
     return tuple(torch.from_numpy(array).to(device) for array in signed)
 
 
+def reset_peak_memory(device):
+    """Count the peak of GPU memory from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device):
-    """The most GPU memory that was in use since the last call, as text."""
+    """The most GPU memory in use since reset_peak_memory, as text; nothing without a GPU."""
     if device.type != "cuda":
         return ""
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return f", {peak / 1e9:.2f} GB of the GPU at most"
+    return f", {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of the GPU at most"
 
 
 def free_gpu_memory():
