@@ -191,18 +191,20 @@ def train(stage, folder, stop, everything):
     in_a_row = SkippedInARow(stage.name, processes.device)
     reset_peak_memory(processes.device)
     watch, since_start = Stopwatch(), Stopwatch()
+    evaluate_at = {total * quarter // 4 for quarter in (1, 2, 3, 4)}
     for step, batch in enumerate(stage.batches(start), start=start + 1):
         progress = (step - 1) / total
         seed_step(settings.seed, stage.name, step - 1, processes.rank)
         set_schedule(stage.optimizers, progress, stage.final_lr, stage.final_decay)
         stage.model.train()
-        results.append(train_step(stage, model, batch, progress))
-        in_a_row.add(step, results[-1].skipped & stage.loss_scale.is_lowest)
+        result = train_step(stage, model, batch, progress)
+        results.append(result)
+        in_a_row.add(step, result.skipped & stage.loss_scale.is_lowest)
         if step % settings.log_every == 0 or step == total:
             report(stage, step, results, watch.seconds() / (step - start), folder)
             results = []
         with watch.paused():
-            if step in {total * quarter // 4 for quarter in (1, 2, 3, 4)}:
+            if step in evaluate_at:
                 stage.model.eval()
                 text, numbers = stage.evaluate()           # sharded weights need every process
                 processes.say(f"  held out at step {step}: {text}")

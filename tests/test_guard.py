@@ -10,7 +10,7 @@ import torch
 from conftest import log_of, same, stage_of
 
 from engine import BadInput
-from engine.guard import SkippedInARow
+from engine.guard import SkippedInARow, clip_gradients
 
 m5 = import_module("05_train")
 
@@ -50,6 +50,15 @@ def test_a_run_with_skipped_steps_is_the_run_without_them_to_the_last_bit(optimi
             assert not take(stage, batch, step) and not same(earlier, state_of(stage))
         ends.append(state_of(stage))
     assert same(*ends)
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.0, 100.0])
+def test_a_gradient_is_scaled_down_to_the_limit_and_never_up(limit):
+    layer = torch.nn.Linear(3, 4)
+    (layer.weight.sum() + 2 * layer.bias.sum()).backward()               # 12 + 4 * 4
+    assert float(clip_gradients(layer, limit)) == pytest.approx(28 ** 0.5)
+    norm = float(torch.cat([layer.weight.grad.flatten(), layer.bias.grad]).norm())
+    assert norm == pytest.approx(min(limit, 28 ** 0.5), rel=1e-4)
 
 
 def test_a_nan_in_the_critics_gradient_alone_skips_the_step_for_all():
