@@ -201,6 +201,33 @@ def test_the_loss_of_a_token_is_minus_the_log_of_its_softmax():
     assert text.startswith("per-scale " + " ".join(f"{x:.2f}" for x in slow))
 
 
+@pytest.mark.parametrize("flip, kind", [(False, "l2"), (True, "l1")])
+def test_the_loss_of_stage_1_and_half_of_its_images_mirrored_if_asked(flip, kind):
+    stage, seen = stage_of("tokenizer", flip=flip, picture_loss=kind, vq_weight=0.5), []
+
+    def model(image):
+        seen.append(image)
+        return 0 * image, [], dict(reconstruction=torch.tensor(2.0), vq=torch.tensor(3.0), extra=5)
+    pixels = next(stage.batches(0))[0].repeat(8, 1, 1, 1)
+    loss, _ = stage.loss(model, (pixels,), 0)
+    picture = 2 if kind == "l2" else float(seen[0].abs().mean())
+    assert float(loss) == pytest.approx(picture + 0.5 * (3 + 5), rel=1e-5)
+    image = batches.to_float(pixels)
+    mirrored, plain = ([torch.equal(a, b) for a, b in zip(seen[0], other)]
+                       for other in (image.flip(3), image))
+    assert all(a != b for a, b in zip(mirrored, plain))
+    assert 0.2 < np.mean(mirrored) < 0.8 if flip else not any(mirrored)
+
+
+def test_stage_2_is_evaluated_on_held_out_tokens():
+    stage = stage_of("transformer")
+    stage.data["train"] = None
+    tokens, labels = stage.data["test"]
+    loss, _ = stage.per_token(stage.model.eval(), torch.from_numpy(tokens[0]).long(),
+                              torch.from_numpy(labels))
+    assert stage.evaluate()[1]["loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
+
+
 # -- Stage 2 on a tokenizer from a file ------------------------------------------------------------
 
 

@@ -249,8 +249,8 @@ def test_the_critic_sleeps_for_a_fifth_of_the_steps_and_then_changes_the_run(tra
 
 def test_a_run_with_all_terms_that_was_stopped_goes_on_bit_for_bit(train, weight_files,
                                                                     monkeypatch):
-    options = ["--adversarial", 0.5, "--perceptual", 1, "--flip", *weight_files, "--set",
-               "picture_loss=l1"]
+    options = ["--adversarial", 0.5, "--perceptual", 1, "--flip", "--accumulate", 2, "--seed", 1,
+               *weight_files, "--set", "picture_loss=l1"]
     summary, calls = m5.TokenizerStage.summary, []
 
     def stop(self, *of_steps):                             # it is called at every step here
