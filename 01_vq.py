@@ -73,8 +73,8 @@ def straight_through(x, code):
 
 def commitment_loss(x, code):
     """Moves x towards its code (VQ-VAE, eq. 3, third term). Without it nothing keeps x near the
-    codes: x may grow faster than they can follow. Not to be taken of straight_through's result,
-    which no longer depends on the codebook. -> ()"""
+    codes: x may grow faster than they can follow. It takes the code itself: the result of
+    straight_through carries no gradient to the codebook, which would never learn. -> ()"""
     return F.mse_loss(x, code.detach())
 
 
@@ -104,7 +104,7 @@ class Quantizer(nn.Module):
         """Place the codes."""
 
     def observe(self, groups, indices):
-        """Remember who used which code."""
+        """Remember which vectors used which code."""
 
     def update(self, accepted=True):
         """Learn from what was observed, if the training step was accepted (bool, or a tensor)."""
@@ -124,15 +124,16 @@ class VectorQuantizer(Quantizer):
             raise ValueError(f"learn must be 'ema' or 'gradient', not {learn!r}")
         self.vocab_size, self.dim = vocab_size, dim
         self.learn, self.decay, self.revive = learn, decay, revive
-        codebook = torch.randn(vocab_size, dim) / math.sqrt(dim)
+        codebook = torch.randn(vocab_size, dim) / math.sqrt(dim)      # of length 1, about
         if learn == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-        self.register_buffer("hits", torch.ones(vocab_size))          # running mean: uses per step
-        self.register_buffer("sums", codebook.detach().clone())       # and the sum of the users
+        # Running means per step: how often each code was used, and the sum of the vectors it coded.
+        self.register_buffer("hits", torch.ones(vocab_size))
+        self.register_buffer("sums", codebook.detach().clone())
         self.register_buffer("initialised", torch.tensor(False))
-        # Since the last update: uses of each code, and the sum of its users.
+        # The same of this step alone, since the last update.
         self.register_buffer("count", torch.zeros(vocab_size), persistent=False)
         self.register_buffer("total", torch.zeros(vocab_size, dim), persistent=False)
         # `initialised` as the CPU knows it, so that no step waits for a GPU: the codes have been

@@ -181,11 +181,12 @@ def test_moving_average_steps_equal_a_slow_loop(vocab_size, dim, decay, seed):
     assert torch.allclose(quantizer.hits, torch.tensor(hits), atol=1e-4)
 
 
-def test_a_code_never_used_keeps_its_place():
+def test_neither_unused_codes_nor_a_nan_spoil_the_codebook():
     torch.manual_seed(0)
-    quantizer = placed([[0., 0.], [100., -100.]], decay=0.5, revive=False)
-    for _ in range(200):                              # hits fall to 0.5 ** 200: 0 in float32
-        learn(quantizer, [torch.randn(10, 2)], [torch.zeros(10, dtype=torch.long)])
+    quantizer, first = placed([[0., 0.], [100., -100.]], decay=0.5, revive=False), torch.zeros(10)
+    for step in range(200):                           # hits fall to 0.5 ** 199: 0 in float32
+        x = torch.randn(10, 2) if step != 5 else torch.full((10, 2), torch.nan)
+        learn(quantizer, [x], [first.long()])
     assert quantizer.hits[1] == 0
     assert torch.allclose(quantizer.codebook[1], torch.tensor([100., -100.]))
     assert quantizer.codebook.isfinite().all()
@@ -263,16 +264,6 @@ def test_a_list_of_quantizers_has_one_for_each_level():
     assert vq.residual_quantize(torch.tensor([[9.5]]), levels, 3)[0].item() == 9.5
 
 
-@given(n=sizes, vocab_size=sizes, dim=sizes, seed=seeds)
-def test_residual_error_never_rises_when_zero_is_a_code(n, vocab_size, dim, seed):
-    torch.manual_seed(seed)
-    quantizer = placed(torch.cat([torch.zeros(1, dim), torch.randn(vocab_size, dim)]))
-    x = 2 * torch.randn(n, dim)
-    errors = [(x - vq.residual_quantize(x, quantizer, depth)[0]).norm(dim=1) for depth in range(6)]
-    for before, after in zip(errors, errors[1:]):
-        assert (after <= before + 1e-5).all()
-
-
 @given(bits=st.integers(1, 6), seed=seeds)
 def test_lookup_free_nearest_is_the_nearest_of_all_sign_codes(bits, seed):
     torch.manual_seed(seed)
@@ -286,13 +277,6 @@ def test_lookup_free_nearest_is_the_nearest_of_all_sign_codes(bits, seed):
     assert torch.equal(quantizer.nearest(x), distances.argmin(-1))
     every = torch.arange(2 ** bits)
     assert torch.equal(quantizer.nearest(quantizer.lookup(every)), every)
-
-
-def test_lookup_free_worked_example():
-    quantizer = vq.LookupFreeQuantizer(4)
-    idx = quantizer.nearest(torch.tensor([0.9, -0.1, 0.2, -7.0]))
-    assert idx.item() == 1 + 4                        # + - + -: bits 0 and 2
-    assert quantizer.lookup(idx).tolist() == [0.5, -0.5, 0.5, -0.5]
 
 
 def test_entropy_term_prefers_even_usage_and_certainty():

@@ -61,7 +61,7 @@ def slow_map(tokenizer, k, tokens_k):
 
 
 def slow_algorithm_1(tokenizer, f):
-    """-> tokens, the f_hat after each scale, what is left in the end. One cell at a time."""
+    """-> tokens, the f_hat after each scale. One cell at a time."""
     codes = tokenizer.quantizer.codebook.double()
     rest, f_hat, tokens, f_hats = f, torch.zeros_like(f), [], []
     for k, side in enumerate(tokenizer.scales):
@@ -76,7 +76,7 @@ def slow_algorithm_1(tokenizer, f):
             f_hat = h
         tokens.append(tokens_k)
         f_hats.append(f_hat)
-    return tokens, f_hats, rest
+    return tokens, f_hats
 
 
 def slow_algorithm_2(tokenizer, tokens):
@@ -88,23 +88,20 @@ def slow_algorithm_2(tokenizer, tokens):
     return f_hat
 
 
+@settings(max_examples=15)
 @given(scales=schedules, options=options, seed=seeds)
 @torch.no_grad()
 def test_quantize_and_features_equal_the_slow_algorithms(scales, options, seed):
     torch.manual_seed(seed)
     tokenizer = tiny(scales, **options)
     f, _ = some(tokenizer)
-    tokens, f_hats, _ = slow_algorithm_1(tokenizer, f)
+    tokens, f_hats = slow_algorithm_1(tokenizer, f)
     assert all_equal(tokenizer.quantize(f), tokens)
     assert [t.shape for t in tokens] == [(2, s * s) for s in scales]
     assert all_equal(tokenizer.quantize(f.flip(0)), [t.flip(0) for t in tokens])
-    pyramid = tokenizer.pyramid(tokens)
-    assert len(pyramid) == len(f_hats)
-    for fast, slow in zip(pyramid, f_hats):
+    for fast, slow in zip(tokenizer.pyramid(tokens), f_hats, strict=True):
         assert torch.allclose(fast, slow, atol=1e-5)
-    features = tokenizer.features(tokens)
-    assert torch.allclose(features, f_hats[-1], atol=1e-5)     # the running f_hat of Algorithm 1
-    assert torch.allclose(features, slow_algorithm_2(tokenizer, tokens), atol=1e-5)
+    assert torch.allclose(tokenizer.features(tokens), f_hats[-1], atol=1e-5)
 
 
 @given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), mode=st.sampled_from(["area", "bicubic"]),
