@@ -289,7 +289,7 @@ def window_starts(before, after, step):
                   + [before + n for n in distances(after)])
 
 
-# -- Models ----------------------------------------------------------------------------------------
+# -- Models, and what the command line asks for ----------------------------------------------------
 
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
     """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
@@ -310,8 +310,7 @@ def load_models(args):
         tokenizer, var = load_released(released.fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
                                        released.fetch(f"var_{args.released}.pth", args.var_file))
         return tokenizer, var, command_line.released_facts(args, var.config.num_classes)
-    run = command_line.find_run(args.run)
-    files = command_line.files_of(run, args.task == "reconstruct" and not args.export_npz)
+    run, files = command_line.find_run(args)
     tokenizer, about = training.load_tokenizer(files[0])
     about["folder"] = f"shipped-{run.stem}" if run.is_file() else run.name
     if files[1] is None:
@@ -321,20 +320,18 @@ def load_models(args):
     return tokenizer, var, {**about, **trained}
 
 
-# -- What the command line asks for ----------------------------------------------------------------
-
 def draw_images(job, labels, seed=0, **changes):
     """Any number of images of these classes (ints) -> tensors (n, 3, H, W), as many as fit"""
     options = dict(job.sampling, smooth=job.args.smooth, generator=job.generator(seed), **changes)
     return job.in_batches(lambda part: generate(job.tokenizer, job.var, part, **options), labels)
 
 
-def repaint(job, paint, image, region, labels, seed=0, at_once=None, **options):
+def repaint(job, paint, image, region, labels, seed=0, **options):
     """edit() or outpaint() of any number of images -> (N, 3, ., .) in [0, 1]"""
     options.update(job.sampling, generator=job.generator(seed))
     return torch.cat(list(job.in_batches(
         lambda labels, image: paint(job.tokenizer, job.var, image, region, labels, **options),
-        labels, image, at_once=at_once)))
+        labels, image, at_once=1 if paint is outpaint else job.at_once)))
 
 
 def show_samples(job, task):
@@ -362,8 +359,7 @@ def show_edits(job, task):
         gallery.think(job.out, job.tokenizer, job.var, image, labels, names)
     elif task == "outpaint":
         grow = [round(part * job.side) for part in job.args.grow]
-        painted = repaint(job, outpaint, image, grow, labels, at_once=1)
-        gallery.canvas(job.out, image, grow, painted, names)
+        gallery.canvas(job.out, image, grow, repaint(job, outpaint, image, grow, labels), names)
     else:
         keep, soft = job.kept_region(task), 0 if job.args.paste else None
         rows = [(f"drawing {i + 1}", labels, i) for i in range(3)]
@@ -378,9 +374,8 @@ def measure(job, task):
     """Likelihoods, a judge's verdict, or samples for another evaluator."""
     among = job.classes if job.asked else job.every_class
     if task == "density":
-        image, labels = job.images_to_weigh(among)
-        density(job.out, job.tokenizer, partial(log_likelihood, job.tokenizer, job.var), image,
-                labels, among, job.names)
+        weigh = partial(log_likelihood, job.tokenizer, job.var)
+        density(job.out, job.tokenizer, weigh, *job.images_to_weigh(among), among, job.names)
     elif task == "evaluate":
         (real, labels), (test, test_labels) = job.real_images("train"), job.real_images("test")
         wanted = judge.labels_to_draw(job.n or 1000, labels, test_labels)
@@ -395,10 +390,10 @@ def measure(job, task):
 def main():
     args = command_line.read_arguments(__doc__.splitlines()[0])
     job = command_line.Job(args, *load_models(args))
+    other = {"sample": show_samples, "guidance": show_samples, "density": measure,
+             "evaluate": measure, "export": measure}
     for task in job.tasks:
-        show = (show_samples if task in ("sample", "guidance") else
-                measure if task in ("density", "evaluate", "export") else show_edits)
-        show(job, task)
+        other.get(task, show_edits)(job, task)
 
 
 if __name__ == "__main__":

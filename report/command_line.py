@@ -85,31 +85,26 @@ def check(args):
         raise BadInput(f"--n {args.n}: at most a million")
 
 
-def find_run(given):
-    """--run, or the newest run in out/, or the model that came with the code. -> path"""
-    if given:
-        if not Path(given).exists():
-            raise BadInput(f"--run {given}: no such folder or file")
-        return Path(given)
+def find_run(args):
+    """--run, or the newest run in out/, or the model that came with the code. -> its path, and the
+    files of tokenizer and transformer (None where there is none and the tokenizer is enough)"""
+    if args.run and not Path(args.run).exists():
+        raise BadInput(f"--run {args.run}: no such folder or file")
     runs = sorted(Path("out").glob("*/transformer.pt"), key=lambda path: path.stat().st_mtime)
-    shipped = sorted(SHIPPED.glob("*.pt"))
-    if not runs and not shipped:
+    found = [Path(args.run)] if args.run else [
+        *sorted(SHIPPED.glob("*.pt")), *(path.parent for path in runs)]
+    if not found:
         raise BadInput("no run in out/: train one with `python 05_train.py`, or use --run")
-    return runs[-1].parent if runs else shipped[-1]
-
-
-def files_of(run, tokenizer_is_enough):
-    """A run's folder, or a file that holds both models -> paths of tokenizer and transformer (None
-    where there is none and the tokenizer is enough)"""
+    run = found[-1]
     print(f"model: {run}")
-    if run.is_file():
-        return run, run
+    if run.is_file():                                      # it holds both
+        return run, (run, run)
     if (run / "transformer.pt").exists():
-        return run / "tokenizer.pt", run / "transformer.pt"
-    if not tokenizer_is_enough:
+        return run, (run / "tokenizer.pt", run / "transformer.pt")
+    if args.task != "reconstruct" or args.export_npz:
         raise BadInput(f"{run / 'transformer.pt'}: no such file; train the transformer with "
                        "05_train.py, or use --task reconstruct")
-    return run / "tokenizer.pt", None
+    return run, (run / "tokenizer.pt", None)
 
 
 def check_match(run, about, tokenizer):
