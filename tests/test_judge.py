@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 
 from data import shapes
 from engine import BadInput
-from report import gallery, judge
+from report import command_line, gallery, judge
 
 
 def seeded(seed=0):
@@ -216,3 +216,15 @@ def test_classes_take_turns_and_four_images_of_each_kind_are_needed():
     for asked, real, test in ((3, 40, 40), (1000, 3, 40), (1000, 40, 3)):
         with pytest.raises(BadInput, match="4 images"):
             judge.labels_to_draw(asked, np.zeros(real), np.zeros(test))
+
+
+def test_evaluate_judges_a_runs_samples_in_each_class_in_turn(cli, tiny, tmp_path, monkeypatch):
+    """Only 3 of its images are held out, so those it was trained on stand in for them."""
+    real, network = command_line.load_data, untrained()
+    monkeypatch.setattr(command_line, "load_data", lambda name, _, *how: real(name, "train", *how))
+    monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
+    result = cli("06_sample_and_edit.py", "--run", tiny.folder, "--device", "cpu", "--task",
+                 "evaluate", "--n", 8, "--cfg", 2.5, "--out", tmp_path / "made")
+    assert result.status == 0, result.err
+    assert "8 images a row" in result.out and "samples, cfg 2.5" in result.out
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["neighbours.png"]
