@@ -427,10 +427,11 @@ def wait_for(process, word):
 
 
 def test_starting_over_forgets_the_transformer_of_other_tokens(cli, tiny, tmp_path):
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    options = [*tiny.options, "--seed", 1, "--out", tmp_path / "run"]
-    assert cli("05_train.py", *options, "--fresh", "--stage", "tokenizer").status == 0
-    assert cli("05_train.py", *options).status == 0        # was: refused because of the old one
+    options = [*tiny.options, "--tokenizer-steps", 2, "--steps", 2, "--out", tmp_path / "run"]
+    assert cli(SCRIPT, *options).status == 0
+    assert cli(SCRIPT, *options, "--seed", 1, "--fresh", "--stage", "tokenizer").status == 0
+    assert not (tmp_path / "run" / "transformer.pt").exists()
+    assert cli(SCRIPT, *options, "--seed", 1).status == 0
 
 
 def test_an_empty_folder_and_a_file_are_refused(refused, tmp_path):
