@@ -329,7 +329,7 @@ class TokenizerStage:
 
     def summary(self, metrics):
         error = self.processes.mean(torch.stack([error for error, _ in metrics]).mean())
-        db = float(10 * torch.log10(4 / error))
+        db = float(health.decibels(error))
         seen = [torch.cat(tokens) for tokens in zip(*[tokens for _, tokens in metrics])]
         counts = self.processes.total(health.count_codes(seen, self.model.config.vocab_size))
         numbers = health.usage(counts)

@@ -54,6 +54,17 @@ def test_every_row_is_a_tokenizer_trained_its_own_way_once(cli, monkeypatch):
     assert "tokenizer 5/5" not in again.out and table(again.out) == table(first.out)
 
 
+def test_a_seam_by_hand():
+    """One row, kept | hidden after the third pixel: the steps are 1 2 [6] 4 1."""
+    editing = import_module("experiments.editing")
+    image = torch.tensor([0.0, 1, 3, 9, 13, 14]).expand(1, 3, 2, 6).clone()
+    keep = (torch.arange(6) < 3).expand(2, 6)
+    for picture, mask in ((image, keep), (image.mT, keep.mT), (-image, ~keep)):
+        assert editing.seam(picture, mask) == pytest.approx(6 / 3)
+    first = torch.arange(6).expand(2, 6) < 1               # steps [1] 2: nothing before the first
+    assert editing.seam(image, first) == pytest.approx(1 / 2)
+
+
 def test_l2_normalised_codes_compare_directions_and_stay_on_the_sphere():
     torch.manual_seed(0)
     quantizer, x = rows.DirectionQuantizer(8, 3).train(), torch.randn(200, 3)
