@@ -517,7 +517,8 @@ def train_all(settings, config, var_fields):
             config = tokenizer.config
         train_data, test_data, class_names = load_splits(settings, config, processes)
         recipe = follow_recipe(settings, len(train_data[0]))
-        everything = {**asdict(settings), **asdict(config), **var_fields}
+        everything = {**asdict(settings), **asdict(config), **var_fields,
+                      "num_classes": len(class_names)}
         processes.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in everything.items()), 100))
         processes.say(f"{settings.dataset}: {len(train_data[0])} pictures to train on, "
                       f"{len(test_data[0])} held out, {len(class_names)} classes, "
