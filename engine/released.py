@@ -179,9 +179,12 @@ def fill(model, state):
     """Give a model its weights. Every name must be known and none missing, except what training
     alone uses. -> the model, in eval mode"""
     own = model.state_dict()
-    unused = {"quantizer.hits", "quantizer.sums", "quantizer.initialised"} & set(own)
+    unused = {name: own[name] for name in ("quantizer.hits", "quantizer.sums",
+                                           "quantizer.initialised") if name in own}
     with other_layouts_refused():
-        model.load_state_dict({**state, **{name: own[name] for name in unused}}, assign=True)
+        if unused:                  # the sums begin as the codes; those of the model are random
+            unused["quantizer.sums"] = state["quantizer.codebook"].clone()
+        model.load_state_dict({**state, **unused}, assign=True)
     return model.eval().requires_grad_(False)
 
 
