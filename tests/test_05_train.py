@@ -298,6 +298,15 @@ def test_a_run_on_the_released_tokenizer_resumes_and_is_sampled_from_without_its
     assert torch.equal(tokenizer.quantizer.codebook, other["quantize.embedding.weight"])
 
 
+def test_a_released_file_always_gives_the_same_tokenizer(released_file):
+    """Also its buffers that training alone uses: a run knows its tokenizer by all of them."""
+    one = m5.open_tokenizer(released_file, (1, 2, 3, 4)).state_dict()
+    dirt = [torch.full((64, 8), torch.nan) for _ in range(100)]      # what memory may hold
+    del dirt
+    assert same(one, m5.open_tokenizer(released_file, (1, 2, 3, 4)).state_dict())
+    assert all(value.isfinite().all() for value in one.values())
+
+
 def test_stage_2_trains_on_the_tokenizer_of_another_run(cli, tiny, tmp_path):
     result = cli(SCRIPT, *tiny.options[:2], *ON_RELEASED, "--tokenizer-file",
                  tiny.folder / "tokenizer.pt", "--steps", 1, "--out", tmp_path / "run")
