@@ -346,7 +346,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("kind, settings", [
     ("transformer", {}), ("transformer", dict(optimizer="adamw", accumulate=2)),
     ("tokenizer", dict(flip=True)), ("tokenizer", dict(adversarial=1.0, picture_loss="l1")),
-    ("tokenizer", dict(learn="gradient"))])
+    ("tokenizer", dict(learn="gradient")), ("transformer", dict(precision="float16"))])
 def test_a_training_step_does_not_make_a_gpu_wait(kind, settings):
     stage = stage_of(kind, **{"learn": "ema", **settings})
     batches_ = stage.batches(0)
