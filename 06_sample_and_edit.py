@@ -22,7 +22,7 @@ sees the whole image, so hidden pixels leak into the tokens that are kept); the 
 always kept; kept tokens are quantized again as f_hat grows, not replayed; an edit takes several
 passes; the likelihood, which training maximizes, can be asked for.
 
-Options are in report/command_line.py; report/ also writes the pictures and tables.
+Options are in report/command_line.py; report/ also writes the images and tables.
 
     python 06_sample_and_edit.py                        newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7

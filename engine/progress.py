@@ -10,7 +10,7 @@ def clock(seconds):
         else f"{seconds / 3600:.1f} h"
 
 
-def progress(parts, total, what="pictures", size=len, say=partial(print, flush=True)):
+def progress(parts, total, what="images", size=len, say=partial(print, flush=True)):
     """Yield the `parts` of a generator or a list, and say how far it is when more than 3 s have
     passed since the start or the last line. total: number of things in all parts; size(part): how
     many one part holds; say(line): prints it"""

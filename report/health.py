@@ -112,7 +112,7 @@ def describe(tokenizer, numbers, images):
     most = min(1, tokens / tokenizer.config.vocab_size)    # each token can be one code at most
     possible = "" if most == 1 else f" ({most:.0%} possible)"
     return "\n".join([f"psnr {numbers['psnr']:.2f} dB | used {numbers['used_overall']:.0%} of the "
-                      f"codes{possible} | {images} pictures", table(tokenizer.scales, numbers),
+                      f"codes{possible} | {images} images", table(tokenizer.scales, numbers),
                       *numbers["warnings"]])
 
 
