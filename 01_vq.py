@@ -158,7 +158,6 @@ class VectorQuantizer(Quantizer):
         if bool(self.initialised):           # the codes come from a checkpoint
             return
         self.codebook.copy_(self._draw(groups))
-        self.hits.fill_(1.0)
         self.sums.copy_(self.codebook)
 
     @torch.no_grad()
