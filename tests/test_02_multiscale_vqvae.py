@@ -262,8 +262,9 @@ def test_the_entropy_of_signs_is_averaged_over_scales_and_reaches_the_encoder():
         small = F.interpolate(rest, size=(side, side), mode="area").flatten(2).transpose(1, 2)
         terms.append(tokenizer.quantizer.extra_loss(small))
     assert torch.allclose(losses["extra"], sum(terms) / 3, atol=1e-6) and losses["extra"] != 0
-    grad, = torch.autograd.grad(losses["extra"], tokenizer.quant_conv.weight)
-    assert grad.abs().max() > 0
+    grad, none = torch.autograd.grad(
+        losses["extra"], [tokenizer.quant_conv.weight, tokenizer.phis[0].weight], allow_unused=True)
+    assert grad.abs().max() > 0 and none is None, "phi does not learn from it"
 
 
 def test_rounding_stays_in_float32_under_autocast():
