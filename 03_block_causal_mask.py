@@ -3,7 +3,8 @@
 A transformer that predicts the next *scale* must not look at finer scales; inside a scale everyone
 may look at everyone. This leaks nothing: the positions of map k hold f_hat_{k-1}, rebuilt from the
 coarser maps alone and resized to the size of map k, never map k itself. The tokens of map k are
-predicted at once, each independently of the others, given the coarser maps: they have no order.
+predicted at once, each independently of the others, given the coarser maps. That is the model's
+assumption: p(map k | coarser maps) is the product over its tokens, and their order does not matter.
 
     scales (1, 2), 1 + 4 tokens           raster order, 5 blocks of one token
         1  2  2  2  2                         1  2  3  4  5
@@ -15,7 +16,7 @@ predicted at once, each independently of the others, given the coarser maps: the
 
 Block k looks at a *prefix*: all of the blocks 1..k and nothing else. So sampling needs no mask: the
 keys and values of earlier blocks are cached, and the new block attends to all of them. Training can
-also go from prefix to prefix, which skips the third of the products that a mask would hide.
+also go from prefix to prefix, which skips most of the products that a mask would hide.
 
 Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...) sides; L = sum of squares.
 
@@ -103,11 +104,11 @@ def main():
     print(f"cache without a mask against the masked whole: largest difference {difference:.1e}")
     assert difference < 1e-5
 
-    print("an 8x8 map     steps   products with a cache   without one")
+    print("an 8x8 map     steps   query-key products: cached   without a cache")
     for name, blocks in (("next scale", (1, 2, 3, 4, 6, 8)), ("raster", (1,) * 64)):
         seen = block_causal_mask(blocks).sum(1)            # by each token
         again = int((seen.unique() ** 2).sum())            # every step computes its whole prefix
-        print(f"{name:<12} {len(blocks):7} {int(seen.sum()):23,} {again:13,}")
+        print(f"{name:<12} {len(blocks):7} {int(seen.sum()):28,} {again:17,}")
 
     images = [plots.heat_map(block_causal_mask(s).numpy()) for s in (scales, (1,) * 16)]
     images[1] = np.pad(images[1], ((0, 14), (0, 14), (0, 0)), constant_values=255)   # white

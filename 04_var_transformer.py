@@ -101,7 +101,7 @@ class SelfAttention(nn.Module):
         qkv = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)                                      # (B, heads, n, d) each
         if not self.qk_norm:
-            return q, k, v, 0.25 / math.sqrt(q.shape[-1])            # the released models' choice
+            return q, k, v, 0.25 / math.sqrt(q.shape[-1])            # as the original then does
         head_factor = self.log_scale.clamp(max=math.log(100)).exp()
         q, k = F.normalize(q, dim=-1) * head_factor, F.normalize(k, dim=-1)
         return q.to(v.dtype), k.to(v.dtype), v, 1.0                  # autocast leaves float32 here
@@ -134,8 +134,8 @@ class KVCache:
 
 
 class Block(nn.Module):
-    """Attention and MLP. The class speaks to both: it scales and shifts what enters (AdaLN), and a
-    gate that it opens multiplies what is added to x."""
+    """Attention and MLP. The class speaks to both: it scales and shifts what enters (AdaLN), and
+    gates what each branch adds to x."""
 
     def __init__(self, cfg, drop_rate):
         super().__init__()

@@ -85,8 +85,8 @@ RELEASED_LAYOUTS = {64: dict(scales=(1, 2, 3, 4)), 128: dict(scales=(1, 2, 3, 4,
 # function that gives more settings for a depth of the transformer.
 PRESETS = {
     "shapes": dict(image_size=32, depth=4, width=128, heads=4, drop_path=0.0),
-    # Planned for ten minutes on one H100: 64 epochs of stage 1, and ten of stage 2 over 16 views of
-    # every image.
+    # Meant for about ten minutes on one H100, not measured: 64 epochs of stage 1, and ten of stage
+    # 2 over 16 views (mirrored and shifted versions) of every image.
     "cifar10": dict(image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
                     adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
                     width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,

@@ -5,7 +5,7 @@ f_hat, show f_hat to scale k+1. Editing adds one rule to this loop: where the im
 token is not drawn but computed, as the code nearest to what f_hat *still misses* of the image:
 
     k        1x1     2x2        3x3          ...      8x8
-    keep      .      x .       x x .                 x x x x x . . .     x  computed
+    keep      x      x .       x x .                 x x x x x . . .     x  computed
                      x .       x x .                 x x x x x . . .     .  drawn by the model
 
 A coarse token covers both the kept and the new part, so one pass is not enough: edit() makes six
@@ -88,10 +88,10 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
 
     Guidance: logits = (1 + t) conditional - t unconditional, with t = cfg * k / (K - 1). So cfg 0
     is the plain prediction for the class, and cfg > 0 moves beyond it, away from the prediction
-    without a class. In the usual counting, unconditional + w (conditional - unconditional), w is
-    1 + t: cfg 1.5 here is w = 2.5 at the last scale. t grows from 0 at the first scale because
-    coarse scales decide *what* is drawn: strong guidance there makes all images alike, while at
-    fine scales it only sharpens."""
+    without a class. In the other common counting, unconditional + w (conditional - unconditional),
+    w is 1 + t: cfg 1.5 here is w = 2.5 at the last scale. t grows from 0 at the first scale because
+    coarse scales decide *what* is drawn: strong guidance there costs variety, while at fine scales
+    it only sharpens."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
         raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
                        f"({var.config.num_classes}: no class)")
@@ -191,7 +191,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         generator = torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
     if not keep.any():
         paint_passes, settle_passes = 1, 0                 # plain sampling: nothing has to agree
-    # A cell of the last map is kept if half of its pixels are; the rest of such a cell is filled.
+    # A cell of the last map is kept if half of its pixels are; hide() filled in its other pixels.
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
     kept_cells = (share >= 0.5).to(image.dtype)            # (1, 1, h, w), 0 or 1
     trusted_cells = kept_cells
@@ -205,7 +205,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
                        top_k=top_k, top_p=top_p, temperature=temperature, generator=generator)
         painted = (tokenizer.tokens_to_image(tokens) + 1) / 2            # (B, 3, S, S) in [0, 1]
         composite = torch.where(keep, image, 2 * painted - 1)
-        trusted_cells = torch.ones_like(kept_cells)        # no blur is left: all cells count
+        trusted_cells = torch.ones_like(kept_cells)        # drawn, no longer guessed: all count
     for _ in range(settle_passes):
         tokens = tokenizer.image_to_tokens(composite)
         painted = (tokenizer.tokens_to_image(tokens) + 1) / 2
