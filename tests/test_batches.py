@@ -12,28 +12,23 @@ from data import batches
 
 
 @given(n=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 5))
-def test_every_picture_comes_exactly_once_per_epoch(n, batch, seed):
-    steps = -(-3 * n // batch)
-    drawn = np.concatenate([batches.batch_indices(s, n, batch, seed) for s in range(steps)])
-    assert len(drawn) == steps * batch and drawn.dtype.kind == "i"
+def test_every_image_comes_once_per_epoch_as_seed_and_step_alone_decide(n, batch, seed):
+    steps = range(-(-3 * n // batch))
+    drawn = [batches.batch_indices(step, n, batch, seed) for step in steps]
+    for step in steps:
+        batches.epoch_order.cache_clear()
+        assert np.array_equal(batches.batch_indices(step, n, batch, seed), drawn[step])
+    order = np.concatenate(drawn)
+    assert len(order) == len(steps) * batch and order.dtype.kind == "i"
     for epoch in range(3):
-        assert sorted(drawn[epoch * n:(epoch + 1) * n]) == list(range(n))
+        assert sorted(order[epoch * n:(epoch + 1) * n]) == list(range(n))
 
 
-@given(step=st.integers(0, 1000), n=st.integers(1, 50), batch=st.integers(1, 20))
-def test_seed_and_step_alone_decide_the_pictures(step, n, batch):
-    first = batches.batch_indices(step, n, batch, 3)
-    batches.epoch_order.cache_clear()
-    assert np.array_equal(first, batches.batch_indices(step, n, batch, 3))
-
-
-def test_the_pictures_are_shuffled_differently_in_every_epoch_and_for_every_seed():
+def test_the_images_are_shuffled_differently_in_every_epoch_and_for_every_seed():
     epochs = [batches.batch_indices(e, 500, 500, seed) for seed in (0, 1) for e in range(3)]
     epochs.append(np.arange(500))
     for i, one in enumerate(epochs):
-        for other in epochs[:i]:
-            assert (one == other).mean() < 0.05
-    assert abs(np.corrcoef(epochs[0], np.arange(500))[0, 1]) < 0.2
+        assert all((one == other).mean() < 0.05 for other in epochs[:i])
 
 
 def test_the_held_out_sample_is_not_of_the_first_classes_alone():

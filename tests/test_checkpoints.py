@@ -10,22 +10,12 @@ from conftest import is_the_same_run, same
 
 from engine import BadInput, checkpoints
 
-SCRIPT = "05_train.py"
-
-
-def test_a_failing_save_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_a_failing_save_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):
     path = tmp_path / "model.pt"
     checkpoints.save_atomically({"step": 1}, path)
-
-    def fail(value, file, *args, **kwargs):
-        file.write(b"half a fi")
-        raise OSError("disk full")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(OSError, match="disk full"):
-            checkpoints.save_atomically({"step": 2}, path)
-    assert checkpoints.load_checkpoint(path) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    with pytest.raises(Exception, match="pickle"):         # some of the file is written by then
+        checkpoints.save_atomically({"step": 2, "model": lambda: None}, path)
+    assert checkpoints.load_checkpoint(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
 class Hostile:
@@ -39,36 +29,30 @@ class Hostile:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_whatever_is_no_checkpoint_is_refused_and_code_in_it_never_runs(tmp_path):
     victim, path = tmp_path / "ran", tmp_path / "model.pt"
-    torch.save({"model": torch.zeros(1000)}, path)
-    whole = path.read_bytes()
-    torch.save({"model": Hostile(victim)}, path)
-    zipped = path.read_bytes()
-    torch.save([1, 2], path)
-    contents = [b"", zipped, b"hello", whole[:len(whole) // 2], path.read_bytes(),
-                pickle.dumps(Hostile(victim)), "text é".encode()]
-    for content in contents:
+
+    def saved(value):
+        torch.save(value, path)
+        return path.read_bytes()
+    whole = saved({"model": torch.zeros(1000)})
+    for content in (b"", whole[:len(whole) // 2], "text é".encode(), pickle.dumps(Hostile(victim)),
+                    saved({"model": Hostile(victim)}), saved([1, 2])):
         path.write_bytes(content)
-        with pytest.raises(BadInput) as error:
+        with pytest.raises(BadInput, match="model.pt: .*$"):
             checkpoints.load_checkpoint(path)
-        assert "\n" not in str(error.value) and "model.pt" in str(error.value)
     assert not victim.exists(), "loading ran code from the file"
-    with pytest.raises(BadInput, match="no such"):
-        checkpoints.load_checkpoint(tmp_path / "missing.pt")
-    with pytest.raises(BadInput):
-        checkpoints.load_checkpoint(tmp_path)
+    for path, why in ((tmp_path / "missing.pt", "no such"), (tmp_path, "not a readable")):
+        with pytest.raises(BadInput, match=why):
+            checkpoints.load_checkpoint(path)
 
 
-def test_a_truncated_checkpoint_is_refused_in_one_line(refused, tiny, tmp_path):
+def test_a_truncated_checkpoint_or_one_of_the_other_stage_is_refused_in_a_short_line(
+        refused, tiny, tmp_path):
     shutil.copytree(tiny.folder, tmp_path / "run")
     path = tmp_path / "run" / "tokenizer.pt"
-    path.write_bytes(path.read_bytes()[:5000])
-    assert "tokenizer.pt" in refused(SCRIPT, *tiny.options, "--out", tmp_path / "run")
-
-
-def test_a_checkpoint_of_another_kind_is_refused_in_a_short_line(refused, tiny, tmp_path):
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    shutil.copy(tmp_path / "run" / "transformer.pt", tmp_path / "run" / "tokenizer.pt")
-    assert len(refused("05_train.py", *tiny.options, "--out", tmp_path / "run")) < 250
+    for content in (path.read_bytes()[:5000], path.with_name("transformer.pt").read_bytes()):
+        path.write_bytes(content)
+        line = refused("05_train.py", *tiny.options, "--out", path.parent)
+        assert "tokenizer.pt" in line and len(line) < 250
 
 
 def test_optimizer_states_of_another_memory_layout_go_on_as_they_were():
@@ -81,8 +65,6 @@ def test_optimizer_states_of_another_memory_layout_go_on_as_they_were():
     assert same(laid, saved) and laid["exp_avg"].stride() == model.weight.stride()
     assert saved["exp_avg"].stride() != model.weight.stride()
 
-
-# -- Killed, and out of disk -----------------------------------------------------------------------
 
 TOKENS = "import_module('02_multiscale_vqvae').MultiScaleVQVAE, 'image_to_tokens'"
 

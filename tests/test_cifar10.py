@@ -24,6 +24,12 @@ def small(monkeypatch):
     return members
 
 
+def accepted(monkeypatch, archive):
+    """These bytes are the official archive from now on."""
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
+    return archive
+
+
 def packed(monkeypatch, members, links=()):
     """-> the bytes of an archive that from now on is the official one"""
     buffer = io.BytesIO()
@@ -37,11 +43,6 @@ def packed(monkeypatch, members, links=()):
             info.type, info.linkname, info.size = kind, target, 20 * 3073   # the size lies
             tar.addfile(info)
     return accepted(monkeypatch, buffer.getvalue())
-
-
-def accepted(monkeypatch, archive):
-    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
-    return archive
 
 
 def files_in(root):
@@ -70,14 +71,13 @@ def test_it_is_fetched_once_checked_and_what_is_missing_is_unpacked_again(
     monkeypatch.setattr(cifar10, "URL", f"{hub.url}c.tar.gz")
     hub.files["c.tar.gz"] = b"another file"
     archive, path = packed(monkeypatch, small), tmp_path / "new" / cifar10.ARCHIVE
+    first = path.parent / cifar10.FOLDER / "data_batch_1.bin"
     refusal(lambda: cifar10.load("test", data_dir=path.parent), cifar10.URL, str(path), "sha256")
     hub.files["c.tar.gz"] = archive
-    images, labels, _ = cifar10.load("test", data_dir=path.parent)
-    assert (images == cifar10.load("test", data_dir=path.parent)[0]).all() and len(hub.seen) == 2
-    assert len(files_in(path.parent)) == 7 and path.read_bytes() == archive
-    (path.parent / cifar10.FOLDER / "data_batch_1.bin").unlink()
-    assert len(cifar10.load("train", data_dir=path.parent)[0]) == 100 and len(hub.seen) == 2
-    (path.parent / cifar10.FOLDER / "data_batch_1.bin").unlink()
+    for _ in range(2):
+        assert len(cifar10.load("train", data_dir=path.parent)[0]) == 100 and len(hub.seen) == 2
+        assert len(files_in(path.parent)) == 7 and path.read_bytes() == archive
+        first.unlink()
     path.write_bytes(archive[:-1] + b"x")
     refusal(lambda: cifar10.load("train", data_dir=path.parent), str(path), "damaged")
 
@@ -107,20 +107,21 @@ def test_hostile_archives_write_nothing_elsewhere(small, tmp_path, monkeypatch):
 
 
 def test_damaged_files_and_wrong_options_are_refused(small, tmp_path, monkeypatch):
-    whole = packed(monkeypatch, small)
+    def refused(*words, split="train", root=tmp_path, **options):
+        refusal(lambda: cifar10.load(split, data_dir=root, **options), *words)
+    whole, path = packed(monkeypatch, small), tmp_path / cifar10.ARCHIVE
     for archive in (whole[:len(whole) // 2], gzip.compress(b"not a tar")):
-        (tmp_path / cifar10.ARCHIVE).write_bytes(accepted(monkeypatch, archive))
-        refusal(lambda: cifar10.load("train", data_dir=tmp_path), "damaged")
-    (tmp_path / cifar10.ARCHIVE).unlink()
+        path.write_bytes(accepted(monkeypatch, archive))
+        refused("damaged")
+    path.unlink()
     for name, body in small.items():
         (tmp_path / name.split("/")[1]).write_bytes(body)
-    test, body = tmp_path / "test_batch.bin", small[f"{cifar10.FOLDER}/test_batch.bin"]
-    test.write_bytes(body[:-7])
-    refusal(lambda: cifar10.load("test", data_dir=tmp_path), str(test), "61453", "61460")
-    test.write_bytes(b"\x0b" + body[1:])
-    refusal(lambda: cifar10.load("test", data_dir=tmp_path), str(test), "label 11")
+    test = tmp_path / "test_batch.bin"                     # `body` is what it should hold
+    for damage, word in ((body[:-7], "61453"), (b"\x0b" + body[1:], "label 11")):
+        test.write_bytes(damage)
+        refused(str(test), word, split="test")
     (tmp_path / "data_batch_3.bin").unlink()
-    refusal(lambda: cifar10.load("train", data_dir=tmp_path), "lacks data_batch_3.bin")
-    refusal(lambda: cifar10.load("train", data_dir=tmp_path, size=64), "32x32", "64")
-    refusal(lambda: cifar10.load("val", data_dir=tmp_path), "train", "'val'")
-    refusal(lambda: cifar10.load("train", data_dir=test), str(test))
+    refused("lacks data_batch_3.bin")
+    refused("32x32", "64", size=64)
+    refused("'val'", split="val")
+    refused(str(test), root=test)
