@@ -287,6 +287,7 @@ class LikeCuda(TorchFunctionMode):
         if func is F.group_norm:
             half = torch.is_autocast_enabled("cpu")
             args = ((args[0].float() if half else args[0]).contiguous(), *args[1:])
+            assert args[0].dtype == args[2].dtype, "x and weights, for the kernel"
         return func(*args, **kwargs or {})
 
 
