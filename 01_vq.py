@@ -73,13 +73,13 @@ def straight_through(x, code):
 
 def commitment_loss(x, code):
     """Moves x towards its code (VQ-VAE, eq. 3, third term). Without it nothing keeps x near the
-    codes: x may grow faster than they can follow. It takes the code itself: the result of
-    straight_through carries no gradient to the codebook, which would never learn. -> ()"""
+    codes: x may grow faster than they can follow. -> ()"""
     return F.mse_loss(x, code.detach())
 
 
 def codebook_loss(x, code):
-    """Moves the code towards the vectors that use it (eq. 3, second term). -> ()"""
+    """Moves the code towards the vectors that use it (eq. 3, second term). It takes the code
+    itself: straight_through's result has no gradient to the codebook. -> ()"""
     return F.mse_loss(code, x.detach())
 
 
@@ -152,8 +152,8 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def start_on_data(self, groups):
-        """Place the codes on vectors of the first batch, an equal share from each group: a code far
-        from all data would never be used."""
+        """Place the codes on vectors of the first batch: a code far from all data would never be
+        used."""
         self.started = True
         if bool(self.initialised):           # the codes come from a checkpoint
             return
@@ -199,7 +199,7 @@ class VectorQuantizer(Quantizer):
             self.started = self.settled = bool(self.initialised)
 
     def _draw(self, groups):
-        """V vectors drawn at random, from every group equally many however small it is: the coarse
+        """V vectors drawn at random, those of small groups with a larger chance each: the coarse
         scales of chapter 2 have few vectors and need codes all the same. -> (V, C)"""
         flat = [g.detach().reshape(-1, self.dim).float() for g in groups]
         weight = torch.cat([f.new_full((len(f),), 1 / len(f)) for f in flat])
@@ -273,8 +273,8 @@ def residual_quantize(x, quantizer, depth):
     """Quantize x, then what is left, `depth` times (RQ-VAE, eq. 3). quantizer: one for all levels,
     or a list with one for each. x (..., C) -> (x_hat (..., C), [idx_1 .. idx_depth]).
 
-    A sum of d codes can be V**d different points at the price of d * log2(V) bits. This is the idea
-    that chapter 2 spreads over scales."""
+    A sum of d codes can be up to V**d different points, while only d codebooks of V codes, or one,
+    are stored and searched. This is the idea that chapter 2 spreads over scales."""
     levels = quantizer if isinstance(quantizer, list) else [quantizer] * depth
     x_hat, indices = torch.zeros_like(x), []
     for level in levels[:depth]:
@@ -337,7 +337,8 @@ def compare_codebooks(photo):
         rows[f"{depth} x 8 codes"] = x_hat = residual_quantize(photo, levels, depth)[0]
         text = f"{depth} x 8 codes, {3 * depth} bits per pixel"
         many = show(text, 1000 * F.mse_loss(x_hat, photo))
-    assert many < one, "4 x 8 codes beat 64; one codebook of 12 bits would need 4,096"
+    assert many < one
+    print("  (at equal bits one codebook is better; but for 12 bits it needs 4,096 codes, not 32)")
     return rows
 
 
@@ -354,11 +355,11 @@ def main():
     rows = compare_codebooks(photo)
     print("VQ-VAE of 4x4 patches, 64 codes           squared error x 1000")
     patches = F.unfold(photo.permute(0, 3, 1, 2), 4, stride=4).transpose(1, 2).reshape(-1, 48)
-    blind = show("encoder without gradient", 1000 * learn_vq_vae(patches, lambda x, code: code))
+    blind = show("encoder blind to the error", 1000 * learn_vq_vae(patches, lambda x, code: code))
     both = show("straight through", 1000 * learn_vq_vae(patches, straight_through))
     assert both < blind
     idx = LookupFreeQuantizer(8).nearest(torch.randn(9999, 8))
-    print(f"signs of 8 channels: 256 codes for free, {len(idx.unique()) / 256:.0%} of them in use")
+    print(f"signs of 8 channels: 256 codes for free, {len(idx.unique())} used by random vectors")
     plots.save_grid("out/01_vq.png", torch.cat(list(rows.values())).permute(0, 3, 1, 2), columns=12,
                     row_labels=list(rows))
     print("wrote out/01_vq.png")

@@ -7,6 +7,7 @@ they stand for adds up to the feature map that the decoder turns into an image.
     image 32x32x3 --encode--> f 8x8xC --quantize--> 1   2x2  3x3  4x4  6x6  8x8   token maps
                                                     1 +  4 +  9 + 16 + 36 + 64  = 130 tokens
     f_hat = phi(up(z[r_1])) + phi(up(z[r_2])) + ... + phi(z[r_6])  --decode--> image
+    r_k: tokens of scale k, z[r_k]: their codes; phi: half identity, half a 3x3 convolution
 
 Shapes: image (B, 3, H, W) in [-1, 1]; f, f_hat (B, C, h, w); tokens: list of K int64 (B, h_k*w_k);
 scales (1, 2, 3, 4, 6, 8) the sides of the token maps; V codes; C latent channels; L = 130.
@@ -15,9 +16,9 @@ Sources: VAR (Tian et al. 2024), Algorithms 1 and 2, section 3.2, equation 5 for
 VQGAN (Esser et al. 2021) for encoder and decoder.
 
 All scales share one codebook, so that the transformer has one vocabulary and one softmax. Codes are
-running means (EMA): a code trained by gradients moves only when it is chosen, so a few codes end up
-doing all the work (1.5 dB worse). Each scale quantizes what coarser scales left over: if every
-scale quantized f itself, fine tokens would repeat what coarse ones say (1.4 dB worse).
+running means (EMA): trained by gradients they follow slowly, and a few do most of the work (1.5 dB
+worse on CIFAR-10, experiments/README.md). Each scale quantizes what coarser scales left over: if
+every scale quantized f itself, fine tokens would repeat what coarse ones say (1.4 dB worse).
 
 Differs from the original VAR code: it can be trained, with other quantizers and independent scales
 as settings; a plain VQ-VAE is scales=(8,).
@@ -106,8 +107,9 @@ class MultiScaleQuantizer(nn.Module):
         """What scale k adds to f_hat: its codes, upsampled, corrected by phi.
         (B, h_k*w_k) -> (B, C, h, w). Mixtures of codes (B, h_k*w_k, C) may stand for tokens.
 
-        phi makes up for what upsampling loses. Half of it is the identity, so that codes pass from
-        the first step on. As in the original code four of them serve all scales: neighbours share,
+        phi turns enlarged codes (on the last map codes as they are) into what fits f: it may
+        smooth, sharpen and mix neighbours. Half of it is the identity, so that codes pass from the
+        first step on. As in the original code four of them serve all scales: neighbours share,
         as their residuals look alike, and coarse and fine ones need not."""
         z = tokens_k if tokens_k.is_floating_point() else self.quantizer.lookup(tokens_k)
         h = self.upsample_from(z, k)
@@ -155,7 +157,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def teacher_inputs(self, tokens):
         """The inputs of scales 2..K all at once (section 3.1): f_hat so far, at the size of the
-        next map. Not the codes of the last map alone: they only correct the maps before.
+        next map. Not the codes of the map before alone: they only correct what precedes them.
         tokens -> (B, L - scales[0]**2, C)"""
         steps = self.pyramid(tokens)[:-1]
         shown = [self.downsample_to(f_hat, k + 1) for k, f_hat in enumerate(steps)]
@@ -164,7 +166,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def learn_to_quantize(self, f):
         """Algorithm 1 with its losses; in training the quantizer observes all vectors and their
-        codes. f (B, C, h, w) -> (f_hat, tokens, loss of equation 5, the quantizer's extra loss)"""
+        codes. f (B, C, h, w) -> (f_hat, tokens, loss of equation 5 weighted by scale,
+        the quantizer's extra loss)"""
         if self.training and not self.quantizer.started:
             self.quantizer.start_on_data(self._unquantized(f.detach()))
         groups, tokens, loss, extra = [], [], 0, 0
@@ -177,7 +180,7 @@ class MultiScaleQuantizer(nn.Module):
             last = k == self.K - 1
             weight = self.K - self.config.coarse * (self.K - 1) if last else self.config.coarse
             loss = loss + weight * self.config.beta * vq.commitment_loss(f, f_hat)
-            loss = loss + weight * vq.codebook_loss(f, f_hat)        # moves codes and phi
+            loss = loss + weight * vq.codebook_loss(f, f_hat)        # moves phi (and codes)
             extra = extra + self.quantizer.extra_loss(x)
         if self.training:
             self.quantizer.observe(groups, tokens)
