@@ -107,10 +107,9 @@ class MultiScaleQuantizer(nn.Module):
         """What scale k adds to f_hat: its codes, upsampled, corrected by phi.
         (B, h_k*w_k) -> (B, C, h, w). Mixtures of codes (B, h_k*w_k, C) may stand for tokens.
 
-        phi turns enlarged codes (on the last map codes as they are) into what fits f: it may
-        smooth, sharpen and mix neighbours. Half of it is the identity, so that codes pass from the
-        first step on. As in the original code four of them serve all scales: neighbours share,
-        as their residuals look alike, and coarse and fine ones need not."""
+        phi turns enlarged codes into what fits f; half of it is the identity, so that codes pass
+        from the first step on. As in the original code four of them serve all scales: neighbours
+        share, as their residuals look alike, and coarse and fine ones need not."""
         z = tokens_k if tokens_k.is_floating_point() else self.quantizer.lookup(tokens_k)
         h = self.upsample_from(z, k)
         return 0.5 * h + 0.5 * self.phis[self.phi_index[k]](h)
@@ -166,8 +165,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def learn_to_quantize(self, f):
         """Algorithm 1 with its losses; in training the quantizer observes all vectors and their
-        codes. f (B, C, h, w) -> (f_hat, tokens, loss of equation 5 weighted by scale,
-        the quantizer's extra loss)"""
+        codes. f (B, C, h, w) -> (f_hat, tokens, equation 5 weighted by scale, extra loss)"""
         if self.training and not self.quantizer.started:
             self.quantizer.start_on_data(self._unquantized(f.detach()))
         groups, tokens, loss, extra = [], [], 0, 0
