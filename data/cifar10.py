@@ -4,7 +4,6 @@ Reads the official binary layout: six files of 10,000 records, each 1 label byte
 bytes (a red, a green and a blue plane). The archive, 170 MB, is downloaded once and checked.
 """
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -56,21 +55,13 @@ def _find_or_fetch(root, names):
 
 
 def _unpack(archive, folder):
-    """Copies the six expected members, and nothing else, whatever the archive would like."""
+    """The six files of the archive, whose sha256 has been checked."""
     wanted = {f"{FOLDER}/{name}": name for names in FILES.values() for name in names}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                if name := wanted.pop(member.name, None):
-                    if not member.isreg() or member.size != PER_FILE * RECORD:
-                        raise BadInput(f"{archive}: {member.name} is not a plain file of "
-                                       f"{PER_FILE * RECORD} bytes; fetch {ARCHIVE} again")
-                    with files.written_whole(folder / name) as out:
-                        out.write(tar.extractfile(member).read())
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise BadInput(f"{archive} is damaged ({error}): fetch it again") from error
-    if wanted:
-        raise BadInput(f"{archive} lacks {', '.join(wanted)}: fetch it again")
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            if member.name in wanted:
+                with files.written_whole(folder / wanted[member.name]) as out:
+                    out.write(tar.extractfile(member).read())
     return folder
 
 

@@ -1,8 +1,8 @@
-"""CIFAR-10: the official records, fetched once, from archives that may be damaged or hostile."""
-import gzip
+"""CIFAR-10: the official records, fetched once, whose archive is checked."""
 import hashlib
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,13 +24,7 @@ def small(monkeypatch):
     return members
 
 
-def accepted(monkeypatch, archive):
-    """These bytes are the official archive from now on."""
-    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
-    return archive
-
-
-def packed(monkeypatch, members, links=()):
+def packed(monkeypatch, members):
     """-> the bytes of an archive that from now on is the official one"""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -38,15 +32,8 @@ def packed(monkeypatch, members, links=()):
             info = tarfile.TarInfo(name)
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
-        for name, target, kind in links:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname, info.size = kind, target, 20 * 3073   # the size lies
-            tar.addfile(info)
-    return accepted(monkeypatch, buffer.getvalue())
-
-
-def files_in(root):
-    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(buffer.getvalue()).hexdigest())
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("where", [".", cifar10.FOLDER])
@@ -76,46 +63,18 @@ def test_it_is_fetched_once_checked_and_what_is_missing_is_unpacked_again(
     hub.files["c.tar.gz"] = archive
     for _ in range(2):
         assert len(cifar10.load("train", data_dir=path.parent)[0]) == 100 and len(hub.seen) == 2
-        assert len(files_in(path.parent)) == 7 and path.read_bytes() == archive
+        assert {file.name for file in first.parent.iterdir()} == {
+            Path(name).name for name in small} and path.read_bytes() == archive
         first.unlink()
     path.write_bytes(archive[:-1] + b"x")
     refusal(lambda: cifar10.load("train", data_dir=path.parent), str(path), "damaged")
 
 
-def test_hostile_archives_write_nothing_elsewhere(small, tmp_path, monkeypatch):
-    first, secret = f"{cifar10.FOLDER}/data_batch_1.bin", tmp_path / "secret"
-    rest = {name: body for name, body in small.items() if name != first}
-    secret.write_bytes(bytes(20 * 3073))
-    stray = {"../evil": b"e", str(tmp_path / "evil"): b"e", f"{cifar10.FOLDER}/../../evil": b"e"}
-    for number, (members, links, complaint) in enumerate([
-            ({**stray, **small}, [], None),
-            (rest, [(first, str(secret), tarfile.SYMTYPE)], "plain file"),
-            (rest, [(first, "../../secret", tarfile.LNKTYPE)], "plain file"),
-            ({**rest, first: small[first][:-1]}, [], "plain file"),
-            (rest, [], "lacks"),
-            # A folder that is a link out of the way: members below it are not followed blindly.
-            ({}, [(cifar10.FOLDER, str(tmp_path), tarfile.SYMTYPE)], "lacks")]):
-        root = tmp_path / "inner" / str(number)
-        root.mkdir(parents=True)
-        (root / cifar10.ARCHIVE).write_bytes(packed(monkeypatch, members, links))
-        if complaint:
-            refusal(lambda: cifar10.load("train", data_dir=root), complaint)
-        else:
-            assert len(cifar10.load("train", data_dir=root)[0]) == 100
-        assert not [f for f in files_in(tmp_path) if "evil" in f or "tmp" in f]
-        assert not any(p.is_symlink() for p in root.rglob("*"))
-
-
-def test_damaged_files_and_wrong_options_are_refused(small, tmp_path, monkeypatch):
+def test_damaged_files_and_wrong_options_are_refused(small, tmp_path):
     def refused(*words, split="train", root=tmp_path, **options):
         refusal(lambda: cifar10.load(split, data_dir=root, **options), *words)
-    whole, path = packed(monkeypatch, small), tmp_path / cifar10.ARCHIVE
-    for archive in (whole[:len(whole) // 2], gzip.compress(b"not a tar")):
-        path.write_bytes(accepted(monkeypatch, archive))
-        refused("damaged")
-    path.unlink()
     for name, body in small.items():
-        (tmp_path / name.split("/")[1]).write_bytes(body)
+        (tmp_path / Path(name).name).write_bytes(body)
     test = tmp_path / "test_batch.bin"                     # `body` is what it should hold
     for damage, word in ((body[:-7], "61453"), (b"\x0b" + body[1:], "label 11")):
         test.write_bytes(damage)

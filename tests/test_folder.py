@@ -152,10 +152,10 @@ def test_crops_reach_everywhere_and_differ(noise):
     assert (images[-1] == images[29]).all() and len(list(images)) == 30, "ends with an IndexError"
 
 
-@pytest.mark.parametrize("size", [(1, 500), (500, 1), (1, 1), (3, 40000)])
-def test_extreme_shapes(tmp_path, size):
-    write(tmp_path / "a.png", size=size)
-    assert (only(tmp_path, size=64).crops(0, [-1, 1]) == RGB).all()
+def test_extreme_shapes(tmp_path):
+    for size in ((1, 500), (500, 1), (1, 1), (3, 40000)):
+        write(tmp_path / "a.png", size=size)
+        assert (only(tmp_path, size=64).crops(0, [-1, 1]) == RGB).all()
 
 
 def test_quick_jpeg_decoding_does_not_shift_the_image(tmp_path):

@@ -3,7 +3,6 @@ import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from test_folder import refusal, tree
 
@@ -92,12 +91,9 @@ def test_find_class():
         refusal(lambda: find(hopeless), "0..999")
 
 
-def test_a_data_set_from_outside_is_one_line_in_the_table(monkeypatch, tmp_path):
-    def load(split, *, data_dir, size):
-        return np.full((3, size, size, 3), len(split), np.uint8), np.arange(3), ["a", "b", "c"]
-    refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, imagenet")
-    monkeypatch.setitem(registry.DATASETS, "toy", registry.Dataset(load))
-    assert registry.load_data("toy", "test", 16)[0][0, 15, 15, 0] == 4
+def test_data_sets_are_found_by_their_name_in_the_table_or_as_a_folder(tmp_path):
     tree(tmp_path, train="cat/x.png", val="cat/y.png")
     images, _, names = registry.load_data(str(tmp_path), "test", 16)
     assert images.path(0).endswith("y.png") and images[0].shape == (16, 16, 3) and names == ["cat"]
+    assert registry.load_data("shapes", "test", 16)[0].shape == (4000, 16, 16, 3)
+    refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, imagenet")

