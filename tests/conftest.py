@@ -1,5 +1,7 @@
 """Put the repository root on the path, make Hypothesis repeatable, and train one tiny run that the
 tests of chapters 5 and 6 share."""
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -69,6 +71,41 @@ def stage_of(kind, learn="gradient", **settings):
     data = np.random.default_rng(0).integers(0, 16, (1, 32, 21)), np.arange(32) % 3
     return m5.TransformerStage(settings, processes, tokenizer, config,
                                dict(train=data, test=data), "abc")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_models(scales=(1, 2, 4), V=16, noise=0.3, multipliers=(1, 2), **options):
+    """A tokenizer and a transformer with random weights; the gates are open, so that everything
+    has an effect. options: of VARConfig"""
+    m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
+    torch.manual_seed(0)
+    sizes = dict(scales=scales, vocab_size=V, latent_dim=4)
+    tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
+        **sizes, image_size=scales[-1] * 2 ** len(multipliers), channels=8,
+        multipliers=multipliers, unshuffle=2, groups=4))
+    var = m4.VAR(m4.VARConfig(**sizes, num_classes=3, depth=2, width=16, heads=2, **options))
+    with torch.no_grad():
+        for p in var.parameters():
+            p.add_(noise * torch.randn_like(p))
+    return tokenizer.eval().requires_grad_(False), var.eval().requires_grad_(False)
+
+
+def printed(call, *args):
+    """What a function prints, where capsys cannot be used: in tests with many examples."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        call(*args)
+    return out.getvalue()
+
+
+def without_images(run, folder):
+    """Copy a run into a folder, as if its data set were not on this machine. -> the folder"""
+    for name in ("tokenizer.pt", "transformer.pt"):
+        state = torch.load(run / name, weights_only=True)
+        torch.save({**state, "dataset": str(folder / "gone")}, folder / name)
+    return folder
 
 
 def log_of(folder):

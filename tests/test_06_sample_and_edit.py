@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from conftest import random_models, seeded
+from hypothesis import example, given
 from hypothesis import settings as few
 from hypothesis import strategies as st
 
@@ -19,34 +20,15 @@ m6, editing = import_module("06_sample_and_edit"), import_module("experiments.ed
 NOBODY = 3                                                 # the row of "no class", after three
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def make_models(scales=(1, 2, 4), V=16, noise=0.3, multipliers=(1, 2)):
-    """A tokenizer and a transformer with random weights; the gates are open, so that everything
-    has an effect."""
-    torch.manual_seed(0)
-    tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
-        image_size=scales[-1] * 2 ** len(multipliers), scales=scales, vocab_size=V, latent_dim=4,
-        channels=8, multipliers=multipliers, unshuffle=2, groups=4))
-    var = m4.VAR(m4.VARConfig(num_classes=3, scales=scales, vocab_size=V, latent_dim=4, depth=2,
-                              width=16, heads=2))
-    with torch.no_grad():
-        for p in var.parameters():
-            p.add_(noise * torch.randn_like(p))
-    return tokenizer.eval().requires_grad_(False), var.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def models():
-    return make_models()
+    return random_models()
 
 
 @pytest.fixture(scope="module")
 def fine():
     """16 px in 8x8 cells: each step of the canvas, an eighth, is a cell that is drawn."""
-    return make_models((1, 8), multipliers=(1,))
+    return random_models((1, 8), multipliers=(1,))
 
 
 def noise_image(side=16, count=2, seed=0):
@@ -107,7 +89,7 @@ def slow_generate(tokenizer, var, labels, *, cfg, top_k, top_p, temperature, gen
 @pytest.mark.parametrize("cfg, top_k, top_p, temperature", [
     (0.0, 0, 0.0, 1.0), (3.0, 0, 0.0, 1.0), (2.0, 5, 0.9, 0.5), (1.0, 6, 0.8, 3.0)])
 def test_sampling_equals_the_slow_loop_without_a_cache(scales, cfg, top_k, top_p, temperature):
-    tokenizer, var = make_models(scales)
+    tokenizer, var = random_models(scales)
     labels, how = torch.tensor([0, 2, 1, NOBODY]), dict(cfg=cfg, top_k=top_k, top_p=top_p,
                                                         temperature=temperature)
     ours = m6.generate(tokenizer, var, labels, **how, generator=seeded(5))
@@ -116,69 +98,39 @@ def test_sampling_equals_the_slow_loop_without_a_cache(scales, cfg, top_k, top_p
     assert ours.min() >= 0 and ours.max() <= 1
 
 
-def test_seed_and_class_matter_and_pictures_of_a_batch_differ(models):
-    one, again, seed, label = (m6.generate(*models, torch.tensor([c, c]), generator=seeded(s))
-                               for c, s in ((1, 3), (1, 3), (1, 4), (2, 3)))
-    assert torch.equal(one, again) and not torch.equal(one[0], one[1])
-    assert not torch.equal(one, seed) and not torch.equal(one, label)
-
-
-def test_guidance_runs_twice_the_batch_and_only_when_it_is_asked_for(models, monkeypatch):
-    sizes, step = [], m4.VAR.step
-
-    def spy(self, k, inputs, conditioning, cache):
-        sizes.append(len(conditioning[0]))
-        return step(self, k, inputs, conditioning, cache)
-    monkeypatch.setattr(m4.VAR, "step", spy)
-    for cfg in (0.0, 1.0):
-        m6.generate(*models, torch.tensor([0, 1]), cfg=cfg)
-    assert sizes == [2] * 3 + [4] * 3
-
-
 @pytest.mark.parametrize("labels", [[4], [-1], [0, 99], []])
 def test_a_label_the_model_does_not_know_is_refused(models, labels):
     labels, keep = torch.tensor(labels, dtype=torch.int64), torch.ones(16, 16).bool()
-    for paint in (lambda: m6.generate(*models, labels),
-                  lambda: m6.edit(*models, noise_image(), keep, labels)):
+    for paint, more in ((m6.generate, ()), (m6.edit, (noise_image(), keep))):
         with pytest.raises(BadInput, match="0..2"):
-            paint()
+            paint(*models, *more, labels)
 
 
-def test_smooth_sampling_repeats_and_draws_mixtures_that_sharpen_with_the_scale(models):
-    one, again, other = (m6.generate(*models, torch.tensor([1]), smooth=True, generator=seeded(s))
-                         for s in (3, 3, 4))
-    assert torch.equal(one, again) and not torch.equal(one, other)
-    assert not torch.equal(one, m6.generate(*models, torch.tensor([1]), generator=seeded(3)))
-    codebook, logits = torch.eye(16), torch.randn(200, 3, 16, generator=seeded())
-    early, late = (m6.soften(logits, progress, codebook, seeded(1)) for progress in (0.0, 1.0))
-    for mixture in (early, late):
-        assert mixture.shape == (200, 3, 16) and torch.allclose(mixture.sum(-1), torch.ones(200, 3))
-    assert late.max(-1).values.mean() > early.max(-1).values.mean()
+def test_smooth_sampling_draws_mixtures_that_sharpen_with_the_scale(models):
+    one, again, exact = (m6.generate(*models, torch.tensor([1]), smooth=smooth, generator=seeded(3))
+                         for smooth in (True, True, False))
+    assert torch.equal(one, again) and not torch.equal(one, exact)
     even = torch.zeros(4000, 1, 16)
     even[..., 5] = 2.0                                     # p = e^2 / (e^2 + 15) = 0.33
-    share = (m6.soften(even, 0.0, codebook, seeded(2)).argmax(-1) == 5).float().mean()
+    early, late = (m6.soften(even, progress, torch.eye(16), seeded(2)) for progress in (0.0, 1.0))
+    assert torch.allclose(early.sum(-1), torch.ones(4000, 1))
+    assert late.max(-1).values.mean() > early.max(-1).values.mean()
+    share = (early.argmax(-1) == 5).float().mean()
     assert abs(float(share) - 0.33) < 0.03, "Gumbel noise must draw from the softmax"
 
 
-def test_given_tokens_are_replayed_exactly_where_kept_and_drawn_elsewhere(models, monkeypatch):
-    tokenizer, var = models
-    given_, labels = random_maps(tokenizer, 2), torch.tensor([1, 0])
-    seen, add = [], m2.MultiScaleVQVAE.next_input
+def test_given_tokens_are_replayed_where_kept_and_drawn_elsewhere(models, monkeypatch):
+    given_, labels, seen = random_maps(models[0], 2), torch.tensor([1, 0]), []
+    add = m2.MultiScaleVQVAE.next_input
     monkeypatch.setattr(m2.MultiScaleVQVAE, "next_input",
                         lambda self, k, f, t: seen.append(t) or add(self, k, f, t))
-
-    def replay(keep):
-        seen.clear()
-        return m6.generate(tokenizer, var, labels, tokens=given_, keep=keep, generator=seeded(1))
     half = [torch.arange(t.shape[1]) % 2 == 0 for t in given_]
-    replay(half)
+    m6.generate(*models, labels, tokens=given_, keep=half, generator=seeded(1))
     for found, wanted, keep in zip(seen, given_, half, strict=True):
         assert torch.equal(found[:, keep], wanted[:, keep])
     assert not torch.equal(seen[-1][:, ~half[-1]], given_[-1][:, ~half[-1]])
-    nothing = replay([k & False for k in half])
-    assert torch.equal(nothing, m6.generate(tokenizer, var, labels, generator=seeded(1)))
     with pytest.raises(BadInput, match="together"):
-        m6.generate(tokenizer, var, labels, tokens=given_)
+        m6.generate(*models, labels, tokens=given_)
 
 
 # -- How probable ----------------------------------------------------------------------------------
@@ -192,7 +144,7 @@ def every_map(scales, V):
 @pytest.mark.parametrize("label", [1, NOBODY])
 @pytest.mark.parametrize("scales, V", [((1, 2), 2), ((1, 2), 3), ((2,), 3)])
 def test_the_probabilities_of_all_token_maps_add_up_to_one(scales, V, label):
-    tokenizer, var = make_models(scales, V)
+    tokenizer, var = random_models(scales, V)
     maps = every_map(scales, V)
     each = m6.log_likelihood(tokenizer, var, maps, torch.full((len(maps[0]),), label)).double()
     assert each.shape == (len(maps[0]), len(scales))
@@ -202,37 +154,9 @@ def test_the_probabilities_of_all_token_maps_add_up_to_one(scales, V, label):
             assert abs(float(each[maps[0][:, 0] == token, 1].exp().sum()) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("scales", [(1, 2, 4), (1, 2, 3), (2,)])
-def test_the_likelihood_equals_the_slow_loop_over_cached_steps(scales):
-    tokenizer, var = make_models(scales)
-    tokens, labels = random_maps(tokenizer, 4), torch.tensor([0, 2, 1, NOBODY])
-    conditioning, cache = var.conditioning(labels), var.new_cache()
-    f_hat, inputs, wanted = 0, None, torch.zeros(4, len(scales), dtype=torch.float64)
-    for k, tokens_k in enumerate(tokens):
-        logits = var.step(k, inputs, conditioning, cache)
-        f_hat, inputs = tokenizer.next_input(k, f_hat, tokens_k)
-        for b, row in enumerate(tokens_k.tolist()):
-            for n, token in enumerate(row):
-                p = [math.exp(x) for x in logits[b, n].tolist()]
-                wanted[b, k] += math.log(p[token] / sum(p))
-    found = m6.log_likelihood(tokenizer, var, tokens, labels).double()
-    assert torch.allclose(found, wanted, atol=1e-4)
-
-
-@given(k=st.integers(0, 2), where=st.integers(0, 15), step=st.integers(1, 15))
-def test_a_finer_token_changes_no_coarser_scales_share_not_even_a_bit(models, k, where, step):
-    tokens, labels = random_maps(models[0], 2), torch.tensor([0, 1])
-    changed = [t.clone() for t in tokens]
-    where %= tokens[k].shape[1]
-    changed[k][0, where] = (changed[k][0, where] + step) % 16
-    before, after = (m6.log_likelihood(*models, t, labels) for t in (tokens, changed))
-    assert torch.equal(before[0, :k], after[0, :k]) and torch.equal(before[1], after[1])
-    assert (before[0, k:] != after[0, k:]).all(), "its own scale and finer ones do change"
-
-
 def test_tokens_are_drawn_as_often_as_the_likelihood_says():
-    """Pearson's chi-square over all 32 pictures there are; rare ones share a bin."""
-    tokenizer, var = make_models((1, 2), 2, noise=0.15)
+    """Pearson's chi-square over all 32 images there are; rare ones share a bin."""
+    tokenizer, var = random_models((1, 2), 2, noise=0.15)
     maps, count = every_map((1, 2), 2), 8_000
     place = 2 ** torch.arange(4, -1, -1)
     for label in (1, NOBODY):
@@ -240,46 +164,46 @@ def test_tokens_are_drawn_as_often_as_the_likelihood_says():
         drawn = m6.sample_tokens(tokenizer, var, torch.full((count,), label), generator=seeded(9))
         seen = torch.bincount((torch.cat(drawn, 1) * place).sum(1), minlength=32).float()
         often = p >= 5
-        assert often.sum() > 12, "too few pictures to tell"
+        assert often.sum() > 12, "too few images to tell"
         p, seen = (torch.cat([x[often], x[~often].sum()[None] + 1e-3]) for x in (p, seen))
         freedom = int(often.sum())
         assert float(((seen - p) ** 2 / p).sum()) < freedom + 4 * math.sqrt(2 * freedom)
 
 
 def test_a_transformer_in_bfloat16_samples_edits_and_tells_likelihoods(monkeypatch):
-    """Its logits become float32 before anything is made of them."""
-    tokenizer, var = make_models()
+    """Its logits become float32 before anything is made of them. Only guidance takes a batch twice
+    as large."""
+    tokenizer, var = random_models()
     labels, tokens = torch.tensor([0, 2]), random_maps(tokenizer, 2)
     exact = m6.log_likelihood(tokenizer, var, tokens, labels)
     var, seen, chosen_from, draw = var.bfloat16(), [], set(), m6.draw
     monkeypatch.setattr(m6, "draw", lambda logits, generator: chosen_from.add(
         logits.dtype) or draw(logits, generator))
-    var.head.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
     rough = m6.log_likelihood(tokenizer, var, tokens, labels)
     assert rough.dtype == torch.float32 and torch.allclose(rough, exact, rtol=0.03, atol=0.1)
+    var.head.register_forward_hook(lambda *args: seen.append((len(args[-1]), args[-1].dtype)))
     for cfg in (0.0, 2.0):
         m6.sample_tokens(tokenizer, var, labels, cfg=cfg, generator=seeded())
+    assert seen == [(2, torch.bfloat16)] * 3 + [(4, torch.bfloat16)] * 3
     keep = torch.arange(16).repeat(16, 1) < 8
     painted = m6.edit(tokenizer, var, noise_image(), keep, labels, soft=0, paint_passes=2,
                       settle_passes=1)
     assert painted.isfinite().all() and painted.dtype == torch.float32
-    assert set(seen) == {torch.bfloat16} and chosen_from == {torch.float32}
+    assert chosen_from == {torch.float32}
 
 
 # -- What editing may touch ------------------------------------------------------------------------
 
-@st.composite
-def masks(draw, side=16):
-    """A random box, or random pixels, kept or hidden."""
-    if draw(st.booleans()):
-        density = draw(st.sampled_from([0.05, 0.5, 0.95]))
-        keep = torch.rand(side, side, generator=seeded(draw(st.integers(0, 999)))) < density
-    else:
-        x0, x1 = sorted(draw(st.lists(st.integers(0, side), min_size=2, max_size=2)))
-        y0, y1 = sorted(draw(st.lists(st.integers(0, side), min_size=2, max_size=2)))
-        keep = torch.ones(side, side, dtype=torch.bool)
-        keep[y0:y1, x0:x1] = False
-    return keep if draw(st.booleans()) else ~keep
+def box(x0, y0, x1, y1, side=16):
+    keep = torch.ones(side, side, dtype=torch.bool)
+    keep[y0:y1, x0:x1] = False
+    return keep
+
+
+CORNERS = st.tuples(*[st.integers(0, 16)] * 4)
+PIXELS = st.builds(lambda seed, density: torch.rand(16, 16, generator=seeded(seed)) < density,
+                   st.integers(0, 999), st.sampled_from([0.05, 0.5, 0.95]))
+MASKS = PIXELS | CORNERS.map(lambda at: box(*at)) | CORNERS.map(lambda at: ~box(*at))
 
 
 def slow_fade(keep, soft):
@@ -316,7 +240,7 @@ def test_hide_leaves_kept_pixels_and_fills_the_rest_from_them_alone(height, widt
 
 
 @few(max_examples=40)
-@given(keep=masks(), seed=st.integers(0, 9), label=st.integers(0, NOBODY),
+@given(keep=MASKS, seed=st.integers(0, 9), label=st.integers(0, NOBODY),
        value=st.sampled_from([0.0, 1.0, -1.0, 1e30, math.nan, math.inf, -math.inf]),
        paint=st.integers(1, 3), settle=st.integers(0, 2), soft=st.none() | st.integers(0, 5))
 def test_hidden_pixels_cannot_change_the_result(models, keep, seed, label, value, paint, settle,
@@ -332,7 +256,8 @@ def test_hidden_pixels_cannot_change_the_result(models, keep, seed, label, value
 
 
 @torch.no_grad()
-def slow_edit(tokenizer, var, image, keep, labels, *, cfg, seed, paint_passes, settle_passes):
+def slow_edit(tokenizer, var, image, keep, labels, *, cfg, seed, paint_passes, settle_passes,
+              soft):
     """The specification, for sides that halve from scale to scale: cells are squares of the last
     map, and what a token has to say is the mean of what is missing over the cells that count."""
     last, generator = tokenizer.scales[-1], seeded(seed)
@@ -361,41 +286,30 @@ def slow_edit(tokenizer, var, image, keep, labels, *, cfg, seed, paint_passes, s
             tokens = tokenizer.quantize(target)
         result = (tokenizer.tokens_to_image(tokens) + 1) / 2
         composite = torch.where(keep, image, 2 * result - 1)
-    return result
+    weight = 0 if soft is None else slow_fade(keep, soft)
+    return weight * (composite + 1) / 2 + (1 - weight) * result
 
 
-@pytest.mark.parametrize("box", [(8, 0, 16, 16), (3, 5, 13, 11), (0, 0, 16, 10)])
-@pytest.mark.parametrize("passes", [(1, 0), (3, 0), (2, 1)])
-def test_editing_equals_the_slow_loop(models, box, passes):
-    keep, image, labels = torch.ones(16, 16).bool(), noise_image(), torch.tensor([0, 2])
-    keep[box[1]:box[3], box[0]:box[2]] = False
-    how = dict(cfg=2.0, paint_passes=passes[0], settle_passes=passes[1])
-    ours = m6.edit(*models, image, keep, labels, generator=seeded(4), **how)
+@pytest.mark.parametrize("keep", [box(8, 0, 16, 16), box(3, 5, 13, 11), box(0, 0, 16, 10)])
+@pytest.mark.parametrize("paint, settle, soft", [(1, 0, None), (3, 0, 0), (2, 1, 3)])
+def test_editing_equals_the_slow_loop(models, keep, paint, settle, soft):
+    image, labels = noise_image(), torch.tensor([0, 2])
+    how = dict(cfg=2.0, paint_passes=paint, settle_passes=settle, soft=soft)
+    ours, other = (m6.edit(*models, image, keep, labels, generator=seeded(seed), **how)
+                   for seed in (4, 5))
     assert torch.allclose(ours, slow_edit(*models, image, keep, labels, seed=4, **how), atol=1e-5)
-    other = m6.edit(*models, image, keep, labels, generator=seeded(5), **how)
     assert not torch.allclose(ours, other, atol=1e-3), "the hidden part is drawn"
 
 
 @pytest.mark.parametrize("scales", [(1, 2, 4), (4,)])
 def test_keeping_everything_is_the_tokenizers_reconstruction_and_nothing_plain_sampling(scales):
-    tokenizer, var = make_models(scales)
+    tokenizer, var = random_models(scales)
     image, labels, keep = noise_image(count=3), torch.tensor([0, 1, 2]), torch.ones(16, 16).bool()
     alone = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(image)) + 1) / 2
     assert torch.allclose(m6.edit(tokenizer, var, image, keep, labels), alone, atol=1e-4)
     how = dict(cfg=2.0, top_k=9, temperature=0.7)
     edited = m6.edit(tokenizer, var, image, ~keep, labels, **how, generator=seeded(4))
     assert torch.equal(edited, m6.generate(tokenizer, var, labels, **how, generator=seeded(4)))
-
-
-@pytest.mark.parametrize("soft", [0, 3])
-def test_pasting_mixes_by_the_slow_distance_and_leaves_the_painted_part(models, soft):
-    keep, image = torch.ones(16, 16, dtype=torch.bool), noise_image()
-    keep[5:9, 6:14] = False
-    plain, mixed = (m6.edit(*models, image, keep, torch.tensor([0, 1]), generator=seeded(), **how)
-                    for how in (dict(), dict(soft=soft)))
-    weight = slow_fade(keep, soft)
-    assert torch.allclose(mixed, weight * (image + 1) / 2 + (1 - weight) * plain, atol=1e-6)
-    assert torch.equal(mixed[:, :, ~keep], plain[:, :, ~keep])
 
 
 @pytest.mark.slow
@@ -415,9 +329,9 @@ def test_the_kept_region_is_at_least_3_db_truer_than_when_tokens_are_replayed(ma
     assert ours > replayed + 3 and often > once + 1 and ours > often + 0.3
 
 
-@pytest.mark.parametrize("image, keep", [((16, 16), (8, 8)), ((8, 8), (8, 8)), ((16, 8), (16, 8)),
+@pytest.mark.parametrize("image, keep", [((16, 16), (8, 8)), ((16, 8), (16, 8)),
                                          ((16, 16), (16, 8)), ((32, 32), (32, 32))])
-def test_pictures_and_masks_of_a_wrong_size_are_refused(models, image, keep):
+def test_images_and_masks_of_a_wrong_size_are_refused(models, image, keep):
     image, labels = torch.zeros(1, 3, *image), torch.tensor([0])
     with pytest.raises(BadInput, match="16x16"):
         m6.edit(*models, image, torch.ones(keep).bool(), labels)
@@ -428,29 +342,7 @@ def test_pictures_and_masks_of_a_wrong_size_are_refused(models, image, keep):
 
 # -- The growing canvas ----------------------------------------------------------------------------
 
-AMOUNT = st.sampled_from([0, 0, 1, 2, 5])
-
-
-@few(max_examples=15)
-@given(grow=st.tuples(*[AMOUNT] * 4).filter(lambda grow: sum(grow) <= 7),
-       soft=st.sampled_from([None, 0, 3]), seed=st.integers(0, 9))
-def test_out_painting_leaves_the_picture_but_for_its_faded_edge(fine, grow, soft, seed):
-    left, top, right, bottom = grow
-    image, labels = noise_image(count=1, seed=seed), torch.tensor([seed % 4])
-    out = m6.outpaint(*fine, image, grow, labels, soft=soft, **editing.ONE)
-    assert torch.equal(image, noise_image(count=1, seed=seed)), "the input was changed"
-    assert out.shape == (1, 3, top + 16 + bottom, left + 16 + right)
-    assert out.min() >= 0 and out.max() <= 1
-    known = F.pad(torch.ones(16, 16, dtype=torch.bool), (left, right, top, bottom))
-    stays = slow_fade(known, 2 if soft is None else soft) == 1           # 2: an eighth of the side
-    canvas = F.pad((image + 1) / 2, (left, right, top, bottom))
-    assert torch.equal(out[:, :, stays], canvas[:, :, stays])
-    blended = known & ~stays
-    assert (out != canvas)[:, :, blended].all(1).float().mean() > 0.9 or not blended.any()
-    assert (out != 0.5)[:, :, ~known].any() or known.all(), "nothing was painted"
-
-
-def slow_outpaint(models, image, grow, labels, soft, **how):
+def slow_outpaint(models, image, grow, labels, *, soft, **how):
     """The specification, a loop over all windows at every turn. They lie whole steps (2 pixels)
     inwards from the rim, none nearer to the picture than a step, unless the rim is."""
     (left, top, right, bottom), S = grow, image.shape[-1]
@@ -479,19 +371,29 @@ def slow_outpaint(models, image, grow, labels, soft, **how):
         known[best] = True
 
 
-@pytest.mark.parametrize("grow, soft", [((3, 0, 0, 2), 0), ((0, 5, 4, 0), 2), ((18, 0, 0, 0), 1)])
-def test_out_painting_equals_the_slow_loop_and_another_seed_does_not(fine, grow, soft):
-    image, labels, how = noise_image(), torch.tensor([2, 0]), dict(cfg=2.0, **editing.ONE)
+@few(max_examples=12)
+@given(grow=st.tuples(*[st.sampled_from([0, 0, 1, 2, 5])] * 4).filter(lambda grow: sum(grow) <= 7),
+       soft=st.sampled_from([None, 0, 3]), seed=st.integers(0, 9))
+@example(grow=(18, 0, 0, 0), soft=1, seed=0)
+@example(grow=(0, 5, 4, 0), soft=None, seed=1)
+def test_out_painting_equals_the_slow_loop_and_leaves_the_image_itself(fine, grow, soft, seed):
+    left, top, right, bottom = grow
+    image, labels, how = noise_image(seed=seed), torch.tensor([2, seed % 4]), editing.ONE
     ours = m6.outpaint(*fine, image, grow, labels, soft=soft, generator=seeded(3), **how)
-    slow = slow_outpaint(fine, image, grow, labels, soft, generator=seeded(3), **how)
+    assert torch.equal(image, noise_image(seed=seed)), "the input was changed"
+    assert ours.shape == (2, 3, top + 16 + bottom, left + 16 + right)
+    soft = 2 if soft is None else soft                     # 2: an eighth of the side
+    slow = slow_outpaint(fine, image, grow, labels, soft=soft, generator=seeded(3), **how)
     assert torch.allclose(ours, slow, atol=1e-5)
-    other = m6.outpaint(*fine, image, grow, labels, soft=soft, generator=seeded(4), **how)
-    assert not torch.allclose(ours, other, atol=1e-2)
+    known = F.pad(torch.ones(16, 16, dtype=torch.bool), (left, right, top, bottom))
+    deep = slow_fade(known, soft) == 1
+    assert torch.equal(ours[:, :, deep], F.pad((image + 1) / 2, (left, right, top, bottom))[
+        :, :, deep])
 
 
 @pytest.mark.parametrize("grow", [(4, 0, 0, 0), (8, 8, 8, 8)])
 def test_what_is_added_is_drawn_on_coarse_maps_too(models, grow):
     """Steps smaller than a cell would leave every cell half known, and nothing to the model."""
-    draws = [m6.outpaint(*models, noise_image(count=1), grow, torch.tensor([1]), cfg=0.0, soft=0,
-                         generator=seeded(seed), **editing.ONE) for seed in (1, 2)]
-    assert (draws[0] - draws[1]).abs().max() > 0.01
+    one, two = (m6.outpaint(*models, noise_image(count=1), grow, torch.tensor([1]), cfg=0.0, soft=0,
+                            generator=seeded(seed), **editing.ONE) for seed in (1, 2))
+    assert (one - two).abs().max() > 0.01
