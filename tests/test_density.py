@@ -1,15 +1,14 @@
 """Density: the tables and the chart, figure by figure against slow loops and hand-worked cases."""
-import contextlib
 import io
 import math
 import re
-import shutil
 from functools import partial
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
+from conftest import printed, seeded, without_images
 from hypothesis import given
 from hypothesis import settings as few
 from hypothesis import strategies as st
@@ -19,16 +18,6 @@ from report import density, plots
 
 m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
 SCRIPT, BIT = "06_sample_and_edit.py", math.log(2)         # a bit in nats
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def printed(call, *args):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        call(*args)
-    return out.getvalue()
 
 
 def rows_of_table(text):
@@ -93,14 +82,11 @@ def photo(height, width, seed):
 def scan_of(data):
     """The entropy-coded part of a JPEG file, found segment by segment from the front."""
     at, marker = 2, None
-    while marker != 0xda:                                  # after its header the picture begins
+    while marker != 0xda:                                  # after its header the image begins
         marker, length = data[at + 1], int.from_bytes(data[at + 2:at + 4], "big")
         at += 2 + length
-    end = at
-    while data[end] != 0xff or data[end + 1] == 0 or 0xd0 <= data[end + 1] <= 0xd7:
-        end += 1                                           # a stuffed byte or a restart: no end
-    assert data[end:] == b"\xff\xd9", "one scan, then the end of the picture"
-    return data[at:end]
+    assert data.endswith(b"\xff\xd9"), "the end of the image"
+    return data[at:-2]
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), quality=st.integers(1, 100),
@@ -110,8 +96,8 @@ def test_bare_bytes_are_the_scan_of_a_jpeg_and_the_one_chunk_of_a_webp(height, w
                                                                        options):
     picture, out = photo(height, width, quality), io.BytesIO()
     Image.fromarray(picture).save(out, quality=quality, **options)
-    data = out.getvalue()
-    size, bare, decoded = density.file_bytes(picture, quality=quality, **options)
+    data, (size, bare, decoded) = out.getvalue(), density.file_bytes(
+        picture, quality=quality, **options)
     if options["format"] == "JPEG":
         assert bare == len(scan_of(data)) > 0
     else:
@@ -240,8 +226,5 @@ def test_density_of_a_run_weighs_the_images_asked_for(cli, refused, tiny, tmp_pa
     assert "1 image(s); without" in (out := weigh("--classes", "cat")) and "Bayes" not in out
     image = next(tiny.pictures.rglob("*.png"))
     assert "p(class | tokens)" in (out := weigh("--image", image)) and "Bayes'" not in out
-    for part in ("tokenizer.pt", "transformer.pt"):
-        shutil.copy(tiny.folder / part, tmp_path)
-    state = torch.load(tmp_path / "transformer.pt", weights_only=True)
-    torch.save({**state, "dataset": str(tmp_path / "gone")}, tmp_path / "transformer.pt")
-    assert "gone" in refused(SCRIPT, "--run", tmp_path, "--device", "cpu", "--task", "density")
+    assert "gone" in refused(SCRIPT, "--run", without_images(tiny.folder, tmp_path), "--device",
+                             "cpu", "--task", "density")

@@ -1,7 +1,6 @@
 """Pictures that chapter 6 leaves, through its command line: the images are those of its functions,
 and the numbers in the labels are those of slow loops."""
 import math
-import shutil
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -11,17 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_models, seeded, without_images
 from PIL import Image
 
 from report import command_line, gallery, plots
 
-m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
-m5, m6 = import_module("05_train"), import_module("06_sample_and_edit")
+m4, m5 = import_module("04_var_transformer"), import_module("05_train")
+m6 = import_module("06_sample_and_edit")
 SCRIPT = "06_sample_and_edit.py"
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
@@ -63,20 +59,18 @@ def painter(tiny):
 
 # -- Through the command line ----------------------------------------------------------------------
 
-def test_all_tasks_write_valid_pictures(drawn, tmp_path):
+def test_all_tasks_write_valid_images(drawn, tmp_path):
     drawn("--n", 2)
-    cell, expected = 96, {
+    cell, expected, out = 96, {
         "samples": (3, 2), "coarse_to_fine": (3, 6), "guidance": (6, 8), "entropy": (4, 3),
         "attention": (2, 4), "reconstruct": (4, 3), "inpaint": (5, 3), "outpaint": (2, 3),
-        "edit": (5, 3)}
-    out = tmp_path / "out"
+        "edit": (5, 3)}, tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "coarse_to_fine.gif", *(f"{name}.png" for name in expected)}
     for name, (rows, columns) in expected.items():
         with Image.open(out / f"{name}.png") as image:
-            image.load()
             assert rows * cell <= image.height and columns * cell <= image.width
-            assert len(set(image.resize((40, 40)).tobytes())) > 20, "an empty picture"
+            assert len(set(image.resize((40, 40)).tobytes())) > 20, "an empty image"
     with Image.open(out / "coarse_to_fine.gif") as gif:
         assert gif.n_frames >= 3 and gif.size == (6 * cell, cell)
     assert drawn.out.count(" dB") == 5 and "nan" not in drawn.out
@@ -146,27 +140,20 @@ def test_the_canvas_grows_around_the_original(drawn):
 def test_images_the_model_draws_for_editing_share_no_random_numbers_with_the_edits(
         drawn, tiny, tmp_path):
     """Else it would paint what was hidden as if by magic: seed 0 would draw the same again."""
-    for part in ("tokenizer.pt", "transformer.pt"):
-        shutil.copy(tiny.folder / part, tmp_path)
-    state = torch.load(tmp_path / "transformer.pt", weights_only=True)
-    torch.save({**state, "dataset": str(tmp_path / "gone")}, tmp_path / "transformer.pt")
-    found = drawn("--task", "inpaint", "--box", 0, 0, 1, 1, run=tmp_path)["inpaint"]
+    found = drawn("--task", "inpaint", "--box", 0, 0, 1, 1,
+                  run=without_images(tiny.folder, tmp_path))["inpaint"]
     original, _, *drawings = found.images.split(3)
     assert "drawn by the model itself" in drawn.out
     assert all((original - painted).abs().max() > 0.01 for painted in drawings)
 
 
-@pytest.mark.parametrize("options, labels", [
-    (("--n", 5, "--seed", 3), [0, 1, 2] * 5), (("--n", 2, "--classes", "cat", "0"), [2, 0] * 2)])
-def test_exported_pixels_are_those_of_a_png_and_classes_take_turns(
-        drawn, painter, tmp_path, options, labels):
+def test_exported_pixels_are_those_of_a_png_and_classes_take_turns(drawn, painter, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"what was there")
-    assert not drawn("--export-npz", "a.npz", *options), "nothing else is made"
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
-        assert file.files == ["arr_0"]
-        found = file["arr_0"]
-    wanted = plots.to_uint8(painter(labels, seeded(3 if "--seed" in options else 0)))
-    assert found.dtype == np.uint8 and (found == wanted).all()
+    for options, labels in (((), [0, 1, 2] * 2), (("--classes", "cat", "0"), [2, 0] * 2)):
+        assert not drawn("--export-npz", "a.npz", "--n", 2, "--seed", 3, *options), "nothing else"
+        with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+            assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
+            assert (file["arr_0"] == plots.to_uint8(painter(labels, seeded(3)))).all()
 
 
 def test_half_an_export_spoils_nothing(tmp_path):
@@ -193,26 +180,16 @@ def test_half_precision_samples_thinks_and_edits(drawn, monkeypatch):
 
 # -- Where it is unsure, and where it looks --------------------------------------------------------
 
-def make_models(scales=(1, 2, 4), **options):
-    """Random weights; the gates are open, so that everything has an effect."""
-    torch.manual_seed(0)
-    tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
-        image_size=4 * scales[-1], scales=scales, vocab_size=16, latent_dim=4, channels=8,
-        multipliers=(1, 2), unshuffle=2, groups=4))
-    var = m4.VAR(m4.VARConfig(num_classes=3, scales=scales, vocab_size=16, latent_dim=4, depth=2,
-                              width=16, heads=2, **options))
-    with torch.no_grad():
-        for p in var.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    image = torch.rand(2, 3, 4 * scales[-1], 4 * scales[-1], generator=seeded()) * 2 - 1
-    return tokenizer.eval().requires_grad_(False), var.eval().requires_grad_(False), image
+def models_and_images(scales=(1, 2, 4), **options):
+    return *random_models(scales, **options), torch.rand(
+        2, 3, 4 * scales[-1], 4 * scales[-1], generator=seeded()) * 2 - 1
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 @pytest.mark.parametrize("scales", [(1, 2, 3), (2, 4)])
 def test_attention_weights_are_those_that_the_model_computes_with(scales, qk_norm):
     """Looked up in a loop over the values, they must give what each attention really put out."""
-    tokenizer, var, image = make_models(scales, qk_norm=qk_norm)
+    tokenizer, var, image = models_and_images(scales, qk_norm=qk_norm)
     shown, labels = tokenizer.teacher_inputs(tokenizer.image_to_tokens(image)), torch.tensor([1, 3])
     real = []
     hooks = [block.attention.register_forward_hook(lambda *args: real.append(args[1:]))
@@ -237,7 +214,7 @@ def test_attention_weights_are_those_that_the_model_computes_with(scales, qk_nor
 
 
 def test_entropy_and_attention_shown_are_those_of_slow_sums(sheets, monkeypatch, tmp_path):
-    (tokenizer, var, image), maps = make_models(), []
+    (tokenizer, var, image), maps = models_and_images(), []
     heat_map = plots.heat_map
     monkeypatch.setattr(plots, "legend", lambda text, ticks: maps.append(text) and None)
     monkeypatch.setattr(plots, "heat_map", lambda *args: maps.append(args) or heat_map(*args))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,10 +16,6 @@ from report import health, plots
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
 KINDS = dict(three={}, one={"scales": (4,)}, apart={"residual": False})
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @given(seed=st.integers(0, 100), share=st.sampled_from([0.2, 0.6, 1.0]))

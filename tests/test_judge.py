@@ -1,11 +1,10 @@
 """The judge: what it learns, how it reads images, and what is measured with its features."""
-import contextlib
-import io
 import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import printed, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
@@ -13,10 +12,6 @@ from torch.utils.data import get_worker_info
 from data import shapes
 from engine import BadInput
 from report import command_line, gallery, judge
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def untrained(classes=3, size=16):
@@ -74,11 +69,9 @@ def test_frechet_distance_matches_the_closed_form():
 def slow_share_inside(points, members, k):
     """The definition, one pair at a time."""
     def inside(point):
-        for i, member in enumerate(members):
-            others = sorted((member - other).norm() for j, other in enumerate(members) if j != i)
-            if (point - member).norm() <= others[k - 1]:
-                return True
-    return sum(map(bool, map(inside, points))) / len(points)
+        return any((point - member).norm() <= sorted((member - x).norm() for x in members)[k]
+                   for member in members)                  # [0] is the member itself
+    return sum(map(inside, points)) / len(points)
 
 
 @given(seed=st.integers(0, 99), k=st.integers(1, 3))
@@ -87,26 +80,21 @@ def test_precision_and_recall_match_the_slow_loop(seed, k):
     assert judge.precision_recall(real, fake + 0.5, k) == (
         slow_share_inside(fake + 0.5, real, k), slow_share_inside(real, fake + 0.5, k))
     # Copies of one real image look real and cover next to nothing: that is mode collapse.
-    precision, recall = judge.precision_recall(real, real[:1].repeat(20, 1), k)
-    assert precision == 1 and recall == 1 / 8
+    assert judge.precision_recall(real, real[:1].repeat(20, 1), k) == (1, 1 / 8)
     with pytest.raises(ValueError):
         judge.precision_recall(real, real[:k])
 
 
 @pytest.mark.slow
-def test_the_judge_learns_is_kept_and_leaves_the_callers_generator_alone(tmp_path):
+def test_the_judge_learns_and_is_kept(tmp_path):
     images, labels, names = shapes.load("train", count=3_000, size=16)  # 16 pixels: for speed
     held_out, held_labels, _ = shapes.load("test", count=300, size=16)
-    path, lines = tmp_path / "new" / "judge.pt", []
-    options = {"steps": 45, "seed": 0, "log": lines.append}
-    first = judge.load_or_train(path, images, labels, len(names), **options)
-    _, logits = judge.extract(first, judge.batches_of(held_out, range(300)))
-    assert judge.accuracy(logits, held_labels) > 0.9
-    assert len(lines) == 1 and list(path.parent.iterdir()) == [path]  # no half file left behind
-    again = judge.load_or_train(path, images, labels, len(names), **options)
-    assert len(lines) == 1  # it was read, not trained
-    floats = torch.from_numpy(held_out).permute(0, 3, 1, 2) / 255
-    assert torch.equal(judge.extract(again, floats.split(250))[1], logits)
+    path = tmp_path / "new" / "judge.pt"
+    network, again = (judge.load_or_train(path, images, labels, len(names), steps=45, seed=0)
+                      for _ in range(2))
+    _, logits = judge.extract(network, judge.batches_of(held_out, range(300)))
+    assert judge.accuracy(logits, held_labels) > 0.9 and list(path.parent.iterdir()) == [path]
+    assert torch.equal(judge.extract(again, [torch.from_numpy(held_out)])[1], logits)
 
 
 def test_a_judge_is_the_same_from_memory_and_from_files_and_another_seed_replaces_it(tmp_path):
@@ -132,23 +120,13 @@ def test_workers_decode_image_files_and_memory_is_read_here():
 
 # -- The table -------------------------------------------------------------------------------------
 
-class Wall:
-    """Keeps what would have been saved."""
-
-    def __call__(self, out, name, images, columns, row_labels):
-        self.name, self.row_labels, self.rows = name, row_labels, images.split(columns)
-
-
 @pytest.fixture
 def wall(monkeypatch):
-    monkeypatch.setattr(gallery, "save", wall := Wall())
+    """Keeps what would have been saved: name -> rows of images."""
+    wall = {}
+    monkeypatch.setattr(gallery, "save", lambda out, name, images, columns, **_: wall.update(
+        {name: images.split(columns)}))
     return wall
-
-
-def printed(call, *args):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        call(*args)
-    return out.getvalue()
 
 
 def test_neighbours_equal_the_slow_search_and_find_copies(wall):
@@ -161,12 +139,10 @@ def test_neighbours_equal_the_slow_search_and_find_copies(wall):
     known, floor, fake = (judge.extract(network, [x])[0] for x in (
         floats, torch.from_numpy(held_out[:30]), samples))
     out = printed(judge.neighbours, "", network, real, samples[:8], floor, fake)
-    assert wall.name == "neighbours"
-    assert [text.split()[-1] for text in wall.row_labels] == ["sample", "features", "pixels"]
     for row, points, everything in ((1, fake, known), (2, samples.flatten(1), floats.flatten(1))):
         for n in range(8):
             apart = [float((points[n].double() - x.double()).norm()) for x in everything]
-            assert torch.allclose(wall.rows[row][n], floats[apart.index(min(apart))], atol=1e-6)
+            assert torch.allclose(wall["neighbours"][row][n], floats[apart.index(min(apart))], atol=1e-6)
     near = [sorted(min(float((x.double() - y.double()).norm()) for y in known) for x in part)
             for part in (fake, floor)]
     limit = near[1][0] + 0.29 * (near[1][1] - near[1][0])  # 1 % of the way from 0 to 29
@@ -207,7 +183,7 @@ def test_the_table_has_the_figures_of_three_kinds_of_images_and_keeps_no_samples
         assert [float(x) for x in row[3:]] == pytest.approx(
             judge.precision_recall(known, features), abs=6e-3)
     assert "24 images a row" in out and "right on 24 held-out" in out
-    assert torch.equal(wall.rows[0], samples[:16])
+    assert torch.equal(wall["neighbours"][0], samples[:16])
 
 
 def test_classes_take_turns_and_four_images_of_each_kind_are_needed():
