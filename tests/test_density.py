@@ -71,14 +71,6 @@ def test_the_posterior_of_a_hand_worked_case():
 
 # -- Bytes -----------------------------------------------------------------------------------------
 
-def photo(height, width, seed):
-    """Smooth colours and some noise: not the same bytes at every quality."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = np.stack([np.sin(x / 3 + seed), np.cos(y / 5), np.sin((x + y) / 7)], -1)
-    return (127 + 90 * waves + rng.normal(0, 12, waves.shape)).clip(0, 255).astype(np.uint8)
-
-
 def scan_of(data):
     """The entropy-coded part of a JPEG file, found segment by segment from the front."""
     at, marker = 2, None
@@ -94,7 +86,8 @@ def scan_of(data):
                                 dict(format="JPEG", subsampling=2)]))
 def test_bare_bytes_are_the_scan_of_a_jpeg_and_the_one_chunk_of_a_webp(height, width, quality,
                                                                        options):
-    picture, out = photo(height, width, quality), io.BytesIO()
+    picture, out = np.random.default_rng(quality).integers(
+        0, 256, (height, width, 3), np.uint8), io.BytesIO()
     Image.fromarray(picture).save(out, quality=quality, **options)
     data, (size, bare, decoded) = out.getvalue(), density.file_bytes(
         picture, quality=quality, **options)
@@ -122,51 +115,22 @@ def test_best_keeps_what_no_smaller_one_equals_and_at_size_lies_on_the_line(poin
     assert math.isnan(found) == (not kept[0][0] <= size <= kept[-1][0])
 
 
-def charted(image, nats, after, scales=(1, 2), V=16, classes=2, curve=None):
-    """rate_distortion(): what it prints, and the series of its chart. curve: quality -> a point, in
-    place of the real codecs."""
-    seen = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(density, "codec_curve", lambda images, **how: curve(images, how))
-        patch.setattr(plots, "save_curve", lambda path, series, **_: seen.update(series))
-        out = printed(density.rate_distortion, "", image, nats, after, scales, V, classes)
-    return out, seen
+def test_two_codes_and_the_codecs_in_a_case_worked_by_hand(monkeypatch):
+    """13 codes: 4 bits each. The ideal code: 30 bits and 1 for the class, then 64 more: 11.9 bytes.
+    A made-up codec: quality q makes a file of 10 q bytes, q of them bare, of q/2 dB; WebP is twice
+    as large."""
+    image, series, seen = torch.linspace(-1, 1, 3 * 16).view(1, 3, 4, 4), {}, []
 
-
-@given(V=st.sampled_from([2, 3, 16, 17, 4096, 5000]), classes=st.sampled_from([1, 2, 3, 1000]),
-       scales=st.lists(st.integers(1, 6), min_size=1, max_size=4), count=st.integers(1, 4),
-       seed=st.integers(0, 99))
-def test_bytes_of_the_two_codes_equal_the_slow_ones(V, classes, scales, count, seed):
-    """Fixed length: whole bits for each token. Ideal: -log2 p, and the class must be told too."""
-    nats = -20 * torch.rand(count, len(scales), generator=seeded(seed))
-    after = 10 + 10 * torch.rand(nats.shape, generator=seeded(seed + 1))
-    out, series = charted(torch.zeros(count, 3, 4, 4), nats, after, scales, V, classes,
-                          lambda images, how: (how["quality"],) * 3)
-    bits, each, told = 0, 0, math.log2(classes)
-    while 2 ** each < V:                                   # the fewest bits that tell V codes apart
-        each += 1
-    for k, side in enumerate(scales):
-        bits += side * side * each
-        told += sum(float(row[k]) for row in nats) / count / -BIT
-        db = sum(float(row[k]) for row in after) / count
-        assert series["tokens, fixed length"][k] == pytest.approx((bits / 8, db))
-        assert series["tokens, ideal code"][k] == pytest.approx((told / 8, db))
-        line = [x.split()[1:4] for x in out.splitlines() if x.startswith(f"    {side}x{side} ")]
-        assert any(all(map(shows, x, (bits / 8, told / 8, db))) for x in line)
-
-
-def test_codecs_are_read_off_at_the_size_of_the_ideal_code_and_get_eight_bits():
-    """A made-up codec: quality q makes a file of 10 q bytes, q of them bare, of q/2 dB; WebP is
-    twice as large. The ideal code: 30 bits and 1 for the class, then 64 more: 11.9 bytes."""
-    image, seen = torch.linspace(-1, 1, 3 * 16).view(1, 3, 4, 4), []
-
-    def curve(images, how):
-        q, times = how["quality"], 2 if how["format"] == "WEBP" else 1
-        worse = how.get("subsampling", 0)                  # 4:2:0 is never better, so never taken
+    def curve(images, *, quality, format, subsampling=0, method=0):
         seen.append(images)
-        return q / 2 - worse / 10, times * 10 * q + worse, times * q + worse / 10
-    nats, after = -BIT * torch.tensor([[30.0, 64]]), torch.tensor([[5.0, 8.0]])
-    out, series = charted(image, nats, after, curve=curve)
+        times, worse = 2 if format == "WEBP" else 1, subsampling         # 4:2:0 is never better
+        return (quality / 2 - worse / 10, times * 10 * quality + worse,
+                times * quality + worse / 10)
+    monkeypatch.setattr(density, "codec_curve", curve)
+    monkeypatch.setattr(plots, "save_curve", lambda path, lines, **_: series.update(lines))
+    nats, db = -BIT * torch.tensor([[28.0, 60], [32, 68]]), torch.tensor([[4.0, 7], [6, 9]])
+    images = image.repeat(2, 1, 1, 1)
+    out = printed(density.rate_distortion, "", images, nats, db, (1, 2), 13, 2)
     assert rows_of_table(out)["1x1"] == ["0.5", "3.9", "5.0", "-", "1.9", "1.0"]
     assert rows_of_table(out)["2x2"] == ["2.5", "11.9", "8.0", "0.6", "5.9", "3.0"]
     for words in ("JPEG: from 10 bytes (0.5 dB) on; as good as all scales from 160 bytes on",
@@ -174,9 +138,11 @@ def test_codecs_are_read_off_at_the_size_of_the_ideal_code_and_get_eight_bits():
                   "WebP, no container: from 2 bytes (0.5 dB) on; 0.6 dB at 2 bytes; as good"):
         assert words in out
     assert series["JPEG, no headers"][:3] == [(1, 0.5), (3, 1.5), (6, 3.0)]
-    wanted = ((image + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
-    assert all(images.dtype == np.uint8 and (images == wanted).all() for images in seen)
-    out, _ = charted(image, nats, after + 99, curve=curve)
+    assert series["tokens, fixed length"] == [(0.5, 5), (2.5, 8)]
+    assert series["tokens, ideal code"] == [pytest.approx((31 / 8, 5)), pytest.approx((95 / 8, 8))]
+    wanted = ((images + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert all(found.dtype == np.uint8 and (found == wanted).all() for found in seen)
+    out = printed(density.rate_distortion, "", images, nats, db + 99, (1, 2), 13, 2)
     assert out.count("never as good as all scales") == 3
 
 

