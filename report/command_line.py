@@ -22,42 +22,41 @@ BOXES = {"inpaint": (0.5, 0, 1, 1), "edit": (0.1, 0.1, 0.9, 0.9)}    # fractions
 def read_arguments(description):
     """-> the options as a namespace; device becomes a torch.device."""
     p = OneLineParser(description=description, allow_abbrev=False)
-    p.add_argument("--run", help="folder of a run, or a shipped file; default: newest in out/")
-    p.add_argument("--released", choices=("d16", "d20", "d24", "d30", "d36"),
-                   help="the paper's models (d36: 512 px)")
-    p.add_argument("--tokenizer-file", help="released tokenizer, instead of downloading it")
-    p.add_argument("--var-file", help="released transformer, instead of downloading it")
-    p.add_argument("--task", default="all", choices=("all", *PICTURES, *ON_REQUEST),
-                   help="all: every task except density and evaluate")
-    p.add_argument("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
-    p.add_argument("--n", type=number(int, 1),
-                   help="images per class (sample, export) or in all (density, evaluate)")
-    p.add_argument("--cfg", type=number(float, 0), help="guidance at the last scale: how far to go "
-                   "beyond what the class alone predicts; 0: none, still of the class")
-    p.add_argument("--top-k", type=number(int, 0),
-                   help="draw from the k most probable tokens; 0: from all")
-    p.add_argument("--top-p", type=number(float, 0),
-                   help="draw from the fewest tokens that have probability p together; 0: from all")
-    p.add_argument("--smooth", action="store_true", help="mix codes instead of drawing one")
-    p.add_argument("--image", help="image to edit or to weigh; default: held-out ones")
-    p.add_argument("--box", nargs=4, type=number(float, 0), metavar=("X0", "Y0", "X1", "Y1"),
-                   help="region to repaint, in fractions of the side")
-    p.add_argument("--mask", help="image file instead of a box; white: repaint")
-    p.add_argument("--grow", nargs=4, type=number(float, 0), default=(0.25,) * 4,
-                   metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-                   help="outpaint: room to add, in fractions of the side [0.25 each]")
-    p.add_argument("--paste", action="store_true",
-                   help="put the original pixels back into the region that is kept")
-    p.add_argument("--export-npz", metavar="FILE",
-                   help="only write samples of every class for the ImageNet evaluator")
-    p.add_argument("--data-dir", default="", help="folder of the held-out images")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    p.add_argument("--precision", default="auto",
-                   choices=("auto", "float32", "float16", "bfloat16"),
-                   help="of transformer and decoder [float32; models above 100 M parameters: "
-                   "float16 on a CUDA GPU, bfloat16 on a CPU that is fast at it]")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    p.add_argument("--out", help="folder for the results; default: out/NAME")
+    add = p.add_argument
+    add("--run", help="folder of a run, or a shipped file; default: newest in out/")
+    add("--released", choices=("d16", "d20", "d24", "d30", "d36"),
+        help="the paper's models (d36: 512 px)")
+    add("--tokenizer-file", help="released tokenizer, instead of downloading it")
+    add("--var-file", help="released transformer, instead of downloading it")
+    add("--task", default="all", choices=("all", *PICTURES, *ON_REQUEST),
+        help="all: every task except density and evaluate")
+    add("--classes", nargs="+", metavar="NAME", help="names or indices; default: ten")
+    add("--n", type=number(int, 1),
+        help="images per class (sample, export) or in all (density, evaluate)")
+    add("--cfg", type=number(float, 0), help="guidance at the last scale: how far to go beyond "
+        "what the class alone predicts; 0: none, still of the class")
+    add("--top-k", type=number(int, 0), help="draw from the k most probable tokens; 0: from all")
+    add("--top-p", type=number(float, 0),
+        help="draw from the fewest tokens that have probability p together; 0: from all")
+    add("--smooth", action="store_true", help="mix codes instead of drawing one")
+    add("--image", help="image to edit or to weigh; default: held-out ones")
+    add("--box", nargs=4, type=number(float, 0), metavar=("X0", "Y0", "X1", "Y1"),
+        help="region to repaint, in fractions of the side")
+    add("--mask", help="image file instead of a box; white: repaint")
+    add("--grow", nargs=4, type=number(float, 0), default=(0.25,) * 4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="outpaint: room to add, in fractions of the side [0.25 each]")
+    add("--paste", action="store_true",
+        help="put the original pixels back into the region that is kept")
+    add("--export-npz", metavar="FILE",
+        help="only write samples of every class for the ImageNet evaluator")
+    add("--data-dir", default="", help="folder of the held-out images")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--precision", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
+        help="of transformer and decoder [float32; models above 100 M parameters: float16 on a "
+        "CUDA GPU, bfloat16 on a CPU that is fast at it]")
+    add("--seed", type=number(int, 0), default=0)
+    add("--out", help="folder for the results; default: out/NAME")
     args = p.parse_args()
     check(args)
     for path in filter(None, (args.image, args.mask)):
@@ -91,8 +90,8 @@ def find_run(args):
     if args.run and not Path(args.run).exists():
         raise BadInput(f"--run {args.run}: no such folder or file")
     runs = sorted(Path("out").glob("*/transformer.pt"), key=lambda path: path.stat().st_mtime)
-    found = [Path(args.run)] if args.run else [
-        *sorted(SHIPPED.glob("*.pt")), *(path.parent for path in runs)]
+    found = [Path(args.run)] if args.run else [*sorted(SHIPPED.glob("*.pt")),
+                                               *(path.parent for path in runs)]
     if not found:
         raise BadInput("no run in out/: train one with `python 05_train.py`, or use --run")
     run = found[-1]
@@ -243,7 +242,7 @@ def read(path):
     try:
         return folder.decode(path)[0]
     except Exception as error:                             # whatever a broken file makes Pillow say
-        raise BadInput(f"{path}: not a readable picture ({error})") from None
+        raise BadInput(f"{path}: not a readable image ({error})") from None
 
 
 def square(picture, side):

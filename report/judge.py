@@ -33,10 +33,9 @@ class Judge(nn.Module):
         widths = [3] + [min(width * 2**i, 4 * width) for i in range(halvings)]
         layers = []
         for wide_in, wide_out in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(wide_in, wide_out, 3, 2, 1, bias=False),
-                       nn.BatchNorm2d(wide_out), nn.SiLU(),
-                       nn.Conv2d(wide_out, wide_out, 3, 1, 1, bias=False),
-                       nn.BatchNorm2d(wide_out), nn.SiLU()]
+            for c, stride in ((wide_in, 2), (wide_out, 1)):
+                layers += [nn.Conv2d(c, wide_out, 3, stride, 1, bias=False),
+                           nn.BatchNorm2d(wide_out), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], num_classes)
 
@@ -65,12 +64,11 @@ def load_or_train(path, images, labels, num_classes, *, steps, seed, device="cpu
     A file made for another size, steps or seed, or other classes, is replaced. The file knows
     nothing else about the data: use one path per data set."""
     path = Path(path)
-    made_for = {"num_classes": int(num_classes), "size": len(images[0]), "steps": int(steps),
-                "seed": int(seed)}
+    made_for = dict(num_classes=int(num_classes), size=len(images[0]), steps=steps, seed=seed)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["made_for"] == made_for:
-            judge = Judge(made_for["num_classes"], made_for["size"])
+            judge = Judge(num_classes, made_for["size"])
             judge.load_state_dict(saved["state"])
             return judge.to(device, memory_format=torch.channels_last).eval()
     except Exception:                    # missing, damaged or something else: it is trained again
@@ -85,10 +83,8 @@ def load_or_train(path, images, labels, num_classes, *, steps, seed, device="cpu
 def train_judge(images, labels, num_classes, *, steps, seed, device="cpu", batch_size=128,
                 log=print):
     """Train a judge on images (uint8 (N, H, W, 3), or read on demand) and int64 labels (N,).
-    -> judge in eval mode. It draws from generators of its own, so the caller's stay as they are.
-
-    For the shapes 100 steps are enough: 13 to 20 s on one CPU core, and none of 4,000 test images
-    misnamed (seed 0)."""
+    -> judge in eval mode. For the shapes 100 steps are enough: 13 to 20 s on one CPU core, and none
+    of 4,000 test images misnamed (seed 0)."""
     labels = torch.as_tensor(labels)
     generator, coming = torch.Generator().manual_seed(seed), collections.deque()
     torch.default_generator.manual_seed(seed)              # torch.manual_seed resets the GPU's too
@@ -186,8 +182,7 @@ def frechet_distance(features_a, features_b):
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) of features (N, F) and (M, F).
 
     A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), so symmetric solvers do.
-    Raises ValueError for fewer than two rows, which have no covariance.
-    """
+    Raises ValueError for fewer than two rows, which have no covariance."""
     a, b = features_a.double(), features_b.double()
     if len(a) < 2 or len(b) < 2:
         raise ValueError("the Fréchet distance needs at least two images on either side")
@@ -203,8 +198,7 @@ def precision_recall(features_real, features_fake, k=3):
     """Shares in [0, 1] (Kynkäänniemi et al. 2019): fakes that look real, reals that are covered.
 
     A point lies in a set when it is within the distance from some member to that member's k-th
-    nearest neighbour. Both sets need more than k rows, else ValueError.
-    """
+    nearest neighbour. Both sets need more than k rows, else ValueError."""
     if min(len(features_real), len(features_fake)) <= k:
         raise ValueError(f"precision and recall with k={k} need more than {k} images a side")
 
@@ -214,7 +208,6 @@ def precision_recall(features_real, features_fake, k=3):
                             for part in members.split(1000)])
         inside = [(torch.cdist(part, members) <= radius).any(1) for part in points.split(1000)]
         return torch.cat(inside).double().mean().item()
-
     real, fake = features_real.double(), features_fake.double()  # float32 blurs small distances
     return share_inside(fake, real), share_inside(real, fake)
 
