@@ -137,10 +137,11 @@ def test_neighbours_equal_the_slow_search_and_find_copies(wall):
     known, floor, fake = (judge.extract(network, [x])[0] for x in (
         floats, torch.from_numpy(held_out[:30]), samples))
     out = printed(judge.neighbours, "", network, real, samples[:8], floor, fake)
+    rows = wall["neighbours"]
     for row, points, everything in ((1, fake, known), (2, samples.flatten(1), floats.flatten(1))):
         for n in range(8):
             apart = [float((points[n].double() - x.double()).norm()) for x in everything]
-            assert torch.allclose(wall["neighbours"][row][n], floats[apart.index(min(apart))], atol=1e-6)
+            assert torch.allclose(rows[row][n], floats[apart.index(min(apart))], atol=1e-6)
     near = [sorted(min(float((x.double() - y.double()).norm()) for y in known) for x in part)
             for part in (fake, floor)]
     limit = near[1][0] + 0.29 * (near[1][1] - near[1][0])  # 1 % of the way from 0 to 29
