@@ -287,7 +287,7 @@ class LikeCuda(TorchFunctionMode):
         if func is F.group_norm:
             half = torch.is_autocast_enabled("cpu")
             args = ((args[0].float() if half else args[0]).contiguous(), *args[1:])
-            assert args[0].dtype == args[2].dtype, "x and weights, for the kernel"
+            assert args[0].dtype == kwargs["weight"].dtype, "x and weights, for the kernel"
         return func(*args, **kwargs or {})
 
 
@@ -397,6 +397,17 @@ def test_codes_learn_alike_from_a_batch_and_from_its_two_halves():
         tokenizer.quantizer.update()
         ends.append(tokenizer.quantizer.state_dict())
     assert all(torch.allclose(ends[0][n].float(), ends[1][n].float(), atol=1e-6) for n in ends[0])
+
+
+@torch.no_grad()
+def test_codes_start_on_what_scales_would_see_if_nothing_were_lost():
+    for residual in (True, False):
+        tokenizer = tiny((1, 3, 4), residual=residual)
+        f, _ = some(tokenizer)
+        groups = tokenizer._unquantized(f)
+        maps = [tokenizer.upsample_from(x, k) for k, x in enumerate(groups)]
+        assert [x.shape for x in groups] == [(2, 1, 3), (2, 9, 3), (2, 16, 3)]
+        assert torch.allclose(sum(maps) if residual else maps[-1], f, atol=1e-5)
 
 
 class Halves(vq.Quantizer):
