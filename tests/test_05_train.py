@@ -1,9 +1,7 @@
 """Chapter 5: both stages, what they train on, and how a run is resumed."""
 import json
 import os
-import re
 import shutil
-import signal
 from importlib import import_module
 from pathlib import Path
 
@@ -11,27 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import same, stage_of
+from conftest import log_of, same, stage_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import batches, shapes
+from data import batches
 from data.registry import load_data
-from engine import BadInput, checkpoints
+from engine import BadInput, checkpoints, devices
 from report import health
 
 m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
 m4, m5 = import_module("04_var_transformer"), import_module("05_train")
 SCRIPT = "05_train.py"
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def var_model():
-    torch.manual_seed(0)
-    return m4.VAR(m4.VARConfig(num_classes=3, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
-                               depth=2, width=16, heads=2))
 
 
 # -- A whole run -----------------------------------------------------------------------------------
@@ -56,11 +44,10 @@ def test_the_checkpoint_holds_the_transformer_alone_and_plain_values(tiny):
     state = torch.load(tiny.folder / "transformer.pt", weights_only=True)
     assert state["config"]["num_classes"] == 3 and state["class_names"] == ["ant", "bee", "cat"]
     assert len(state["model"]["class_embed.weight"]) == 4, "and a row for no class"
-    assert set(state["model"]) == set(var_model().state_dict())
-    words = ("encoder", "decoder", "quant", "phi", "codebook", "tokenizer")
-    assert not [name for name in state["model"] if any(word in name for word in words)]
+    model = m4.VAR(m4.VARConfig(**state["config"]))
+    assert set(state["model"]) == set(model.state_dict()) and state["step"] == 24
     count = sum(len(g["params"]) for o in state["optimizers"] for g in o["param_groups"])
-    assert count == len(list(var_model().parameters())) and state["step"] == 24
+    assert count == len(list(model.parameters()))
 
 
 def test_stage_2_is_shown_shuffled_classes_and_leaves_the_tokenizer_as_it_is(
@@ -68,47 +55,39 @@ def test_stage_2_is_shown_shuffled_classes_and_leaves_the_tokenizer_as_it_is(
     """What reaches the model, not what batch_indices says: class folders are sorted by class, and
     a model that sees one class after the other learns nothing. The tokenizer gets no gradients, not
     a bit of its file changes, and once the cache is built nobody calls its encoder."""
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    before, seen = (tmp_path / "run" / "tokenizer.pt").read_bytes(), []
-    forward, teacher_inputs = m4.VAR.forward, m2.MultiScaleVQVAE.teacher_inputs
-
-    def encode(self, image):
-        raise AssertionError("stage 2 called the encoder")
+    shutil.copytree(tiny.folder, run := tmp_path / "run")
+    forward, teacher_inputs, seen = m4.VAR.forward, m2.MultiScaleVQVAE.teacher_inputs, []
 
     def spy(self, labels, inputs):
-        if self.training:
-            seen.append(labels.tolist())
+        seen.extend([labels.tolist()] * self.training)
         return forward(self, labels, inputs)
 
     def spy_on_inputs(self, tokens):
         assert not self.training and not any(p.requires_grad for p in self.parameters())
         return teacher_inputs(self, tokens)
-    monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", encode)
+    monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", lambda *_: pytest.fail("encoded again"))
     monkeypatch.setattr(m2.MultiScaleVQVAE, "teacher_inputs", spy_on_inputs)
     monkeypatch.setattr(m4.VAR, "forward", spy)
-    result = cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
-                 tmp_path / "run")
+    result = cli(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out", run)
     assert result.status == 0 and "resuming" not in result.out, result.err
     assert len(seen) == 24 and sum(len(set(labels)) > 1 for labels in seen) > 18
     assert len({tuple(labels) for labels in seen}) > 12
-    assert (tmp_path / "run" / "tokenizer.pt").read_bytes() == before
-    assert same(checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"],
-                checkpoints.load_checkpoint(tiny.folder / "transformer.pt")["model"])
+    assert (run / "tokenizer.pt").read_bytes() == (tiny.folder / "tokenizer.pt").read_bytes()
+    assert same(*[checkpoints.load_checkpoint(folder / "transformer.pt")["model"]
+                  for folder in (run, tiny.folder)])
     (call,) = result.started
     assert "06_sample_and_edit.py" in " ".join(call)
 
 
 def test_loaded_models_are_frozen_and_in_eval_mode(tiny):
-    for load, name in ((m5.load_tokenizer, "tokenizer.pt"),
-                       (m5.load_transformer, "transformer.pt")):
+    for load, name, other in ((m5.load_tokenizer, "tokenizer.pt", "transformer.pt"),
+                              (m5.load_transformer, "transformer.pt", "tokenizer.pt")):
         model, about = load(tiny.folder / name)
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         assert about["class_names"] == ["ant", "bee", "cat"] and "model" not in about
-    with pytest.raises(BadInput, match="transformer"):
-        m5.load_transformer(tiny.folder / "tokenizer.pt")
-    with pytest.raises(BadInput, match="tokenizer"):
-        m5.load_tokenizer(tiny.folder / "transformer.pt")
+        with pytest.raises(BadInput, match=name.removesuffix(".pt")):
+            load(tiny.folder / other)
 
 
 @pytest.mark.parametrize("options, flat", [
@@ -132,100 +111,82 @@ def test_other_variants_train_and_a_flat_folder_makes_an_unconditional_model(cli
     assert state["config"]["num_classes"] == len(state["class_names"])
 
 
-def test_a_run_of_epochs_says_its_steps_and_resumes_where_there_are_as_many_pictures(cli, tiny,
-                                                                                     tmp_path):
-    """57 pictures in batches of 4: two epochs are 28 steps."""
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    at = tiny.options.index("--steps")
-    options = [*tiny.options[:at], *tiny.options[at + 2:], "--out", tmp_path / "run", "--fresh",
-               "--stage", "transformer", "--set", "views=1", "epochs=2"]
-    result = cli(SCRIPT, *options)
-    assert result.status == 0 and "28 steps" in result.out and "2 epochs of 57" in result.out
-    state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
-    assert (state["step"], state["settings"]["steps"]) == (28, 28)
-    again = cli(SCRIPT, *[x for x in options if x != "--fresh"])
-    assert again.status == 0 and "trained for 28 steps" in again.out
-
-
-def test_stage_2_alone_takes_the_picture_size_from_the_tokenizer(cli, tiny, tmp_path):
-    """--stage transformer without repeating the tokenizer's sizes works, or says what to repeat."""
+def test_stage_2_alone_knows_the_image_size_and_its_steps_from_epochs(cli, tiny, tmp_path):
+    """The tokenizer tells the size; 57 images in batches of 4 make two epochs of 28 steps. Only as
+    many images give as many steps on resume."""
     (tmp_path / "run").mkdir()
     shutil.copy(tiny.folder / "tokenizer.pt", tmp_path / "run")
-    result = cli(SCRIPT, "--dataset", tiny.pictures, "--stage", "transformer", "--steps", 1,
-                 *"--depth 2 --set width=16 heads=2 --batch-size 4 --views 1 --workers 0".split(),
-                 "--device", "cpu", "--precision", "float32", "--out", tmp_path / "run")
-    assert result.status == 0, result.err
+    for words in ("2 epochs of 57", "trained for 28 steps"):
+        result = cli(SCRIPT, *ON_FILE[:-2], "--dataset", tiny.pictures, "--out", tmp_path / "run",
+                     "--set", "epochs=2")
+        assert result.status == 0 and words in result.out, result
+    state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
+    assert (state["step"], state["settings"]["steps"]) == (28, 28)
 
 
-def test_data_that_lies_on_the_device_trains_the_same(cli, tiny, tmp_path, monkeypatch):
-    """What a GPU does with small data, here with tensors on the CPU."""
-    monkeypatch.setitem(shapes.DEFAULT_COUNT, "train", 20)
-    monkeypatch.setitem(shapes.DEFAULT_COUNT, "test", 20)
-    options = [*tiny.options[2:], "--dataset", "shapes", "--tokenizer-steps", 3, "--steps", 3]
-    assert cli(SCRIPT, *options, "--out", tmp_path / "one").status == 0
-    held, move = [], m5.move_small_arrays_to_gpu
+@pytest.mark.parametrize("kind, count", [("tokenizer", 1), ("transformer", 2)])
+def test_data_that_lies_on_the_device_makes_the_same_batches(monkeypatch, kind, count):
+    """What a GPU does with small data, here with tensors on the CPU; tokens come as uint16."""
+    stages, held = [stage_of(kind, steps=9, tokenizer_steps=9)], []
 
     def pretend(arrays, device):
-        with pytest.MonkeyPatch.context() as patch:
+        arrays = [a.astype(np.uint16) if a.dtype == np.int64 and a.ndim == 3 else a for a in arrays]
+        with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-            held.extend(found := move(arrays, torch.device("cuda")))
-        return found
+            held.extend(devices.move_small_arrays_to_gpu(arrays, torch.device("cuda")))
+        return held[-count:]
     monkeypatch.setattr(m5, "move_small_arrays_to_gpu", pretend)
-    assert cli(SCRIPT, *options, "--out", tmp_path / "two").status == 0
-    assert [x.dtype for x in held if torch.is_tensor(x)] == [
-        torch.uint8, torch.int32, torch.int64, torch.int32, torch.int64] and len(held) == 5
-    for name in ("tokenizer.pt", "transformer.pt"):
-        one, two = (checkpoints.load_checkpoint(tmp_path / run / name) for run in ("one", "two"))
-        assert same(one["model"], two["model"])
-    assert log_of(tmp_path / "one") == log_of(tmp_path / "two")
+    stages.append(stage_of(kind, steps=9, tokenizer_steps=9))
+    assert held and all(torch.is_tensor(x) and x.dtype != torch.uint16 for x in held)
+    assert same(*[list(stage.batches(0)) for stage in stages])
 
 
 def test_the_loss_of_a_token_is_minus_the_log_of_its_softmax():
-    """Each token has its own, in nats, against a slow loop in float64."""
+    """Each token has its own, in nats, against a slow loop in float64; also on held-out tokens."""
     stage = stage_of("transformer")
     model = stage.model.eval()
     for p in model.parameters():                           # unlike tokens must be unlike likely
         p.data.add_(0.3 * torch.randn_like(p))
-    tokens, labels = torch.randint(16, (3, 21)), torch.tensor([0, 2, 3])
+    tokens, labels = map(torch.from_numpy, stage.data["test"])
+    tokens, stage.data["train"] = tokens[0], None
     loss, right = stage.per_token(model, tokens, labels)
     logits = model(labels, stage.tokenizer.teacher_inputs(list(tokens.split([1, 4, 16], 1))))
     logits = logits.detach().double().numpy()
-    for b, t in np.ndindex(3, 21):
+    for b, t in np.ndindex(32, 21):
         row, code = logits[b, t], int(tokens[b, t])
-        assert float(loss[b, t]) == pytest.approx(np.log(np.exp(row).sum()) - row[code], rel=1e-4)
-        assert bool(right[b, t]) == (code == row.argmax())
-    assert loss.shape == (3, 21) and loss.std() > 0.1
-    text, numbers = stage.describe(loss.mean(0), 0.5)
-    slow = [float(loss[:, a:b].mean()) for a, b in ((0, 1), (1, 5), (5, 21))]
+        assert loss[b, t].item() == pytest.approx(np.log(np.exp(row).sum()) - row[code], rel=1e-4)
+        assert right[b, t].item() == (code == row.argmax())
+    assert loss.shape == (32, 21) and loss.std() > 0.1
+    text, numbers = stage.evaluate()
+    slow = [loss[:, a:b].mean().item() for a, b in ((0, 1), (1, 5), (5, 21))]
     assert numbers["per_scale"] == pytest.approx(slow, rel=1e-4)
-    assert text.startswith("per-scale " + " ".join(f"{x:.2f}" for x in slow))
+    assert numbers["loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
+    assert "per-scale " + " ".join(f"{x:.2f}" for x in slow) in text
 
 
-@pytest.mark.parametrize("flip, kind", [(False, "l2"), (True, "l1")])
-def test_the_loss_of_stage_1_and_half_of_its_images_mirrored_if_asked(flip, kind):
-    stage, seen = stage_of("tokenizer", flip=flip, picture_loss=kind, vq_weight=0.5), []
+@pytest.mark.parametrize("flip, kind, progress, heard", [
+    (False, "l2", 0.1, 0), (True, "l1", 0.3, 0.5), (False, "l2", 0.9, 1)])
+def test_the_loss_of_stage_1_and_half_of_its_images_mirrored_if_asked(flip, kind, progress, heard):
+    """Picture, LPIPS and quantization with their weights, and a critic that is heard late."""
+    stage, seen = stage_of("tokenizer", flip=flip, picture_loss=kind, vq_weight=0.5, perceptual=3.0,
+                           adversarial=0.25), []
+    stage.perceptual = lambda rebuilt, image: torch.tensor([6.0, 8.0])
+    stage.criticise = lambda image, rebuilt, picture: 100 * picture
 
     def model(image):
         seen.append(image)
         return 0 * image, [], dict(reconstruction=torch.tensor(2.0), vq=torch.tensor(3.0), extra=5)
     pixels = next(stage.batches(0))[0].repeat(8, 1, 1, 1)
-    loss, _ = stage.loss(model, (pixels,), 0)
-    picture = 2 if kind == "l2" else float(seen[0].abs().mean())
-    assert float(loss) == pytest.approx(picture + 0.5 * (3 + 5), rel=1e-5)
+    loss, _ = stage.loss(model, (pixels,), progress)
+    picture = 3 * 7 + (2 if kind == "l2" else seen[0].abs().mean().item())
+    wanted = picture + 0.5 * (3 + 5) + 0.25 * heard * 100 * picture
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
     image = batches.to_float(pixels)
     mirrored, plain = ([torch.equal(a, b) for a, b in zip(seen[0], other)]
                        for other in (image.flip(3), image))
     assert all(a != b for a, b in zip(mirrored, plain))
     assert 0.2 < np.mean(mirrored) < 0.8 if flip else not any(mirrored)
 
-
-def test_stage_2_is_evaluated_on_held_out_tokens():
-    stage = stage_of("transformer")
-    stage.data["train"] = None
-    tokens, labels = stage.data["test"]
-    loss, _ = stage.per_token(stage.model.eval(), torch.from_numpy(tokens[0]).long(),
-                              torch.from_numpy(labels))
-    assert stage.evaluate()[1]["loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
 
 
 # -- Stage 2 on a tokenizer from a file ------------------------------------------------------------
@@ -242,60 +203,37 @@ def released_file(tmp_path_factory):
     return path
 
 
-ON_RELEASED = ("--stage transformer --image-size 64 --depth 1 --set width=16 heads=2 --views 2 "
-               "--batch-size 4 --workers 0 --steps 6 --log-every 1 --device cpu "
-               "--precision float32").split()
+ON_FILE = ("--stage transformer --depth 1 --set width=16 heads=2 --views 2 --batch-size 4 "
+           "--workers 0 --log-every 1 --device cpu --precision float32 --steps 3").split()
 
 
-def test_stage_2_trains_on_the_released_tokenizer(cli, tiny, tmp_path, released_file):
-    result = cli(SCRIPT, *tiny.options[:2], *ON_RELEASED, "--tokenizer-file", released_file,
-                 "--out", tmp_path / "run")
+def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
+        cli, refused, tiny, tmp_path, released_file):
+    run = tmp_path / "run"
+    options = [*ON_FILE, "--dataset", tiny.pictures, "--image-size", 64, "--out", run]
+    result = cli(SCRIPT, *options, "--tokenizer-file", released_file)
     assert result.status == 0, result.err
     weights = torch.load(released_file, weights_only=True)
-    tokenizer, about = m5.load_tokenizer(tmp_path / "run" / "tokenizer.pt")
+    tokenizer, about = m5.load_tokenizer(run / "tokenizer.pt")
     assert torch.equal(tokenizer.quantizer.codebook, weights["quantize.embedding.weight"])
     assert torch.equal(tokenizer.decoder.conv_out.weight, weights["decoder.conv_out.weight"])
     assert tokenizer.config.scales == (1, 2, 3, 4) and about["class_names"] == ["ant", "bee", "cat"]
     images, *_ = load_data(str(tiny.pictures), "test", 64)
     image = batches.to_float(batches.sample_of(images, len(images)))
-    cache = np.load(tmp_path / "run" / "tokens_test.npy")[0]
+    cache = np.load(run / "tokens_test.npy")[0]
     assert np.array_equal(cache, torch.cat(tokenizer.image_to_tokens(image), 1).numpy())
 
-
-@pytest.mark.slow
-def test_a_run_on_the_released_tokenizer_resumes_and_is_sampled_from_without_its_file(
-        cli, refused, tiny, tmp_path, released_file, monkeypatch):
-    options = [*tiny.options[:2], *ON_RELEASED]
-    file, run = ["--tokenizer-file", released_file], ["--out", tmp_path / "run"]
-    assert cli(SCRIPT, *options, *file, "--out", tmp_path / "straight").status == 0
-    summary, calls = m5.TransformerStage.summary, []
-
-    def stop(self, metrics):                               # it is called at every step here
-        calls.append(len(calls))
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return summary(self, metrics)
-    with monkeypatch.context() as patch:
-        patch.setattr(m5.TransformerStage, "summary", stop)
-        assert cli(SCRIPT, *options, *file, *run).status == 143
-    again = cli(SCRIPT, *options, *run)
-    assert again.status == 0 and "transformer: resuming at step 3" in again.out, again.err
-    assert same(*[checkpoints.load_checkpoint(tmp_path / name / "transformer.pt")
-                  for name in ("straight", "run")])
-    sampled = cli("06_sample_and_edit.py", "--run", tmp_path / "run", "--task", "sample", "--n", 2,
-                  "--classes", "bee", "--device", "cpu", "--out", tmp_path / "made")
+    again = cli(SCRIPT, *options)
+    assert again.status == 0 and "trained for 3 steps" in again.out, again.err
+    sampled = cli("06_sample_and_edit.py", "--run", run, "--task", "sample", "--n", 2, "--classes",
+                  "bee", "--device", "cpu", "--out", tmp_path / "made")
     assert sampled.status == 0 and (tmp_path / "made" / "samples.png").exists(), sampled.err
-
-    weights = torch.load(released_file, weights_only=True)
-    other = {**weights, "quantize.embedding.weight": 1 + weights["quantize.embedding.weight"]}
-    torch.save({"trainer": {"vae_local": other}}, tmp_path / "other.pth")
-    file = ["--tokenizer-file", tmp_path / "other.pth"]
-    line = refused(SCRIPT, *options, *file, *run)
-    assert "another tokenizer" in line and "--fresh" in line
-    result = cli(SCRIPT, *options, *file, *run, "--fresh")
-    assert result.status == 0, result.err
-    tokenizer, _ = m5.load_tokenizer(tmp_path / "run" / "tokenizer.pt")
-    assert torch.equal(tokenizer.quantizer.codebook, other["quantize.embedding.weight"])
+    another = ["--tokenizer-file", tiny.folder / "tokenizer.pt"]           # that of another run
+    assert "another tokenizer" in refused(SCRIPT, *options, *another)
+    assert same(tokenizer.state_dict(), m5.load_tokenizer(run / "tokenizer.pt")[0].state_dict())
+    assert cli(SCRIPT, *options, *another, "--fresh").status == 0
+    assert same(*[checkpoints.load_checkpoint(folder / "tokenizer.pt")["model"]
+                  for folder in (run, tiny.folder)])
 
 
 def test_a_released_file_always_gives_the_same_tokenizer(released_file):
@@ -307,22 +245,14 @@ def test_a_released_file_always_gives_the_same_tokenizer(released_file):
     assert all(value.isfinite().all() for value in one.values())
 
 
-def test_stage_2_trains_on_the_tokenizer_of_another_run(cli, tiny, tmp_path):
-    result = cli(SCRIPT, *tiny.options[:2], *ON_RELEASED, "--tokenizer-file",
-                 tiny.folder / "tokenizer.pt", "--steps", 1, "--out", tmp_path / "run")
-    assert result.status == 0, result.err
-    mine, theirs = (checkpoints.load_checkpoint(folder / "tokenizer.pt")
-                    for folder in (tmp_path / "run", tiny.folder))
-    assert same(mine["model"], theirs["model"]) and same(mine["config"], theirs["config"])
-
 
 @pytest.mark.parametrize("options, words", [
     ("--tokenizer-file nowhere.pth", "nowhere.pth"),
     ("--image-size 48", "scale")])
 def test_a_tokenizer_file_that_cannot_serve_is_one_line(refused, tiny, tmp_path, released_file,
                                                        options, words):
-    line = refused(SCRIPT, *tiny.options[:2], *ON_RELEASED, "--tokenizer-file", released_file,
-                   *options.split(), "--out", tmp_path / "run")
+    line = refused(SCRIPT, *ON_FILE, "--dataset", tiny.pictures, "--image-size", 64,
+                   "--tokenizer-file", released_file, *options.split(), "--out", tmp_path / "run")
     assert words in line and not (tmp_path / "run").exists()
 
 
@@ -355,26 +285,24 @@ def test_a_training_step_does_not_make_a_gpu_wait(kind, settings):
     with Waits() as waits:
         m5.train_step(stage, stage.model, batch, 0.9)
     assert waits.count == len(stage.optimizers), "a CPU looks whether to skip the step, no more"
-    with Waits() as waits:
-        (torch.ones(3)[torch.ones(3) > 0].sum() > 1).item()
-    assert waits.count == 2, "this test would notice"
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_with_one_line(
-        refused, tiny, tmp_path, monkeypatch):
+def test_steps_in_a_row_that_are_not_finite_stop_the_run_with_one_line(refused, tiny, tmp_path,
+                                                                       monkeypatch):
     shutil.copytree(tiny.folder, tmp_path / "run")
     seen, loss = [], m5.TransformerStage.loss
 
     def spoil(self, model, batch, progress):
-        seen.append(len(seen))
+        seen.append(progress)
         value, metrics = loss(self, model, batch, progress)
-        return value * (torch.nan if seen[-1] >= 5 else 1), metrics
+        return value * (torch.nan if len(seen) > 5 else 1), metrics
     monkeypatch.setattr(m5.TransformerStage, "loss", spoil)
     line = refused(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
                    tmp_path / "run")
     assert "finite" in line and "learning rate" in line and len(seen) == 15
     kept = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"]
     assert all(v.isfinite().all() for v in kept.values())
+
 
 
 # -- Resumed, refused ------------------------------------------------------------------------------
@@ -397,69 +325,12 @@ def test_other_settings_on_resume_are_refused_name_what_changed_and_lose_nothing
     assert log_of(tmp_path / "run") == log_of(tiny.folder)
 
 
-@pytest.mark.slow
-def test_killed_and_stopped_runs_go_on_bit_for_bit(cli, tiny, tmp_path):
-    run = tmp_path / "run"
-    process = tiny.start(SCRIPT, *tiny.options, "--out", run, cwd=tmp_path)
-    wait_for(process, "tokenizer 12/24")
-    process.kill()                                         # no chance to save anything
-    process.communicate()
-    step = checkpoints.load_checkpoint(run / "tokenizer.pt")["step"]
-    assert 10 <= step < 24, "it was to be killed on the way"
-
-    process = tiny.start(SCRIPT, *tiny.options, "--out", run, cwd=tmp_path)
-    lines = wait_for(process, "transformer 7/24")
-    assert f"tokenizer: resuming at step {step}\n" in lines
-    process.send_signal(signal.SIGTERM)                    # saves first
-    out, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and err == ""
-    step = checkpoints.load_checkpoint(run / "transformer.pt")["step"]
-    assert 7 <= step < 24 and re.search(rf"stopped .*at step {step} ", out)
-
-    result = cli(SCRIPT, *tiny.options, "--out", run)
-    assert result.status == 0 and f"transformer: resuming at step {step}" in result.out
-    for name in ("tokenizer.pt", "transformer.pt"):
-        straight, resumed = (checkpoints.load_checkpoint(f / name) for f in (tiny.folder, run))
-        for key in ("model", "optimizers", "step", "config"):
-            assert same(straight[key], resumed[key]), (name, key)
-    assert log_of(run) == log_of(tiny.folder)
-
-
-def wait_for(process, word):
-    """Read lines until one begins with `word`; -> all lines read"""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(word):
-            return lines
-    raise AssertionError("".join(lines) + process.stderr.read())
-
-
 def test_starting_over_forgets_the_transformer_of_other_tokens(cli, tiny, tmp_path):
     options = [*tiny.options, "--tokenizer-steps", 2, "--steps", 2, "--out", tmp_path / "run"]
     assert cli(SCRIPT, *options).status == 0
     assert cli(SCRIPT, *options, "--seed", 1, "--fresh", "--stage", "tokenizer").status == 0
     assert not (tmp_path / "run" / "transformer.pt").exists()
     assert cli(SCRIPT, *options, "--seed", 1).status == 0
-
-
-def test_an_empty_folder_and_a_file_are_refused(refused, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "note.txt").write_text("no picture")
-    for name in ("empty", "note.txt"):
-        refused(SCRIPT, "--dataset", tmp_path / name, "--out", tmp_path / "run", "--device", "cpu")
-
-
-@pytest.mark.slow
-def test_the_real_script_prints_one_line_and_no_traceback(tmp_path, tiny):
-    process = tiny.start(SCRIPT, "--dataset", "nosuch", "--device", "cpu", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.count("\n") == 1 and "'nosuch'" in err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu_is_refused(refused, tmp_path):
-    assert "cuda" in refused(SCRIPT, "--device", "cuda", "--out", tmp_path / "run")
 
 
 # -- Two processes ---------------------------------------------------------------------------------

@@ -5,50 +5,53 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from conftest import same
+from conftest import same, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import optimizers
+from engine import optimizers, plan
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5 = import_module("05_train")
 
 
 def made(model, kind):
-    """-> optimizers, {name of a parameter: its group}, names of those that decay"""
+    """-> optimizers, {name of a parameter: its group}, names of those that decay, of Muon's"""
     settings = m5.Settings(optimizer=kind, precision="float32", muon_lr=0.03)
     found = optimizers.make_optimizers(model, 1e-3, 0.05, settings)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group for optimizer in found for group in optimizer.param_groups]
     owner = {names[id(p)]: group for group in groups for p in group["params"]}
     assert sorted(owner) == sorted(names.values()) and len(found) == (2 if kind == "muon" else 1)
-    return found, owner, {name for name in owner if owner[name]["weight_decay"] > 0}
-
-
-def var_model(shared=False):
-    return m4.VAR(m4.VARConfig(num_classes=3, scales=(1, 2, 4), vocab_size=16, latent_dim=4,
-                               depth=2, width=16, heads=2, shared_adaln=shared))
+    inside = {name for name in owner for optimizer in found[1:]
+              if owner[name] in optimizer.param_groups}
+    return found, owner, {name for name in owner if owner[name]["weight_decay"] > 0}, inside
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_decays_and_what_goes_to_muon(kind, shared):
-    found, owner, decayed = made(var_model(shared), kind)
+def test_what_decays_what_goes_to_muon_and_the_bytes_they_keep(kind, shared):
+    model = m4.VAR(m4.VARConfig(depth=2, width=32, heads=2, shared_adaln=shared))
+    found, owner, decayed, inside = made(model, kind)
     for name in owner:
         small = name.endswith("bias") or any(word in name for word in (
             "embed", "position", "start", "log_scale", "offset")) and "word_embed.w" not in name
         assert (name in decayed) == (not small), name
-    inside = {name for name in owner if owner[name] in found[-1].param_groups and kind == "muon"}
     assert inside == {name for name in decayed if kind == "muon" and re.match(
         r"blocks\.\d\.(attention|mlp)", name)} and len(inside) in (0, 8)
+    for optimizer in found:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    kept = sum(value.nbytes for optimizer in found for state in optimizer.state.values()
+               for name, value in state.items() if name != "step")
+    assert plan.optimizer_bytes(optimizers.parameter_groups(model, kind)) == kept
 
 
 def test_convolutions_of_the_tokenizers_blocks_go_to_muon_and_the_codebook_does_not_decay():
     model = m2.MultiScaleVQVAE(m2.TokenizerConfig(multipliers=(1, 2), image_size=64,
                                                   learn="gradient", attention=True))
-    (_, muon), owner, decayed = made(model, "muon")
-    inside = {name for name in owner if owner[name] in muon.param_groups}
+    _, owner, decayed, inside = made(model, "muon")
     assert inside == {name for name, p in model.named_parameters() if p.ndim == 4 and re.match(
         r"(encoder|decoder)\.(levels|middle)\.", name)}
     assert any("qkv" in name for name in inside) and any("shortcut" in name for name in inside)
@@ -65,7 +68,7 @@ def test_the_learning_rate_warms_up_stays_and_falls_to_the_final_share():
 
 def test_the_weight_decay_of_large_models_follows_half_a_cosine():
     """As the original's lr_wd_annealing: 0.05 at first, 0.08 at last, half way 0.065."""
-    found, owner, decayed = made(var_model(), "muon")
+    found, owner, decayed, _ = made(stage_of("transformer").model, "muon")
     for progress, decay in ((0, 0.05), (0.25, 0.08 - 0.03 * (0.5 + 0.5 ** 1.5)), (0.5, 0.065),
                             (1, 0.08), (1, None)):         # without a last value it stays
         optimizers.set_schedule(found, progress, 0.1, decay and 0.08)
@@ -105,26 +108,23 @@ def test_muon_equals_a_slow_loop_and_torchs_own():
     start = [torch.randn(s) for s in ((6, 4), (4, 6), (6, 4), (5, 5), (6, 2, 3, 3), (2, 2, 1, 1))]
     params = [[torch.nn.Parameter(x.clone()) for x in start[:n]] for n in (6, 4, 4)]
     how = dict(lr=0.1, momentum=0.9, weight_decay=0.2)
-    ours, rounded, theirs = (optimizers.Muon(params[0], **how),
-                             optimizers.Muon(params[1], **how, dtype=torch.bfloat16),
-                             torch.optim.Muon(params[2], **how))
+    made = (optimizers.Muon(params[0], **how), torch.optim.Muon(params[2], **how),
+            optimizers.Muon(params[1], **how, dtype=torch.bfloat16))
     slow, momentum = [x.double() for x in start], [torch.zeros_like(x).double() for x in start]
     for _ in range(3):
         for i, x in enumerate(start):
             gradient = torch.randn_like(x)
             for group in params:
-                if i < len(group):
-                    group[i].grad = gradient.clone()
+                for p in group[i:i + 1]:
+                    p.grad = gradient.clone()
             momentum[i] = 0.9 * momentum[i] + 0.1 * gradient
             step = slow_orthogonal((0.1 * gradient + 0.9 * momentum[i]).flatten(1)).view_as(x)
             size = 0.1 * max(1, x.shape[0] / x[0].numel()) ** 0.5
             slow[i] = slow[i] * (1 - 0.1 * 0.2) - size * step
-        for optimizer in (ours, rounded, theirs):
+        for optimizer in made:
             optimizer.step()
-    for p, x in zip(params[0], slow):
-        assert torch.allclose(p.detach().double(), x, atol=1e-3)
-    for p, q in zip(params[1], params[2]):
-        assert (p - q).abs().max() < 0.02
+    assert all(torch.allclose(p.double(), x, atol=1e-3) for p, x in zip(params[0], slow))
+    assert all((p - q).abs().max() < 0.02 for p, q in zip(params[1], params[2], strict=True))
 
 
 @pytest.mark.parametrize("make", [

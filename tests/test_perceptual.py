@@ -1,5 +1,4 @@
 """What VQGAN adds to stage 1: LPIPS against a slow loop, the critic, and both in training."""
-import json
 import os
 import signal
 from importlib import import_module
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, same, stage_of
+from conftest import TINY, log_of, same, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ m5 = import_module("05_train")
 SCRIPT = "05_train.py"
 # Where torchvision's VGG-16 has its convolutions; LPIPS looks behind the last one of each group.
 CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+FULL = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 NARROW = ((4, 4), (8, 8), (8, 8, 8), (8, 8, 8), (8, 8, 8))
 
 
@@ -58,7 +58,7 @@ def pictures(n, *size, seed=0):
 def narrow(monkeypatch):
     """VGG-16 and LPIPS with a few channels only. -> their state dicts"""
     monkeypatch.setattr(perceptual, "GROUPS", NARROW)
-    return random_weights(NARROW)
+    return list(random_weights(NARROW))
 
 
 @pytest.fixture
@@ -69,54 +69,19 @@ def weight_files(narrow, tmp_path):
     return ["--vgg-file", tmp_path / "vgg.pth", "--lpips-file", tmp_path / "lpips.pth"]
 
 
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No downloads yet, and no network. -> list of (address, checksum) that were asked for"""
-    asked = []
-
-    def fail(url, path, sha256=""):
-        asked.append((url, sha256))
-        raise BadInput(f"could not download {url} (no route)")
-    monkeypatch.setattr(files, "DOWNLOADS", tmp_path)
-    monkeypatch.setattr(files, "download", fail)
-    return asked
-
-
-@pytest.fixture
-def train(cli, picture_folder, tmp_path):
-    """train(name, *options): stage 1 of a tiny run in the folder `name`. -> .out .log .state"""
-    def call(name, *options, status=0):
-        result = cli(SCRIPT, "--dataset", picture_folder, *TINY, "--stage", "tokenizer", *options,
-                     "--out", tmp_path / name)
-        assert result.status == status, result.err
-        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        result.log = [json.loads(line) for line in lines]
-        result.state = checkpoints.load_checkpoint(tmp_path / name / "tokenizer.pt")
-        return result
-    return call
 
 
 # -- The perceptual loss ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("seed", range(2))
-def test_lpips_is_equation_1_one_position_at_a_time(narrow, seed):
-    weights = random_weights(NARROW, seed)
-    x, y = pictures(2, 16, 32, seed=seed), pictures(2, 16, 32, seed=seed + 9)
-    slow = [slow_lpips(*weights, *pair) for pair in zip(x, y)]
+@pytest.mark.parametrize("widths", [NARROW, pytest.param(FULL, marks=pytest.mark.slow)])
+def test_lpips_is_equation_1_one_position_at_a_time(monkeypatch, widths):
+    if widths is NARROW:                                   # else GROUPS must be those of VGG-16
+        monkeypatch.setattr(perceptual, "GROUPS", widths)
+    weights, x, y = random_weights(widths), pictures(2, 16, 32), pictures(2, 16, 32, seed=9)
     lpips = perceptual.Perceptual().load(*weights)
+    slow = [slow_lpips(*weights, *pair) for pair in zip(x, y)]
     assert lpips(x, y).tolist() == pytest.approx(slow, rel=1e-4)
     assert torch.equal(lpips(y, x), lpips(x, y)) and (lpips(x, x) == 0).all()
-
-
-@pytest.mark.slow
-def test_at_full_size_it_is_vgg_16_under_torchvisions_numbers(tmp_path):
-    weights = random_weights(((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3))
-    assert sum(value.numel() for value in weights[0].values()) == 14_714_688
-    for name, state in zip(("vgg", "lpips"), weights):
-        torch.save(state, tmp_path / name)
-    x, y = pictures(2, 16, 16)
-    fast = perceptual.load_perceptual(tmp_path / "vgg", tmp_path / "lpips")(x[None], y[None])
-    assert fast.item() == pytest.approx(slow_lpips(*weights, x, y), rel=1e-4)
 
 
 @pytest.mark.parametrize("dead", [None, 2, 28])
@@ -135,16 +100,14 @@ def test_every_picture_has_a_finite_gradient_and_the_weights_have_none(narrow, d
 
 
 @pytest.mark.parametrize("part, name, value", [
-    (0, "features.28.bias", None), (1, "lin0.model.1.weight", 7),
-    (0, "features.0.weight", torch.zeros(4, 3, 5, 5)), (0, "features.2.bias", "text"),
-    (1, "lin2.model.1.weight", torch.ones(1, 1, 1, 1))])
+    (0, "features.28.bias", None), (0, "features.0.weight", torch.zeros(4, 3, 5, 5)),
+    (0, "features.2.bias", "text"), (1, "lin2.model.1.weight", torch.ones(1, 1, 1, 1))])
 def test_weights_that_do_not_fit_are_refused_in_one_line(narrow, part, name, value):
-    narrow[part][name] = value
-    if value is None:
-        del narrow[part][name]
+    narrow[part] = {k: v for k, v in {**narrow[part], name: value}.items() if v is not None}
     with pytest.raises(BadInput, match="VGG-16") as error:
         perceptual.Perceptual().load(*narrow)
     assert "\n" not in str(error.value) and len(str(error.value)) < 160
+
 
 
 # -- The critic ------------------------------------------------------------------------------------
@@ -210,48 +173,32 @@ def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
 # -- In training -----------------------------------------------------------------------------------
 
 def test_without_weights_a_run_is_refused_in_one_line_but_a_finished_tokenizer_needs_none(
-        cli, refused, offline, picture_folder, weight_files, tmp_path):
-    options = ["--dataset", picture_folder, *TINY, "--stage", "tokenizer", "--perceptual", 1,
-               "--tokenizer-steps", 2, "--out", tmp_path / "run"]
-    line = refused(SCRIPT, *options)
-    assert perceptual.VGG[0] in line and "no route" in line and "--perceptual 0" in line
-    assert offline == [perceptual.VGG] and perceptual.VGG[1].startswith("397923af")
-    assert perceptual.LPIPS[0] in refused(SCRIPT, *options, *weight_files[:2])
-    assert "nowhere.pth: no such" in refused(SCRIPT, *options, "--vgg-file", "nowhere.pth")
-    assert "VGG-16" in refused(SCRIPT, *options, *weight_files[:3], weight_files[1])
-    assert "16 pixels" in refused(SCRIPT, *options, "--image-size", 8, "--set", "multipliers=1")
-    assert cli(SCRIPT, *options, *weight_files).status == 0
-    again = cli(SCRIPT, *options)
-    assert again.status == 0 and "trained for 2 steps" in again.out, again.err
+        cli, refused, monkeypatch, picture_folder, weight_files, tmp_path):
+    def fail(url, path, sha256):
+        asked.append((url, sha256))
+        raise BadInput("no route")
+    asked, options = [], ["--dataset", picture_folder, *TINY, "--stage", "tokenizer",
+                          "--perceptual", 1, "--tokenizer-steps", 2, "--out", tmp_path / "run"]
+    monkeypatch.setattr(files, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(files, "download", fail)
+    for given, word in (((), "--perceptual 0"), (weight_files[:2], "no route"),
+                        (["--vgg-file", "nowhere.pth"], "nowhere.pth"),
+                        ([*weight_files[:3], weight_files[1]], "VGG-16")):
+        assert word in refused(SCRIPT, *options, *given)
+    assert asked == [perceptual.VGG, perceptual.LPIPS]
+    for given, word in ((weight_files, "to 2 in"), ([], "trained for 2 steps")):
+        result = cli(SCRIPT, *options, *given)
+        assert result.status == 0 and word in result.out, result
 
 
-def test_lpips_is_added_to_the_loss_with_its_weight(train, weight_files, monkeypatch):
-    found, forward = [], perceptual.Perceptual.forward
-
-    def spy(self, rebuilt, image):
-        found.append(forward(self, rebuilt, image))
-        return found[-1]
-    monkeypatch.setattr(perceptual.Perceptual, "forward", spy)
-    plain, run = ([e for e in train(str(weight), "--perceptual", weight, "--tokenizer-steps", 3,
-                                    *weight_files[:4 * (weight > 0)]).log if "loss" in e]
-                  for weight in (0, 2))
-    assert len(found) == len(run) == 3 and all(np.isfinite(e["loss"]) for e in run)
-    assert run[0]["loss"] - plain[0]["loss"] == pytest.approx(2 * found[0].mean().item(), rel=1e-4)
-    assert run[2]["psnr"] != plain[2]["psnr"], "a loss that is logged only"
-
-
-def test_the_critic_sleeps_for_a_fifth_of_the_steps_and_then_changes_the_run(train):
-    """The first 3 steps of 10: what they say is what a run without a critic says."""
-    plain, run = (train(str(weight), "--adversarial", weight, "--tokenizer-steps", 10).log
-                  for weight in (0, 0.5))
-    for one, other in zip(plain, run, strict=True):
-        assert (one == other) == (one["step"] <= 3), one["step"]
-
-
-def test_a_run_with_all_terms_that_was_stopped_goes_on_bit_for_bit(train, weight_files,
-                                                                    monkeypatch):
-    options = ["--adversarial", 0.5, "--perceptual", 1, "--flip", "--accumulate", 2, "--seed", 1,
-               "--tokenizer-steps", 8, *weight_files, "--set", "picture_loss=l1"]
+def test_a_run_with_all_terms_that_was_stopped_goes_on_bit_for_bit_and_gives_away_no_critic(
+        cli, picture_folder, weight_files, monkeypatch, tmp_path):
+    def train(name, *more, status=0):
+        result = cli(SCRIPT, "--dataset", picture_folder, *TINY, "--tokenizer-steps", 8, "--steps",
+                     1, "--adversarial", 0.5, "--perceptual", 1, "--flip", "--accumulate", 2,
+                     *weight_files, "--set", "picture_loss=l1", "--out", tmp_path / name, *more)
+        assert result.status == status, result.err
+        return checkpoints.load_checkpoint(tmp_path / name / "tokenizer.pt")
     summary, calls = m5.TokenizerStage.summary, []
 
     def stop(self, *of_steps):                             # it is called at every step here
@@ -259,21 +206,15 @@ def test_a_run_with_all_terms_that_was_stopped_goes_on_bit_for_bit(train, weight
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return summary(self, *of_steps)
-    straight = train("straight", *options)
+    straight = train("straight", "--export", tmp_path / "both.pt")
     with monkeypatch.context() as patch:
         patch.setattr(m5.TokenizerStage, "summary", stop)
-        assert train("run", *options, status=143).state["step"] == 5
-    run = train("run", *options)
-    assert "at step 5\n" in run.out and run.log == straight.log
-    assert same(run.state, straight.state) and "critic" in run.state
-
-
-def test_who_loads_or_is_given_the_tokenizer_gets_no_critic(train, tmp_path):
-    train("run", "--adversarial", 0.5, "--tokenizer-steps", 6, "--stage", "all", "--steps", 1,
-          "--export", tmp_path / "both.pt", "--precision", "bfloat16")
-    both = checkpoints.load_checkpoint(tmp_path / "both.pt")
-    assert not {"critic", "optimizers"} & set(both["tokenizer"])
+        assert train("run", status=143)["step"] == 5
+    assert same(train("run"), straight) and "critic" in straight
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "straight")
+    assert not {"critic", "optimizers"} & checkpoints.load_checkpoint(
+        tmp_path / "both.pt")["tokenizer"].keys()
     for path in (tmp_path / "run" / "tokenizer.pt", tmp_path / "both.pt"):
         model, about = m5.load_tokenizer(path)
-        assert "critic" not in about and about["step"] == 6
+        assert "critic" not in about and about["step"] == 8
         assert model.tokens_to_image(model.image_to_tokens(pictures(1, 16, 16))).isfinite().all()

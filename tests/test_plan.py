@@ -8,7 +8,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import optimizers, plan
+from engine import plan
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5 = import_module("05_train")
@@ -25,13 +25,12 @@ def test_a_dry_run_prints_the_sizes_and_touches_nothing(cli, tmp_path, monkeypat
     assert (result.status, result.err, result.started) == (0, "", [])
     assert not list(tmp_path.iterdir()) and max(map(len, result.out.splitlines())) <= 100
     _, config, var = m5.read_settings(TINY)
-    models = dict(tokenizer=m2.MultiScaleVQVAE(config),
-                  transformer=m4.VAR(m5.var_sizes(var, config, 10)))
-    for name, model in models.items():
+    for name, model in (("tokenizer", m2.MultiScaleVQVAE(config)),
+                        ("transformer", m4.VAR(m5.var_sizes(var, config, 10)))):
         count = sum(p.numel() for p in model.parameters())
-        columns = re.search(rf"^{name} +([\d.]+) M +4 +24 +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$",
-                            result.out, re.M)
-        millions, _, weights, gradients, _ = map(float, columns.groups())
+        row = re.search(rf"^{name} +([\d.]+) M +4 +24(?: +[\d.]+) +([\d.]+) +([\d.]+) +[\d.]+$",
+                        result.out, re.M)
+        millions, weights, gradients = map(float, row.groups())
         assert millions == pytest.approx(count / 1e6, abs=0.051)
         assert weights == gradients == pytest.approx(4 * count / 1e9, abs=6e-4)
     assert "is 21 tokens" in result.out
@@ -64,18 +63,3 @@ def test_a_transformers_arithmetic_is_six_products_per_weight_and_token(scales, 
     low, high = (6 * (L * weights + once + 2 * p * D * depth) + 4 * words for p in pairs)
     counted = plan.flops(lambda: model(labels, inputs))
     assert 0.99 * low <= counted <= 1.01 * high
-
-
-def test_the_optimizers_bytes_are_those_it_keeps():
-    for chosen in ("adamw", "muon"):
-        model = m4.VAR(m4.VARConfig(depth=1, width=32, heads=2))
-        groups = optimizers.parameter_groups(model, chosen)
-        made = optimizers.make_optimizers(model, 1e-3, 0.05, m5.Settings(optimizer=chosen,
-                                                                         precision="float32"))
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        for optimizer in made:
-            optimizer.step()
-        kept = sum(value.nbytes for optimizer in made for state in optimizer.state.values()
-                   for name, value in state.items() if name != "step")
-        assert plan.optimizer_bytes(groups) == kept
