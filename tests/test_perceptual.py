@@ -69,8 +69,6 @@ def weight_files(narrow, tmp_path):
     return ["--vgg-file", tmp_path / "vgg.pth", "--lpips-file", tmp_path / "lpips.pth"]
 
 
-
-
 # -- The perceptual loss ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("widths", [NARROW, pytest.param(FULL, marks=pytest.mark.slow)])
@@ -107,7 +105,6 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(narrow, part, name, val
     with pytest.raises(BadInput, match="VGG-16") as error:
         perceptual.Perceptual().load(*narrow)
     assert "\n" not in str(error.value) and len(str(error.value)) < 160
-
 
 
 # -- The critic ------------------------------------------------------------------------------------
@@ -148,11 +145,6 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths_and_a_constan
     assert w.grad.tolist() == pytest.approx([3, 4 + 2.5 * 2], rel=1e-3)
 
 
-@given(st.floats(0, 1))
-def test_the_critic_is_heard_late_and_then_ever_more(progress):
-    assert perceptual.start_late(progress) == pytest.approx(min(1, max(0, progress - 0.2) / 0.2))
-
-
 def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
     stage = stage_of("tokenizer", adversarial=0.5)
     image, critic, last = pictures(4, 16, 16), stage.modules["critic"], stage.model.decoder.conv_out
@@ -181,13 +173,13 @@ def test_without_weights_a_run_is_refused_in_one_line_but_a_finished_tokenizer_n
                           "--perceptual", 1, "--tokenizer-steps", 2, "--out", tmp_path / "run"]
     monkeypatch.setattr(files, "DOWNLOADS", tmp_path)
     monkeypatch.setattr(files, "download", fail)
-    for given, word in (((), "--perceptual 0"), (weight_files[:2], "no route"),
+    for files_given, word in (((), "--perceptual 0"), (weight_files[:2], "no route"),
                         (["--vgg-file", "nowhere.pth"], "nowhere.pth"),
                         ([*weight_files[:3], weight_files[1]], "VGG-16")):
-        assert word in refused(SCRIPT, *options, *given)
+        assert word in refused(SCRIPT, *options, *files_given)
     assert asked == [perceptual.VGG, perceptual.LPIPS]
-    for given, word in ((weight_files, "to 2 in"), ([], "trained for 2 steps")):
-        result = cli(SCRIPT, *options, *given)
+    for files_given, word in ((weight_files, "to 2 in"), ([], "trained for 2 steps")):
+        result = cli(SCRIPT, *options, *files_given)
         assert result.status == 0 and word in result.out, result
 
 
