@@ -29,7 +29,7 @@ def noise_photo(width, height, channels=3):
     "--released d17", "--image .", "--image text.png", "--image cut.png", "--mask missing.png",
     "--mask damaged.png", "--task inpaint --box 0.5 0.5 0.501 0.501", "--smooth",
     "--task evaluate --classes ant", "--grow 9 0 0 0", "--grow 0 0 0 0", "--precision float8",
-    "--tokenizer-file a.pth", "--classes dog", "--classes=-1", "--export-npz .",
+    "--tokenizer-file a.pth", "--classes dog", "--classes 3", "--classes=-1", "--export-npz .",
     "--export-npz missing/a.npz", "--export-npz text.png/a.npz"])
 def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, monkeypatch, options):
     monkeypatch.setattr(m6, "generate", lambda *_, **__: pytest.fail("sampled for nothing"))
@@ -88,15 +88,6 @@ def test_the_newest_run_is_the_default_then_what_came_with_the_code(
         (tmp_path / "out" / name / "transformer.pt").touch()
     result = cli(SCRIPT, *options)
     assert result.status == 0 and "out/newer" in result.out
-
-
-def test_a_class_is_found_by_name_or_index():
-    names = ["ant", "Bee", "12"]
-    assert [command_line.find_class(names, text) for text in ("ANT", "bee", "1", "12", "0")] == [
-        0, 1, 1, 2, 0]
-    for text in ("dog", "3", "-1", "1.5", "", "99999999999"):
-        with pytest.raises(BadInput, match="ant, Bee"):
-            command_line.find_class(names, text)
 
 
 # -- Images ----------------------------------------------------------------------------------------
