@@ -61,7 +61,7 @@ class SharedSettings:
 @dataclass
 class TokenizerSettings(SharedSettings):
     """Stage 1."""
-    tokenizer_steps: int = option(2000, "steps of stage 1", low=0)
+    tokenizer_steps: int = option(1500, "steps of stage 1", low=0)
     tokenizer_batch_size: int = option(16, "images per step of stage 1, over all GPUs")
     tokenizer_lr: float = option(3e-3, "peak learning rate of stage 1")
     flip: bool = option(False, "stage 1 mirrors half of the images")
@@ -75,7 +75,7 @@ class TokenizerSettings(SharedSettings):
 class TransformerSettings(SharedSettings):
     """Stage 2."""
     views: int = option(1, "versions of each image in the token cache (mirrored, shifted, ...)")
-    steps: int = option(1600, "steps of stage 2", low=0)
+    steps: int = option(1200, "steps of stage 2", low=0)
     batch_size: int = option(16, "images per step of stage 2, over all GPUs")
     lr: float = option(1.5e-3, "peak learning rate of adamw in stage 2")
     weight_decay: float = 0.05            # of matrices only
