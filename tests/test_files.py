@@ -27,6 +27,8 @@ class Hub(http.server.ThreadingHTTPServer):
     request; .sent: bytes; .mode: how it answers; .cut: how many bytes it sends before it hangs up;
     .tells: the sha256 that it tells in a redirection, as Hugging Face does."""
 
+    daemon_threads = False               # closing it waits until the last answer has been counted
+
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}/"
