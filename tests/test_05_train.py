@@ -267,6 +267,18 @@ def test_a_training_step_does_not_make_a_gpu_wait(kind, settings):
     assert waits.count == len(stage.optimizers), "a CPU looks whether to skip the step, no more"
 
 
+def test_the_gradient_of_the_model_is_clipped_and_the_critics_is_not():
+    stage, norms = stage_of("tokenizer", adversarial=1.0, clip=1e-3), []
+    for optimizer in stage.optimizers:
+        optimizer.step = lambda: None                      # else the gradients were cleared
+        optimizer.zero_grad = lambda set_to_none: None
+    result = m5.train_step(stage, stage.model, next(stage.batches(0)), 1.0)
+    for part in (stage.model, stage.modules["critic"]):
+        grads = [p.grad.flatten() for p in part.parameters() if p.grad is not None]
+        norms.append(torch.cat(grads).norm().item())
+    assert norms[0] == pytest.approx(1e-3, rel=1e-2) and min(norms[1], result.norm) > 2e-3
+
+
 def test_steps_in_a_row_that_are_not_finite_stop_the_run_with_one_line(refused, tiny, tmp_path,
                                                                        monkeypatch):
     shutil.copytree(tiny.folder, tmp_path / "run")
