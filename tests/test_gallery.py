@@ -151,8 +151,8 @@ def test_images_the_model_draws_for_editing_and_the_edits_share_no_random_number
 
 def test_exported_pixels_are_those_of_a_png_and_classes_take_turns(drawn, painter, tmp_path):
     (tmp_path / "a.npz").write_bytes(b"what was there")
-    for options, labels in (((), [0, 1, 2] * 2), (("--classes", "cat", "0"), [2, 0] * 2)):
-        assert not drawn("--export-npz", "a.npz", "--n", 2, "--seed", 3, *options), "nothing else"
+    for options, labels in (((), [0, 1, 2] * 5), (("--classes", "cat", "0"), [2, 0] * 5)):
+        assert not drawn("--export-npz", "a.npz", "--n", 5, "--seed", 3, *options), "nothing else"
         with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
             assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
             assert (file["arr_0"] == plots.to_uint8(painter(labels, seeded(3)))).all()
