@@ -72,10 +72,12 @@ def encode(settings, processes, stop, tokenizer, pictures, path, split):
     images = pictures.batches([job for job in jobs if job[1]],
                               partial(to_device, device=processes.device))
     count = sum(len(rows) for _, rows in steps)
-    work = progress(zip(steps, images), count, f"tokenized for {split}", say=processes.say,
-                    size=lambda done: len(done[0][1]))
+    # The images come first, so that they are asked for once more at the end: then they say how many
+    # were skipped.
+    work = progress(zip(images, steps), count, f"tokenized for {split}", say=processes.say,
+                    size=lambda done: len(done[1][1]))
     with open(path, "r+b") as file:
-        for done, ((view, rows), image) in enumerate(work, 1):
+        for done, (image, (view, rows)) in enumerate(work, 1):
             with autocast(processes.device, settings.precision):
                 tokens = torch.cat(tokenizer.image_to_tokens(image), 1).cpu().numpy()
             file.seek(cache.offset + (view * n + rows[0]) * cache[0, 0].nbytes)
