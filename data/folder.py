@@ -5,8 +5,9 @@
     insects/*.jpg                                          one class: unconditional
 
 A hash of its name decides whether an image is held out. So it stays on its side on every machine
-and when others are added. But frames of one video look alike under different names: put all of
-them into train/ or all into val/.
+and when others are added. But in classes of few images, at least one of which must be held out, a
+new image can take the place of the one that was. And frames of one video look alike under
+different names: put all of them into train/ or all into val/.
 
 Images are decoded when asked for: 1.28 million of them take the memory of their names. Embedded
 colour profiles are not applied.
@@ -14,6 +15,7 @@ colour profiles are not applied.
 import hashlib
 import os
 import sys
+import unicodedata
 import warnings
 from contextlib import suppress
 from itertools import chain
@@ -62,8 +64,13 @@ def scan(folder):
     """Sorted names of the (sub-folders, images) in a folder; hidden entries do not count."""
     with os.scandir(folder) as entries:   # asks the disk about links only: quick for a million
         entries = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
-    images = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file()]
-    return sorted(e.name for e in entries if e.is_dir()), sorted(images)
+    images = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and _holds(e.is_file)]
+    return sorted(e.name for e in entries if _holds(e.is_dir)), sorted(images)
+
+
+def _holds(check):
+    with suppress(OSError):   # a link that leads to itself is neither a file nor a folder
+        return check()
 
 
 def classes_in(folder):
@@ -116,11 +123,14 @@ def _split(root, split, classes_of):
 def held_out(names):
     """Which of the images with these names (paths below the folder) are held out: about one in 20,
     each decided by a hash of its name; of two or more at least one, and never all. -> (n,) bool"""
-    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big")
-                       for name in names], np.uint64)
+    # Some systems keep "ä" as one character, others as "a" and two dots.
+    encoded = [os.fsencode(unicodedata.normalize("NFC", name)) for name in names]
+    hashes = np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
+                       for name in encoded], np.uint64)
     held = hashes < HELD_OUT * 2 ** 64
-    if len(names) > 1:
-        held[hashes.argmin()], held[hashes.argmax()] = True, False
+    if names:
+        first, last = hashes.argsort(kind="stable")[[0, -1]]   # of equal hashes too, they differ
+        held[first], held[last] = True, False                  # one image alone is `last`: False
     return held
 
 

@@ -1,5 +1,6 @@
 """Image files: which are read, in which colours, cut where, held out by what; what is refused."""
 import pickle
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -173,8 +174,14 @@ def test_which_side_an_image_is_on_depends_on_its_name_and_not_on_its_neighbours
 
 
 def test_one_image_in_20_is_held_out_on_every_machine_the_same():
-    held = folder.held_out([f"cat/{i}.jpg" for i in range(10_000)])
+    names = [f"cat/{i}.jpg" for i in range(10_000)]
+    held = folder.held_out(names)
     assert 450 < held.sum() < 550 and np.flatnonzero(held)[:5].tolist() == [13, 36, 38, 53, 70]
+    assert not any(folder.held_out([name]) for name in names[:100]), "one alone is trained on"
+    mac, linux = ([unicodedata.normalize(form, f"ä\udcff{i}") for i in range(200)]
+                  for form in ("NFD", "NFC"))
+    assert (folder.held_out(mac) == folder.held_out(linux)).all()
+    assert sum(folder.held_out(["ä", "a\u0308"])) == 1
 
 
 @given(sizes=st.lists(st.integers(1, 25), min_size=1, max_size=4))
@@ -184,7 +191,7 @@ def test_the_splits_are_disjoint_and_complete_and_every_class_is_in_both(sizes):
                    for split in ("train", "test"))
     for name, paths in listed.items():
         assert sorted(train[name] + test[name]) == sorted(paths)
-        assert max(sizes) == 1 or len(paths) == 1 or (train[name] and test[name])
+        assert max(sizes) == 1 or train[name] and bool(test[name]) == (len(paths) > 1)
     assert sum(sizes) == 1 or any(test.values())
 
 
@@ -213,6 +220,7 @@ def test_other_layouts(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "cat").symlink_to(tmp_path / "far")
     (tmp_path / "links" / "dog").symlink_to(tmp_path / "gone")
+    (tmp_path / "links" / "eel.png").symlink_to("eel.png")
     for name, classes in dict(one=["cat"], two=["car", "train"],    # a class may be called train
                               flat=["flat"], links=["cat"]).items():
         assert folder.load("test", data_dir=tmp_path / name, size=2)[2] == classes
