@@ -43,8 +43,8 @@ from data.batches import (batch_indices, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
 from data.registry import load_data
 from data.views import Views
-from engine.checkpoints import (export, load_checkpoint, model_fingerprint, resume, save,
-                                save_atomically)
+from engine.checkpoints import (check_identity, export, load_checkpoint, model_fingerprint, resume,
+                                save, save_atomically)
 from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
                             move_small_arrays_to_gpu, peak_memory, reset_peak_memory, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
@@ -222,8 +222,9 @@ def begin(stage, folder, everything):
     """Resume the stage or start it. The folder changes only after the checkpoint was accepted.
     -> number of steps done"""
     start = 0 if stage.settings.fresh else resume(folder.checkpoint(stage.name), stage)
-    if stage.settings.fresh and stage.invalidates:
-        folder.remove(stage.invalidates)
+    if stage.settings.fresh:                               # what is there belongs to another run
+        for name in stage.fresh_removes:
+            folder.remove(name)
     folder.begin(stage.name, start, everything)
     stage.processes.barrier()
     if 0 < start < stage.steps:
@@ -251,7 +252,7 @@ def report(stage, step, results, seconds, folder):
 
 class TokenizerStage:
     name = "tokenizer"
-    invalidates = "transformer.pt"                         # --fresh removes it: of other tokens
+    fresh_removes = "tokenizer.pt", "transformer.pt"       # the latter is of other tokens
     final_lr, final_decay = 0.0, None
 
     def __init__(self, settings, processes, folder, config, train_images, test_images,
@@ -392,17 +393,22 @@ def tokenizer_of_stage_2(settings, path, scales):
     if not settings.tokenizer_file:
         return load_tokenizer(path)[0]
     tokenizer = open_tokenizer(settings.tokenizer_file, scales)
-    if path.exists() and not settings.fresh and (
-            model_fingerprint(tokenizer) != model_fingerprint(load_tokenizer(path)[0])):
-        raise BadInput(f"{path} is another tokenizer than {settings.tokenizer_file}; --fresh "
-                       "starts over with the latter, --out takes another folder")
+    if path.exists():
+        own, about = load_tokenizer(path)
+        if model_fingerprint(tokenizer) != model_fingerprint(own):
+            if about["step"]:                              # trained in this folder: not replaced
+                raise BadInput(f"{path} is another tokenizer than {settings.tokenizer_file}; give "
+                               "another folder with --out")
+            if not settings.fresh:
+                raise BadInput(f"{path} is another tokenizer than {settings.tokenizer_file}; "
+                               "--fresh starts over with the latter, --out takes another folder")
     return tokenizer
 
 
 # -- Stage 2: the transformer ----------------------------------------------------------------------
 
 class TransformerStage:
-    name, invalidates = "transformer", None
+    name, fresh_removes = "transformer", ("transformer.pt",)
 
     def __init__(self, settings, processes, tokenizer, config, data, class_names):
         """data: {"train": (tokens (views, N, L), labels (N,)), "test": the same}"""
@@ -429,8 +435,13 @@ class TransformerStage:
         self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           sampling={k: getattr(settings, k) for k in ("cfg", "top_k", "top_p")},
-                          settings={**identity(settings, TransformerSettings), **asdict(config),
-                                    "tokenizer": model_fingerprint(tokenizer)})
+                          settings=self.identity(settings, tokenizer, config))
+
+    @staticmethod
+    def identity(settings, tokenizer, config):
+        """What must be the same when the stage is resumed."""
+        return {**identity(settings, TransformerSettings), **asdict(config),
+                "tokenizer": model_fingerprint(tokenizer)}
 
     def rows(self, split, indices):
         """Rows of the token cache, counted through all views. -> tokens (B, L), labels (B,)"""
@@ -476,8 +487,8 @@ class TransformerStage:
         numbers = dict(per_scale=scales, right=right)
         # Half precision cannot tell products apart that are multiplied by much: 100 is the most.
         if self.settings.precision != "float32" and self.model.config.qk_norm:
-            found = [block.attention.log_scale.detach().max() for block in self.model.blocks]
-            largest = max(float(getattr(x, "full_tensor", lambda x=x: x)()) for x in found)
+            found = [block.attention.log_scale.detach() for block in self.model.blocks]
+            largest = max(float(getattr(x, "full_tensor", lambda x=x: x)().max()) for x in found)
             numbers["qk_factor"] = min(math.exp(largest), 100.0)
             text += f" | qk {numbers['qk_factor']:.0f}"
         return text, numbers
@@ -569,13 +580,21 @@ def transformer_stage(settings, processes, folder, stop, var_fields, train_data,
     tokenizer = lay_out(tokenizer, processes.device, settings.precision)
     if about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
         processes.say(f"note: the tokenizer was trained for {about['step']} steps of {planned}")
+    sizes, path = var_sizes(var_fields, tokenizer.config, len(class_names)), "transformer.pt"
+    # Before tokens are made again: a command that is refused changes nothing, and what a command
+    # with --fresh leaves when it is stopped here must not pass for its own.
+    if settings.fresh:
+        folder.remove(path)
+    elif (folder.path / path).exists():
+        check_identity(folder.path / path, load_checkpoint(folder.path / path), "transformer",
+                       TransformerStage.identity(settings, tokenizer, sizes))
+    processes.barrier()
     data = {}
     for split, (images, labels), views in (("train", train_data, settings.views),
                                            ("test", test_data, 1)):
         pictures = Views(images, views, settings.workers)
         data[split] = cache_tokens(settings, processes, folder, stop, tokenizer, pictures,
                                    split), labels
-    sizes = var_sizes(var_fields, tokenizer.config, len(class_names))
     return TransformerStage(settings, processes, tokenizer, sizes, data, class_names)
 
 

@@ -48,7 +48,7 @@ def export(folder, path):
     both = {}
     for name in ("tokenizer", "transformer"):
         state = load_checkpoint(folder / f"{name}.pt")
-        state = {k: v for k, v in state.items() if k not in ("optimizers", "critic")}
+        state = {k: v for k, v in state.items() if k not in ("optimizers", "critic", "loss_scale")}
         weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
         both[name] = {**state, "model": weights}
     save_atomically(both, path)
@@ -71,7 +71,7 @@ def resume(path, stage):
     if not path.exists():
         return 0
     state = load_checkpoint(path)
-    check_identity(path, state, stage)
+    check_identity(path, state, stage.name, stage.about["settings"])
     try:
         for name, module in stage.modules.items():
             own, saved = module.state_dict(), state[name]
@@ -81,18 +81,21 @@ def resume(path, stage):
             for i, values in saved["state"].items():
                 values.update({k: spread(v, owners[i]) for k, v in values.items()})
             optimizer.load_state_dict(saved)
+        return state["step"]
     except torch.OutOfMemoryError:
         raise
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
         raise BadInput(f"{path} is damaged; --fresh starts over") from None
-    return state["step"]
 
 
-def check_identity(path, state, stage):
-    """Raises BadInput unless the checkpoint was trained with exactly the settings of the stage."""
-    old, new = state.get("settings"), stage.about["settings"]
+def check_identity(path, state, name, new):
+    """Raises BadInput unless the checkpoint of the stage `name` was trained with the settings `new`
+    and no others."""
+    old = state.get("settings")
+    if old == {}:
+        raise BadInput(f"{path} came with --tokenizer-file: give --stage transformer")
     if not isinstance(old, dict) or set(old) != set(new):
-        raise BadInput(f"{path} was saved by another version of this code or is no {stage.name}; "
+        raise BadInput(f"{path} was saved by another version of this code or is no {name}; "
                        "--fresh trains again from scratch")
     changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
     if changed:

@@ -120,6 +120,17 @@ def test_two_processes_train_as_one_however_they_share_the_work(
 
 
 @pytest.mark.slow
+def test_sharded_processes_train_in_half_precision_and_log_the_attentions_factor(
+        under_fire, stage_2):
+    """Of two processes one holds all of a factor per head, the other nothing."""
+    result = under_fire("", *stage_2.options, "--gpus", 2, "--shard", "--precision", "bfloat16")
+    assert (result.status, result.err) == (0, ""), result
+    entries = map(json.loads, (stage_2.folder / "log.jsonl").read_text().splitlines())
+    assert [entry["qk_factor"] for entry in entries if "loss" in entry
+            and entry["stage"] == "transformer"][-1] == pytest.approx(4, abs=0.5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first, then", [
     (["--gpus", 2, "--shard"], []), ([], ["--gpus", 2, "--shard", "--accumulate", 2])])
 def test_what_sharded_processes_saved_one_process_resumes_and_vice_versa(

@@ -1,18 +1,22 @@
 """A run's folder belongs to one run at a time, and its log to the steps that were saved."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import BadInput
+from engine.checkpoints import load_checkpoint
 from engine.run_folder import RunFolder
 
 SCRIPT = "05_train.py"
@@ -94,3 +98,44 @@ def test_a_process_that_does_not_write_writes_nothing(tmp_path):
         folder.remove("transformer.pt")
         assert folder.settings() == {}
     assert [path.name for path in tmp_path.iterdir()] == ["transformer.pt"]
+
+
+def content(folder):
+    """What must not change when a command is refused."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.suffix in (".pt", ".npy", ".json", ".jsonl")}
+
+
+@pytest.mark.parametrize("options", [
+    ["--views", 3], ["--views", 3, "--stage", "transformer"],
+    ["--stage", "transformer", "--tokenizer-file", "other.pt"],
+    ["--stage", "transformer", "--tokenizer-file", "other.pt", "--fresh"]])
+def test_a_refused_command_changes_nothing_not_even_the_token_cache(
+        refused, tiny, tmp_path, options):
+    """Neither are tokens made again for a transformer that is then refused, nor is a tokenizer that
+    was trained here replaced."""
+    shutil.copytree(tiny.folder, run := tmp_path / "run")
+    other = load_checkpoint(run / "tokenizer.pt")
+    other["model"]["quant_conv.bias"] = other["model"]["quant_conv.bias"] + 1
+    torch.save(other, tmp_path / "other.pt")
+    before = content(run)
+    line = refused(SCRIPT, *tiny.options, *options, "--out", run)
+    assert "views" in line or "--out" in line
+    assert {k: v for k, v in content(run).items() if k != "settings.json"} == {
+        k: v for k, v in before.items() if k != "settings.json"}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_what_fresh_began_and_lost_is_not_taken_for_finished(cli, tiny, tmp_path, stage):
+    """Stopped before its first checkpoint, a fresh stage begins anew, whatever was there before."""
+    shutil.copytree(tiny.folder, run := tmp_path / "run")
+    training = import_module("05_train")
+
+    def stop(*_):
+        raise BadInput("stopped")
+    options = [*tiny.options, "--stage", stage, "--out", run]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", stop)
+        assert cli(SCRIPT, *options, "--fresh").status == 2
+    result = cli(SCRIPT, *options)
+    assert result.status == 0 and f"{stage}: steps 0 to 24" in result.out, result
