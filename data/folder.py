@@ -112,7 +112,7 @@ def _split(root, split, classes_of):
         base = root / other
         classes = classes_of(base)
         for name in classes.keys() - set(names):
-            what = f"the class folder {name!r}" if name else "images outside class folders"
+            what = f"the class {name!r}" if name else "images outside class folders"
             raise BadInput(f"{base} holds {what}: sort its images into those of {root}/train")
         if missing := [name for name in names if name not in classes]:
             print(f"{base} lacks {len(missing)} of the {len(names)} classes of train: "

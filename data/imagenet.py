@@ -67,12 +67,14 @@ def _classes(base):
                        "or move each image to val/<wnid>/")
     try:
         wnid_of = _labels(path)
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise BadInput(f"{path} is not the list of labels that it should be: {error}") from None
-    classes = {}
+    classes, known = {}, dict(_table())
     for image in loose or [f"images/{name}" for name in folder.scan(base / "images")[1]]:
-        if (wnid := wnid_of.get(Path(image).stem)) is None:
+        if not (wnid := wnid_of.get(Path(image).stem)):
             raise BadInput(f"{path} has no label for {image} in {base}")
+        if wnid not in known:
+            raise BadInput(f"{path} gives {image} the label {wnid!r}, which is no ImageNet class")
         classes.setdefault(wnid, []).append(image)
     return dict(sorted(classes.items()))
 
@@ -81,8 +83,10 @@ def _labels(path):
     """{image name without its ending: wnid}, read from one of LISTS."""
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     if path.name == TRUTH:      # line n holds the devkit's class number, 1..1000, of image n
-        wnids = _devkit_wnids(path.with_name("meta.mat"))
-        return {f"ILSVRC2012_val_{n:08}": wnids[int(line) - 1] for n, line in enumerate(lines, 1)}
+        wnids, numbers = _devkit_wnids(path.with_name("meta.mat")), [int(line) for line in lines]
+        if wrong := [number for number in numbers if not 1 <= number <= 1000]:
+            raise ValueError(f"it holds {wrong[0]}, not a class number of 1..1000")
+        return {f"ILSVRC2012_val_{n:08}": wnids[number - 1] for n, number in enumerate(numbers, 1)}
     fields = [re.split(r"[,\s]", line) for line in lines]    # "name,wnid ..." or "name\twnid\t..."
     return {Path(name).stem: wnid for name, wnid, *_ in fields}
 

@@ -66,14 +66,24 @@ def test_what_is_not_imagenet_is_refused(tmp_path):
     unsorted(tmp_path / "few", "kaggle", names=["00000001", "00000003"])
     unsorted(tmp_path / "more", "tiny")
     tree(tmp_path / "more", val="images/val_7.JPEG")
-    for name in ("meta", "csv"):
+    for name in ("meta", "csv", "0", "-3", "1001"):
         unsorted(tmp_path / name, "devkit")
+    for name in ("0", "-3", "1001"):
+        (tmp_path / name / "ILSVRC2012_devkit_t12/data" / imagenet.TRUTH).write_text(
+            f"450\n125\n{name}\n")
+    for name, wnid in (("blank", ""), ("unknown", "n99999999")):
+        unsorted(tmp_path / name, "kaggle")
+        csv = tmp_path / name / "LOC_val_solution.csv"
+        csv.write_text(csv.read_text().replace(f"2,{WNIDS[0]}", f"2,{wnid}"))
     (tmp_path / "meta/ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"no" * 99)
     (tmp_path / "csv/LOC_val_solution.csv").write_text("ImageId\n")
     for name, *words in [("cats", "'cats'", "n01440764"), ("few", "1 of the 2", "goldfish"),
                          ("no list", "LOC_val_solution.csv", imagenet.TRUTH, "val/<wnid>/"),
                          ("more", "val_7", "val_annotations"), ("meta", "meta.mat"),
-                         ("csv", "LOC_val_solution.csv")]:
+                         ("csv", "LOC_val_solution.csv"),
+                         *[(n, imagenet.TRUTH, f" {n},", "1..1000") for n in ("0", "-3", "1001")],
+                         ("blank", "LOC_val_solution.csv", "no label", "val_00000002"),
+                         ("unknown", "LOC_val_solution.csv", "'n99999999'", "val_00000002")]:
         refusal(lambda: imagenet.load("test", data_dir=tmp_path / name), *words)
     refusal(lambda: imagenet.load("train", data_dir=None), "--data-dir")
 
