@@ -59,6 +59,7 @@ def painter(tiny):
 
 # -- Through the command line ----------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_all_tasks_write_valid_images_in_half_precision_too(drawn, tmp_path, monkeypatch):
     for sheet in drawn("--task", "think", "--classes", "bee", "--precision", "bfloat16").values():
         assert sheet.images.isfinite().all()

@@ -183,6 +183,7 @@ def test_without_weights_a_run_is_refused_in_one_line_but_a_finished_tokenizer_n
         assert result.status == 0 and word in result.out, result
 
 
+@pytest.mark.slow
 def test_a_run_with_all_terms_that_was_stopped_goes_on_bit_for_bit_and_gives_away_no_critic(
         cli, picture_folder, weight_files, monkeypatch, tmp_path):
     def train(name, *more, status=0):
