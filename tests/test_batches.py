@@ -4,11 +4,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import batches
+from data import batches, registry
 
 
 @given(n=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 5))
@@ -52,3 +52,14 @@ raise ValueError("a bug")"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
                           timeout=60)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: a bug"
+
+
+def test_a_data_set_from_outside_is_one_line_in_the_table(cli, monkeypatch):
+    """Nothing else knows the data sets: a run trains on a new one by its name."""
+    def load(split, *, data_dir, size):
+        images = np.random.default_rng(len(split)).integers(0, 256, (12, size, size, 3), np.uint8)
+        return images, np.arange(12) % 2, ["heads", "tails"]
+    monkeypatch.setitem(registry.DATASETS, "coins", registry.Dataset(load, judge_steps=5))
+    options = [option if option != "24" else "2" for option in TINY]
+    result = cli("05_train.py", "--dataset", "coins", *options, "--out", "run")
+    assert result.status == 0 and "coins: 12 " in result.out and "2 classes" in result.out, result
