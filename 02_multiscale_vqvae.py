@@ -1,6 +1,6 @@
 """Chapter 2: an image as K token maps, coarse to fine.
 
-Chapter 1 quantized a vector, then what was left, then what was left of that. Here the levels are
+Chapter 1 quantized a vector, then what was left, then what was left of that. Here the rounds are
 *scales*: the first has a single token for the whole feature map, the last one token per cell. What
 they stand for adds up to the feature map that the decoder turns into an image.
 
@@ -36,8 +36,10 @@ import torch.nn.functional as F
 
 from data import shapes
 from engine import BadInput
+from engine.devices import GroupNorm
 from report import health, plots
 
+# `import 01_vq` is a syntax error: a module's name cannot start with a digit there.
 vq = import_module("01_vq")
 
 
@@ -49,11 +51,11 @@ class TokenizerConfig:
     vocab_size: int = 512                        # V, codes shared by all scales
     latent_dim: int = 32                         # C, length of a code
     channels: int = 64                           # width of the first convolution
-    multipliers: tuple = (1,)                    # widths of levels, as 1,2; the last keeps the side
-    blocks: int = 1                              # residual blocks per level (decoder: one more)
+    multipliers: tuple = (1,)                    # of `channels` at each resolution, as 1,2
+    blocks: int = 1                              # ResidualBlocks at each (decoder: one more)
     unshuffle: int = 4                           # fold 4x4 pixels into channels first (1: do not)
     groups: int = 8                              # of GroupNorm
-    attention: bool = False                      # self-attention at the lowest level and the middle
+    attention: bool = False                      # at the lowest resolution and in the middle
     phis: int = 4                                # small convolutions after upsampling, shared
     residual: bool = True                        # False: every scale quantizes the whole map
     quantizer: str = "vq"                        # a name in QUANTIZERS of chapter 1
@@ -84,24 +86,24 @@ class MultiScaleQuantizer(nn.Module):
         self.phi_index = phi_of_scale(self.K, config.phis)
         for i, phi in enumerate(self.phis):                # with few scales some serve none of them
             phi.requires_grad_(i in self.phi_index)
-        full = self.scales[-1]                             # resize matrices, one below the other
-        down = torch.cat([resize_matrix(full, side, "area") for side in self.scales])
-        up = torch.cat([resize_matrix(side, full, "bicubic").t() for side in self.scales])
-        self.register_buffer("down", down, persistent=False)
-        self.register_buffer("up", up, persistent=False)
+        full = self.scales[-1]                             # resizing is S f S^t and U^t x U
+        for k, side in enumerate(self.scales):             # with S and U of shape (h_k, h)
+            S, U = resize_matrix(full, side, "area"), resize_matrix(side, full, "bicubic").t()
+            self.register_buffer(f"down{k}", S, persistent=False)
+            self.register_buffer(f"up{k}", U.contiguous(), persistent=False)
 
     def downsample_to(self, f, k):
         """A feature map as the vectors of scale k: each is the mean of its area, the vector that
         differs least from all the cells it stands for. (B, C, h, w) -> (B, h_k*w_k, C)"""
-        matrix = self.down.split(self.scales)[k]
-        small = matrix @ f @ matrix.t() if k < self.K - 1 else f
+        S = self.get_buffer(f"down{k}")
+        small = S @ f @ S.t() if k < self.K - 1 else f
         return small.flatten(2).transpose(1, 2)
 
     def upsample_from(self, x, k):
         """(B, h_k*w_k, C) -> (B, C, h, w). Bicubic, as copies of a vector would leave edges."""
-        matrix = self.up.split(self.scales)[k]
+        U = self.get_buffer(f"up{k}")
         x = x.transpose(1, 2).unflatten(2, (self.scales[k], self.scales[k]))
-        return matrix.t() @ x @ matrix if k < self.K - 1 else x
+        return U.t() @ x @ U if k < self.K - 1 else x
 
     def embed(self, k, tokens_k):
         """What scale k adds to f_hat: its codes, upsampled, corrected by phi.
@@ -259,21 +261,6 @@ def conv3x3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
-class GroupNorm(nn.GroupNorm):
-    """In the precision of x, also under autocast. Its own rule for CUDA is float32, which doubles
-    the bytes and copies every activation twice; the kernel sums in float32 in any case."""
-    mixed = ("cpu",)                                       # accept half x with float32 weights
-
-    def __init__(self, channels, groups):
-        super().__init__(groups, channels, eps=1e-6)
-
-    def forward(self, x):
-        dtype = self.weight.dtype if x.device.type in self.mixed else x.dtype
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(dtype), self.bias.to(dtype),
-                                self.eps)
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -309,9 +296,9 @@ def upsample(c):
     return chain(nearest=nn.Upsample(scale_factor=2), conv=conv3x3(c, c))
 
 
-def levels(cfg, c, widths, blocks, attention_at, resample):
-    """One level per width: residual blocks (in level `attention_at` with attention), and a step up
-    or down between levels. c: channels of the input"""
+def resolutions(cfg, c, widths, blocks, attention_at, resample):
+    """One after another: ResidualBlocks of each width (number `attention_at` with Attention), and
+    between two resolutions a step up or down. c: channels of the input"""
     found = []
     for i, width in enumerate(widths):
         layers = []
@@ -336,7 +323,8 @@ def make_encoder(cfg):
     widths = [cfg.channels * m for m in cfg.multipliers]
     return chain(unshuffle=nn.PixelUnshuffle(cfg.unshuffle),               # (B, 3 u u, H/u, W/u)
                  conv_in=conv3x3(3 * cfg.unshuffle ** 2, cfg.channels),
-                 levels=levels(cfg, cfg.channels, widths, cfg.blocks, len(widths) - 1, downsample),
+                 levels=resolutions(cfg, cfg.channels, widths, cfg.blocks, len(widths) - 1,
+                                    downsample),
                  middle=middle(widths[-1], cfg),                           # (B, widest, h, w)
                  norm_out=GroupNorm(widths[-1], cfg.groups), silu=nn.SiLU(),
                  conv_out=conv3x3(widths[-1], cfg.latent_dim))             # (B, C, h, w)
@@ -347,7 +335,7 @@ def make_decoder(cfg):
     widths = [cfg.channels * m for m in cfg.multipliers][::-1]
     return chain(conv_in=conv3x3(cfg.latent_dim, widths[0]),
                  middle=middle(widths[0], cfg),                            # (B, widest, h, w)
-                 levels=levels(cfg, widths[0], widths, cfg.blocks + 1, 0, upsample),
+                 levels=resolutions(cfg, widths[0], widths, cfg.blocks + 1, 0, upsample),
                  norm_out=GroupNorm(widths[-1], cfg.groups), silu=nn.SiLU(),
                  conv_out=conv3x3(widths[-1], 3 * cfg.unshuffle ** 2),     # (B, 3 u u, H/u, W/u)
                  shuffle=nn.PixelShuffle(cfg.unshuffle))
@@ -357,8 +345,11 @@ def check(cfg):
     """Raises BadInput for settings that do not fit together."""
     if cfg.quantizer not in vq.QUANTIZERS:
         raise BadInput(f"quantizer must be {' or '.join(vq.QUANTIZERS)}, not {cfg.quantizer}")
-    if not cfg.scales or min(cfg.phis, cfg.blocks, cfg.vocab_size, *cfg.multipliers) < 1:
-        raise BadInput("scales, phis, blocks, vocab_size and multipliers must be 1 or more")
+    sizes = (*cfg.scales, *cfg.multipliers, cfg.phis, cfg.blocks, cfg.vocab_size)
+    if not cfg.scales or min(sizes) < 1:
+        raise BadInput("scales, multipliers, phis, blocks and vocab_size must be 1 or more")
+    if list(cfg.scales) != sorted(set(cfg.scales)):
+        raise BadInput(f"scales must grow, not {cfg.scales}")
     if not 0 <= cfg.coarse <= 1:
         raise BadInput(f"coarse must be between 0 and 1, not {cfg.coarse}")
     if any(cfg.channels * m % cfg.groups for m in cfg.multipliers):
@@ -368,8 +359,6 @@ def check(cfg):
     if cfg.scales[-1] != side:
         raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, not "
                        f"{cfg.scales[-1]}: choose scales, multipliers and unshuffle")
-    if list(cfg.scales) != sorted(set(cfg.scales)) or cfg.scales[0] < 1:
-        raise BadInput(f"scales must grow from 1 or more, not {cfg.scales}")
     try:
         with torch.device("meta"):                         # it knows which sizes it can have
             vq.QUANTIZERS[cfg.quantizer].build(cfg.vocab_size, cfg.latent_dim, cfg.learn)

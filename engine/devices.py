@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine import BadInput
 
@@ -127,6 +128,21 @@ def autocast(device, precision):
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, precision))
+
+
+class GroupNorm(torch.nn.GroupNorm):
+    """In the precision of x, also under autocast. Its own rule for CUDA is float32, which doubles
+    the bytes and copies every activation twice; the kernel sums in float32 in any case."""
+    mixed = ("cpu",)                                       # accept half x with float32 weights
+
+    def __init__(self, channels, groups):
+        super().__init__(groups, channels, eps=1e-6)
+
+    def forward(self, x):
+        dtype = self.weight.dtype if x.device.type in self.mixed else x.dtype
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(dtype), self.bias.to(dtype),
+                                self.eps)
 
 
 def to_device(tensor, device):
