@@ -7,7 +7,7 @@ maps, and chapter 4 predicts the indices.
 
     scalar    -0.37 ------------------> bucket 3 of 8 ------> -0.375
     vector    (0.9, 0.1, 0.2) --------> code 17 of 64 ------> (0.8, 0.1, 0.3)
-    residual  x = z[17] + rest,  rest = z[4] + smaller rest,  ...      log2(64) bits per level
+    residual  x = z[17] + rest,  rest = z[4] + smaller rest,  ...      log2(64) bits per round
     sign      (0.9, -0.1, 0.2) -------> + - +  = index 5 ---> (s, -s, s)       no codebook at all
 
 Shapes: x (..., C) vectors to quantize, idx (...) int64, V codes, C channels, codebook (V, C).
@@ -267,19 +267,19 @@ def _bit_entropy(p):
 QUANTIZERS = {"vq": VectorQuantizer, "lfq": LookupFreeQuantizer}      # what --quantizer may name
 
 
-# -- Residuals: several levels of rounding ---------------------------------------------------------
+# -- Residuals: several rounds of quantizing -------------------------------------------------------
 
 def residual_quantize(x, quantizer, depth):
-    """Quantize x, then what is left, `depth` times (RQ-VAE, eq. 3). quantizer: one for all levels,
+    """Quantize x, then what is left, `depth` times (RQ-VAE, eq. 3). quantizer: one for all rounds,
     or a list with one for each. x (..., C) -> (x_hat (..., C), [idx_1 .. idx_depth]).
 
     A sum of d codes can be up to V**d different points, while only d codebooks of V codes, or one,
     are stored and searched. This is the idea that chapter 2 spreads over scales."""
-    levels = quantizer if isinstance(quantizer, list) else [quantizer] * depth
+    quantizers = quantizer if isinstance(quantizer, list) else [quantizer] * depth
     x_hat, indices = torch.zeros_like(x), []
-    for level in levels[:depth]:
-        indices.append(level.nearest(x - x_hat))
-        x_hat = x_hat + level.lookup(indices[-1])
+    for one in quantizers[:depth]:
+        indices.append(one.nearest(x - x_hat))
+        x_hat = x_hat + one.lookup(indices[-1])
     return x_hat, indices
 
 
@@ -327,14 +327,14 @@ def show(text, error):
 
 def compare_codebooks(photo):
     """photo (B, H, W, 3) in [0, 1] -> the same, quantized more and more finely, by row label"""
-    rows, colours, levels = {"original": photo}, photo.reshape(-1, 3)[::7], []
+    rows, colours, books = {"original": photo}, photo.reshape(-1, 3)[::7], []
     for V in (2, 4, 16, 64):
         book = learn_codes(colours, V)
         rows[f"{V} colours"] = x_hat = book.lookup(book.nearest(photo))
         one = show(f"{V} codes, {math.log2(V):.0f} bits per pixel", 1000 * F.mse_loss(x_hat, photo))
-    for depth in (1, 2, 3, 4):               # each level has codes of its own for what is left
-        levels.append(learn_codes(colours - residual_quantize(colours, levels, depth)[0], 8))
-        rows[f"{depth} x 8 codes"] = x_hat = residual_quantize(photo, levels, depth)[0]
+    for depth in (1, 2, 3, 4):               # each round has codes of its own for what is left
+        books.append(learn_codes(colours - residual_quantize(colours, books, depth)[0], 8))
+        rows[f"{depth} x 8 codes"] = x_hat = residual_quantize(photo, books, depth)[0]
         text = f"{depth} x 8 codes, {3 * depth} bits per pixel"
         many = show(text, 1000 * F.mse_loss(x_hat, photo))
     assert many < one

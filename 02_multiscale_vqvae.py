@@ -400,8 +400,9 @@ def main():
     *_, (_, _, running) = tokenizer._rounds(f)
     assert torch.allclose(tokenizer.features(tokens), running), "Algorithm 2 undoes Algorithm 1"
     # One token is the same vector in every cell: only zero padding tells the decoder of the rim.
-    labels[1] += ": the box shows the zero padding"
-    plots.save_grid("out/02_multiscale_vqvae.png", (torch.cat(rows) + 1) / 2, 8, row_labels=labels)
+    plots.save_grid("out/02_multiscale_vqvae.png", (torch.cat(rows) + 1) / 2, 8, row_labels=labels,
+                    footer=plots.legend("Why a box at 1x1: one token gives every cell the same "
+                                        "vector, but zero padding shows where the rim is."))
     print("wrote out/02_multiscale_vqvae.png (soft after so few steps; chapter 5 trains longer)")
 
 

@@ -6,7 +6,7 @@ coarser maps alone and resized to the size of map k, never map k itself. The tok
 predicted at once, each independently of the others, given the coarser maps. That is the model's
 assumption: p(map k | coarser maps) is the product over its tokens, and their order does not matter.
 
-    scales (1, 2), 1 + 4 tokens           raster order, 5 blocks of one token
+    scales (1, 2), 1 + 4 tokens           raster order, 5 maps of one token
         1  2  2  2  2                         1  2  3  4  5
     1   x  .  .  .  .                     1   x  .  .  .  .
     2   x  x  x  x  x                     2   x  x  .  .  .
@@ -14,9 +14,10 @@ assumption: p(map k | coarser maps) is the product over its tokens, and their or
     2   x  x  x  x  x                     4   x  x  x  x  .
     2   x  x  x  x  x                     5   x  x  x  x  x
 
-Block k looks at a *prefix*: all of the blocks 1..k and nothing else. So sampling needs no mask: the
-keys and values of earlier blocks are cached, and the new block attends to all of them. Training can
-also go from prefix to prefix, which skips most of the products that a mask would hide.
+The tokens of a map form one block of the mask, hence its name. Map k looks at a *prefix*: at maps
+1..k and nothing else. So sampling needs no mask: the keys and values of earlier maps are cached,
+and the new map attends to all of them. Training can also go from prefix to prefix, which skips most
+of the products that a mask would hide.
 
 Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...) sides; L = sum of squares.
 
@@ -50,8 +51,7 @@ def attention(q, k, v, mask=None, qk_factor=None):
     qk_factor None: 1/sqrt(d). -> (B, heads, queries, d)"""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=qk_factor)
-    # In bfloat16 on a CPU the fused kernel takes twice the time of the formula, backwards four
-    # times.
+    # In bfloat16 on a CPU the fused kernel is slower than the formula.
     scores = (q * (qk_factor or q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
@@ -105,15 +105,15 @@ def main():
     assert difference < 1e-5
 
     print("an 8x8 map     steps   query-key products: cached   without a cache")
-    for name, blocks in (("next scale", (1, 2, 3, 4, 6, 8)), ("raster", (1,) * 64)):
-        seen = block_causal_mask(blocks).sum(1)            # by each token
+    for name, sides in (("next scale", (1, 2, 3, 4, 6, 8)), ("raster", (1,) * 64)):
+        seen = block_causal_mask(sides).sum(1)             # by each token
         again = int((seen.unique() ** 2).sum())            # every step computes its whole prefix
-        print(f"{name:<12} {len(blocks):7} {int(seen.sum()):28,} {again:17,}")
+        print(f"{name:<12} {len(sides):7} {int(seen.sum()):28,} {again:17,}")
 
     images = [plots.heat_map(block_causal_mask(s).numpy()) for s in (scales, (1,) * 16)]
     images[1] = np.pad(images[1], ((0, 14), (0, 14), (0, 0)), constant_values=255)   # white
     plots.save_grid("out/03_block_causal_mask.png", np.stack(images), columns=2, scale=9,
-                    column_labels=["next scale: 1 4 9 16", "raster: 16 blocks of 1"])
+                    column_labels=["next scale: 1 4 9 16", "raster: 16 maps of 1"])
     print("wrote out/03_block_causal_mask.png: row looks at column where it is yellow")
 
 

@@ -290,10 +290,13 @@ def show_influence(var):
     moved = (logits[:-1] - logits[-1]).norm(dim=-1).t()    # (L outputs, L inputs)
     assert not moved[~var.mask].any()
     print("changing an input moves no output of a coarser scale")
-    plots.save_grid("out/04_var_transformer.png", plots.heat_map((moved + 0.01).log())[None],
-                    columns=1, scale=4, column_labels=["scales of 1, 4, 9, 16, 36 and 64 tokens"])
-    print("wrote out/04_var_transformer.png: row output, column input (the first is the class), "
-          "the brighter the further it moves")
+    text = ("Row: an output. Column: the input that was changed. Bright: it moves far.\n"
+            "First column: the class, which steers every block. Diagonal: f_hat at the\n"
+            "output's own place, which reaches it along the residual connections.")
+    plots.save_grid("out/04_var_transformer.png", plots.heat_map((moved + 0.01).log())[None], 1,
+                    scale=4, column_labels=["random weights; maps of 1, 4, 9, 16, 36, 64 tokens"],
+                    footer=plots.legend(text))
+    print("wrote out/04_var_transformer.png")
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
                   smooth=False, generator=None, choose=None):
     """The loop. choose(k, drawn, f_hat) -> tokens may replace what is drawn. labels (B,) -> K token
     maps (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
+    cfg is 0 here, the model's own distribution; generate() and edit() take 1.5, as the original.
 
     Guidance: logits = (1 + t) conditional - t unconditional, with t = cfg * k / (K - 1). So cfg 0
     is the plain prediction for the class, and cfg > 0 moves beyond it, away from the prediction
@@ -158,14 +159,14 @@ def hide(image, keep):
     edge that the image does not have. Only kept pixels are read. image (B, 3, H, W), keep (H, W)
 
     Pull-push: halve the image until one pixel is left, averaging kept pixels only; then go back
-    up and fill each gap from the next coarser level."""
+    up and fill each gap from the next smaller image."""
     weight = keep.to(image.dtype)[None, None]              # (1, 1, H, W): how much of it is kept
-    value, levels = torch.where(keep, image, 0.0), []      # sum of kept pixels / pixels in a cell
+    value, finer = torch.where(keep, image, 0.0), []       # sum of kept pixels / pixels in a cell
     while max(value.shape[2:]) > 1:
-        levels.append((value, weight))
+        finer.append((value, weight))
         value, weight = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (value, weight))
     filled = value / weight.clamp(min=1e-6)
-    for value, weight in reversed(levels):
+    for value, weight in reversed(finer):
         filled = F.interpolate(filled, value.shape[2:], mode="bilinear")
         filled = torch.where(weight > 0, value / weight.clamp(min=1e-6), filled)
     return filled
@@ -326,12 +327,12 @@ def draw_images(job, labels, seed=0, **changes):
     return job.in_batches(lambda part: generate(job.tokenizer, job.var, part, **options), labels)
 
 
-def repaint(job, paint, image, region, labels, seed=0, **options):
-    """edit() or outpaint() of any number of images -> (N, 3, ., .) in [0, 1]"""
+def repaint(job, method, image, region, labels, seed=0, **options):
+    """`method`, edit or outpaint, of any number of images -> (N, 3, ., .) in [0, 1]"""
     options.update(job.sampling, generator=job.generator(seed))
     return torch.cat(list(job.in_batches(
-        lambda labels, image: paint(job.tokenizer, job.var, image, region, labels, **options),
-        labels, image, at_once=1 if paint is outpaint else job.at_once)))
+        lambda labels, image: method(job.tokenizer, job.var, image, region, labels, **options),
+        labels, image, at_once=1 if method is outpaint else job.at_once)))
 
 
 def show_samples(job, task):
@@ -345,6 +346,20 @@ def show_samples(job, task):
     tokens = sample_tokens(job.tokenizer, job.var, torch.tensor(job.classes[:5], device=job.device),
                            generator=job.generator(), **job.sampling)
     gallery.coarse_to_fine(job.out, job.tokenizer, tokens, list(names.values())[:5])
+
+
+def show_claims(job):
+    """Two claims of this chapter, on one image and one quick edit of its right half."""
+    first, again = (torch.cat(list(draw_images(job, job.classes[:1], seed=1))) for _ in range(2))
+    keep = torch.arange(job.side).repeat(job.side, 1) < job.side // 2    # (side, side)
+    image = 2 * first - 1
+    edited = repaint(job, edit, image.to(job.device), keep.to(job.device), job.classes[:1],
+                     seed=2, soft=0, paint_passes=1, settle_passes=0)
+    moved = (edited - (image + 1) / 2).abs().amax((0, 1))                # (side, side)
+    differ = float((first - again).abs().max())
+    print(f"same seed: two images differ by {differ:.1g}; an edit moves kept pixels by "
+          f"{float(moved[keep].max()):.1g}, others by up to {float(moved[~keep].max()):.2f}")
+    assert differ < 1e-3 and moved[keep].max() == 0 < moved[~keep].max()
 
 
 def show_edits(job, task):
@@ -392,6 +407,8 @@ def main():
     job = command_line.Job(args, *load_models(args))
     other = {"sample": show_samples, "guidance": show_samples, "density": measure,
              "evaluate": measure, "export": measure}
+    if "sample" in job.tasks:
+        show_claims(job)
     for task in job.tasks:
         other.get(task, show_edits)(job, task)
 
