@@ -3,13 +3,14 @@ import atexit
 import functools
 import hashlib
 import multiprocessing
-import os
 import signal
 import sys
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+from engine.devices import cores
 
 
 @functools.lru_cache(maxsize=2)
@@ -63,7 +64,7 @@ def crop_batches(images, batches, workers):
     -> uint8 tensors (B, crops, H, W, 3), in order"""
     kill_workers_at_exit()
     yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
-                          num_workers=min(workers, os.cpu_count() or 1),
+                          num_workers=min(workers, cores()),
                           worker_init_fn=ignore_signals)
     if skipped := images.skipped():
         print(f"{skipped:,} of {len(images):,} images skipped: others of their class stand in for "

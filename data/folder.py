@@ -57,7 +57,7 @@ def load(split, *, data_dir, size=256, classes_of=None):
         raise BadInput(f"{root} holds one image, so none is left to test on: add more")
     images = FolderImages(base, chain.from_iterable(classes.values()), labels, size)
     images[0]   # finds out now, not after an hour, if nothing here can be read
-    return images, images.labels, [name or root.resolve().name for name in class_names]
+    return images, images.labels, [composed(name or root.resolve().name) for name in class_names]
 
 
 def scan(folder):
@@ -65,7 +65,14 @@ def scan(folder):
     with os.scandir(folder) as entries:   # asks the disk about links only: quick for a million
         entries = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
     images = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and _holds(e.is_file)]
-    return sorted(e.name for e in entries if _holds(e.is_dir)), sorted(images)
+    folders = [e.name for e in entries if _holds(e.is_dir)]
+    return sorted(folders, key=composed), sorted(images, key=composed)
+
+
+def composed(name):
+    """The form of a name that all systems share: some keep "ä" as one character, others as "a" and
+    two dots."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _holds(check):
@@ -123,10 +130,8 @@ def _split(root, split, classes_of):
 def held_out(names):
     """Which of the images with these names (paths below the folder) are held out: about one in 20,
     each decided by a hash of its name; of two or more at least one, and never all. -> (n,) bool"""
-    # Some systems keep "ä" as one character, others as "a" and two dots.
-    encoded = [os.fsencode(unicodedata.normalize("NFC", name)) for name in names]
-    hashes = np.array([int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
-                       for name in encoded], np.uint64)
+    hashes = np.array([int.from_bytes(hashlib.sha256(os.fsencode(composed(name))).digest()[:8],
+                                      "big") for name in names], np.uint64)
     held = hashes < HELD_OUT * 2 ** 64
     if names:
         first, last = hashes.argsort(kind="stable")[[0, -1]]   # of equal hashes too, they differ

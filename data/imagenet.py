@@ -81,13 +81,16 @@ def _classes(base):
 
 def _labels(path):
     """{image name without its ending: wnid}, read from one of LISTS."""
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = path.read_text().rstrip().splitlines()
     if path.name == TRUTH:      # line n holds the devkit's class number, 1..1000, of image n
-        wnids, numbers = _devkit_wnids(path.with_name("meta.mat")), [int(line) for line in lines]
-        if wrong := [number for number in numbers if not 1 <= number <= 1000]:
-            raise ValueError(f"it holds {wrong[0]}, not a class number of 1..1000")
-        return {f"ILSVRC2012_val_{n:08}": wnids[number - 1] for n, number in enumerate(numbers, 1)}
-    fields = [re.split(r"[,\s]", line) for line in lines]    # "name,wnid ..." or "name\twnid\t..."
+        wnid_of = dict(zip(map(str, range(1, 1001)), _devkit_wnids(path.with_name("meta.mat"))))
+        numbers = [line.strip() for line in lines]
+        for n, number in enumerate(numbers, 1):
+            if number not in wnid_of:
+                raise ValueError(f"line {n} is {number!r}, not a class number of 1..1000")
+        return {f"ILSVRC2012_val_{n:08}": wnid_of[number] for n, number in enumerate(numbers, 1)}
+    # "name,wnid ..." or "name\twnid\t..."
+    fields = [re.split(r"[,\s]", line) for line in lines if line.strip()]
     return {Path(name).stem: wnid for name, wnid, *_ in fields}
 
 

@@ -47,19 +47,21 @@ def fast_bfloat16(device):
     return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
 
 
+def cores():
+    """How many cores this process may use: a cluster often gives it some of the machine's only."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def loading_workers(processes):
     """How many processes each of the training processes on this machine may start to decode image
-    files: its share of the cores, up to 16. A core decodes about 300 images of 256 px a second."""
-    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-             else os.cpu_count() or 1)
-    return min(16, max(1, cores // processes))
+    files: its share of the cores, up to 16."""
+    return min(16, max(1, cores() // processes))
 
 
 def lay_out(model, device, precision="float32"):
     """The model on its device, its convolutions in the memory layout that is fastest there.
 
-    On a CPU channels_last is 1.2 times as fast in float32. In bfloat16 it is slower at the size of
-    the built-in images (0.8), though not at that of the released tokenizer (1.1 to 1.3). On a GPU
+    On a CPU channels_last is faster in float32: experiments/benchmark.py measures both. On a GPU
     group norms return the usual layout whatever they are given, so that every convolution would
     have to copy its input."""
     last = device.type == "cpu" and precision == "float32"

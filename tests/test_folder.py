@@ -197,6 +197,19 @@ def test_the_splits_are_disjoint_and_complete_and_every_class_is_in_both(sizes):
     assert sum(sizes) == 1 or any(test.values())
 
 
+def test_classes_and_images_have_one_order_however_a_system_writes_their_names(tmp_path):
+    """macOS takes an accented letter apart: the two forms of a name sort differently."""
+    orders = []
+    for form in ("NFC", "NFD"):
+        names = [unicodedata.normalize(form, name) for name in ("az", "äpfel", "ö", "zoo")]
+        tree(tmp_path / form, train=" ".join(f"{c}/{i}.png" for c in names for i in names))
+        images, _, classes = folder.load("train", data_dir=tmp_path / form / "train", size=2)
+        orders.append([classes, [unicodedata.normalize("NFC", Path(images.path(i)).name)
+                                 for i in range(len(images))]])
+        assert not images.skipped() and all(Path(images.path(i)).exists() for i in range(9))
+    assert orders[0] == orders[1] and orders[0][0] == ["az", "zoo", "äpfel", "ö"]
+
+
 @pytest.mark.parametrize("other", ["val", "valid", "test"])
 def test_ready_made_splits_are_kept(tmp_path, other, capsys):
     tree(tmp_path, train="äpfel/0.png äpfel/ü.png zebra/1.PNG zebra/2.png zebra/._0.png "

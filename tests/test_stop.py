@@ -141,7 +141,8 @@ def test_all_processes_save_at_the_same_step(under_fire, stage_2, alone, who, st
     """SIGTERM to the launcher; Ctrl-C as a terminal sends it, to all; and if the launcher is killed
     the others notice that they are alone."""
     command = [*stage_2.options, "--gpus", 2, *options]
-    result = under_fire(f"RANK == 0 and before(7, m5, 'train_step', lambda: {who})", *command)
+    result = under_fire(f"RANK == 0 and before(7, m5, 'train_step', lambda: all_hear("
+                        f"lambda: {who}))", *command)
     assert (result.status, result.err) == (status, ""), result
     assert "\nstopped and saved at step 10 of the transformer: the same" in result.out
     assert load_checkpoint(stage_2.folder / "transformer.pt")["step"] == 10

@@ -42,6 +42,8 @@ def made(tmp_path, monkeypatch):
         return s.make(self, image)
     monkeypatch.setattr(m2.MultiScaleVQVAE, "image_to_tokens", spy)
     monkeypatch.setattr(views, "per_pass", lambda side: 4)
+    # After three seconds, which a slow machine needs, it would say how far it is.
+    monkeypatch.setattr(token_cache, "progress", lambda parts, *_, **__: parts)
     return s
 
 

@@ -3,6 +3,7 @@ process of the run and in its launcher. It may use the names below."""
 import os
 import signal
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def before(count, owner, name, then, only=""):
 
 def send(name, pid=None):
     os.kill(pid or os.getpid(), getattr(signal, name))
+
+
+def all_hear(tell):
+    """tell() sends a signal to the whole run or to its launcher. Wait until it has arrived here, or
+    until this process is an orphan: the next steps would not wait for it."""
+    arrived, receive, parent = [], m5.StopSignal.receive, os.getppid()
+    m5.StopSignal.receive = lambda self, *args: arrived.append(args) or receive(self, *args)
+    tell()
+    while not arrived and os.getppid() == parent:
+        time.sleep(0.01)
 
 
 def fail(error):
