@@ -41,7 +41,7 @@ from engine import BadInput, perceptual, plan, released
 from report import health
 from data.batches import (batch_indices, per_pass, picture_batches, rows_of,
                           sample_of, to_float)
-from data.registry import load_data
+from data.registry import chosen_classes, load_data, subset
 from data.views import Views
 from engine.checkpoints import (check_identity, export, load_checkpoint, model_fingerprint, resume,
                                 save, save_atomically)
@@ -93,6 +93,11 @@ PRESETS = {
                     width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
                     batch_size=256, cfg=2.0, top_p=0.9, held_out=10_000, log_every=200,
                     save_every=1000),
+    "cifar10-cpu": dict(dataset="cifar10", classes=("automobile", "horse", "ship"), image_size=32,
+                        vocab_size=512, channels=64, flip=True, views=4, adversarial=0.2,
+                        tokenizer_steps=12_000, tokenizer_batch_size=16, depth=6, width=192,
+                        heads=3, shared_adaln=True, drop_path=0.05, steps=14_000, batch_size=24,
+                        cfg=2.5, top_p=0.92, log_every=200),
     "folder": dict(image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
                    steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
                    heads=6),
@@ -111,7 +116,9 @@ def read_settings(argv=None):
         transformer.VARConfig: TRANSFORMER_OPTIONS})
     if "num_classes" in typed:
         raise BadInput("num_classes is known from the data and cannot be set")
-    name = typed.get("dataset", "shapes")
+    name = typed.get("preset") or typed.get("dataset", "shapes")
+    if "preset" in typed and name not in PRESETS:
+        raise BadInput(f"no preset {name!r}: use {', '.join(PRESETS)}")
     preset = PRESETS.get(name, PRESETS["folder"])
     if typed.get("tokenizer_file"):                        # the released one, unless it is ours
         preset = {**preset, **released.TOKENIZER, "layouts": RELEASED_LAYOUTS}
@@ -528,6 +535,12 @@ def train_all(settings, config, var_fields):
                                              config.scales)
             config = tokenizer.config
         train_data, test_data, class_names = load_splits(settings, config, processes)
+        train_images, test_images = train_data[0], test_data[0]       # stage 1 needs no classes
+        if settings.classes:
+            classes = chosen_classes(class_names, settings.classes)
+            class_names = [class_names[c] for c in classes]
+            settings.classes = tuple(class_names)          # however they were asked for
+            train_data, test_data = subset(*train_data, classes), subset(*test_data, classes)
         recipe = follow_recipe(settings, len(train_data[0]))
         everything = {**asdict(settings), **asdict(config), **var_fields,
                       "num_classes": len(class_names)}
@@ -539,7 +552,7 @@ def train_all(settings, config, var_fields):
         if settings.stage != "tokenizer":
             processes.say(recipe)
         if settings.stage != "transformer":
-            train(TokenizerStage(settings, processes, folder, config, train_data[0], test_data[0],
+            train(TokenizerStage(settings, processes, folder, config, train_images, test_images,
                                  class_names), folder, stop, everything)
             free_gpu_memory()
         if settings.stage != "tokenizer":

@@ -394,9 +394,12 @@ def measure(job, task):
     elif task == "evaluate":
         (real, labels), (test, test_labels) = job.real_images("train"), job.real_images("test")
         wanted = judge.labels_to_draw(job.n or 1000, labels, test_labels)
-        network = judge.judge_of(job.dataset, real, labels, len(job.names), job.device)
-        judge.evaluate(job.out, network, job.tokenizer, real, test, test_labels,
-                       draw_images(job, wanted), wanted, f"samples, cfg {job.sampling['cfg']:g}")
+        *everything, names = job.whole_split("train")
+        network = judge.judge_of(job.dataset, *everything, len(names), job.device)
+        judge.introduce(network, *job.whole_split("test")[:2])
+        judge.evaluate(job.out, network, job.tokenizer, real, test,
+                       job.labels_in(names, test_labels), draw_images(job, wanted),
+                       job.labels_in(names, wanted), f"samples, cfg {job.sampling['cfg']:g}")
     else:
         labels = among * (job.n or 50)                     # in turn: the evaluator looks at parts
         gallery.export_npz(job.args.export_npz, draw_images(job, labels), len(labels), job.side)

@@ -164,6 +164,11 @@ class FolderImages:
     def shape(self):
         return len(self), self.size, self.size, 3
 
+    def subset(self, rows, labels):
+        """Some of the images, with new labels that rise as well."""
+        paths = [self.relative_path(i) for i in rows]
+        return FolderImages(self.root, paths, labels, self.size)
+
     def __getitem__(self, i):
         return self.crops(i, [-1])[0]
 
@@ -184,8 +189,11 @@ class FolderImages:
 
     def path(self, i):
         """Where image i lies."""
+        return os.path.join(self.root, self.relative_path(i))
+
+    def relative_path(self, i):
         start = self._ends[i - 1] if i else 0
-        return os.path.join(self.root, os.fsdecode(self.names[start:self._ends[i]]))
+        return os.fsdecode(self.names[start:self._ends[i]])
 
     def _cut(self, image, extent, place):
         """Resize and crop in one go: only what is kept gets computed, however long the image."""

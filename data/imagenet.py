@@ -115,6 +115,11 @@ def class_names():
     return [name for _, name in _table()]
 
 
+def name_of(wnid):
+    """Name of a class -> str, or None if there is no such wnid"""
+    return dict(_table()).get(wnid)
+
+
 def find_class(text):
     """The label, 0..999, of a name, wnid, number, or part of a name that fits one class only.
 

@@ -50,7 +50,7 @@ def one_of(values):
 
 def option(default, help, **more):
     """A dataclass field that is also an option of the command line. `more` may hold `low`, the
-    smallest number allowed, or `choices`."""
+    smallest number allowed, or `choices`; `nargs` and `metavar` are argparse's."""
     return field(default=default, metadata=dict(help=help, **more))
 
 
@@ -81,7 +81,8 @@ def add_options(parser, cls, helps):
             words = ",".join(f.metadata.get("choices", ()))
             kind = dict(type=value_of(f), metavar=f"{{{words}}}" if words else
                         {int: "N", float: "X"}.get(plain_type(f)))
-        note = "" if f.default in ("", None, False) else f" [{f.default}]"
+        kind |= {k: f.metadata[k] for k in ("nargs", "metavar") if k in f.metadata}
+        note = "" if f.default in ("", None, False, ()) else f" [{f.default}]"
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=(text + note).replace("%", "%%"), **kind)
 

@@ -16,7 +16,8 @@ from engine.options import option
 @dataclass
 class RunSettings:
     """Where a run computes, what it shows and keeps. A run may be resumed with other values."""
-    out: str = option("", "folder of this run; default out/<dataset>")
+    out: str = option("", "folder of this run; default out/<dataset> or out/<preset>")
+    preset: str = option("", "which of PRESETS to start from; default: that of the data set")
     stage: str = option("all", "tokenizer (1), transformer (2, on the tokenizer of --out), or all",
                         choices=("all", "tokenizer", "transformer"))
     tokenizer_file: str = option("", "stage 2 on this tokenizer, such as vae_ch160v4096z32.pth")
@@ -74,6 +75,9 @@ class TokenizerSettings(SharedSettings):
 @dataclass
 class TransformerSettings(SharedSettings):
     """Stage 2."""
+    classes: tuple[str, ...] = option((), "train stage 2 on these classes (names, or wnids of "
+                                      "ImageNet) or on the first N; stage 1 uses all images",
+                                      nargs="+", metavar="NAME")
     views: int = option(1, "versions of each image in the token cache (mirrored, shifted, ...)")
     steps: int = option(1200, "steps of stage 2", low=0)
     batch_size: int = option(16, "images per step of stage 2, over all GPUs")

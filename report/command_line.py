@@ -7,7 +7,7 @@ from PIL import Image
 
 from data import folder, imagenet
 from data.batches import rows_of, stack, to_float
-from data.registry import load_data
+from data.registry import find_class, load_data, subset
 from engine import BadInput, devices
 from engine.checkpoints import model_fingerprint
 from engine.options import OneLineParser, number
@@ -120,19 +120,6 @@ def released_facts(args, classes):
                 sampling=dict(cfg=1.5, top_k=900, top_p=0.96), folder="released")
 
 
-def find_class(names, text):
-    """A class by name or index -> index. Raises BadInput that lists some of the names."""
-    if len(names) == 1000 and names == imagenet.class_names():
-        return imagenet.find_class(text)
-    folded = [name.casefold() for name in names]
-    if text.casefold() in folded:
-        return folded.index(text.casefold())
-    if text.isdecimal() and len(text) < 9 and int(text) < len(names):
-        return int(text)
-    raise BadInput(f"no class {text!r}; this model has {len(names)}, 0 to {len(names) - 1}: "
-                   + ", ".join(names[:12]))
-
-
 # -- The job ---------------------------------------------------------------------------------------
 
 class Job:
@@ -168,20 +155,34 @@ class Job:
                for x in (torch.tensor(labels, device=self.device), *more)]
         return progress((paint(*part).cpu() for part in zip(*cut)), len(labels))
 
-    def real_images(self, split):
-        """A split of the model's data set, with labels in the order of the model's classes.
-        -> images, labels (N,). Raises BadInput for a class that the model does not know."""
+    def whole_split(self, split):
+        """A split of the model's data set, with classes that the model may not know (it may have
+        been trained with --classes). The judge is trained on all of them: to tell a horse from a
+        ship alone is easy. -> images, labels (N,), names of its classes"""
         if not self.dataset:
             raise BadInput("the released models come without images: give --data-dir, an ImageNet "
                            "folder")
-        images, labels, names = load_data(self.dataset, split, self.side, self.args.data_dir)
+        return load_data(self.dataset, split, self.side, self.args.data_dir)
+
+    def real_images(self, split):
+        """The images of the model's classes, with labels in the order of these. -> images, labels
+        (N,). Raises BadInput if other classes are there and some of the model's are not."""
+        images, labels, names = self.whole_split(split)
         if names == self.names:
             return images, labels
+        if set(self.names) < set(names):
+            return subset(images, labels, [names.index(name) for name in self.names])
         for name in names:                                 # a subset of the classes, say
             if self.names.count(name) != 1:
                 raise BadInput(f"these images have a class {name!r}, of which this model knows "
                                f"{self.names.count(name)}: {', '.join(self.names[:5])}, ...")
         return images, np.array([self.names.index(name) for name in names])[labels]
+
+    def labels_in(self, names, labels):
+        """The model's labels (N,), counted in another list of class names."""
+        if names == self.names:
+            return np.asarray(labels)
+        return np.array([names.index(self.names[label]) for label in labels])
 
     def images_to_edit(self, count):
         """--image, or the first held-out image of each class, up to `count` of them.

@@ -230,15 +230,21 @@ def labels_to_draw(asked, labels, test_labels):
     return np.resize(np.unique(labels), count).tolist()
 
 
+def introduce(judge, images, labels):
+    """Print how often the judge is right on held-out images of all its classes."""
+    logits = extract(judge, batches_of(images, range(len(images))))[1]
+    print(f"judge: {accuracy(logits, labels):.2%} right on {len(images):,} held-out images of "
+          f"{logits.shape[1]} classes; the figures below are on its features and are no Inception "
+          "FID")
+
+
 def evaluate(out, judge, tokenizer, real, test, test_labels, samples, meant, name):
     """Print a table of real, reconstructed and sampled images; write neighbours.png.
 
     real, test: images of the training set and held out, in memory or in files; samples: batches
-    of images in [0, 1], as classes meant (N,); name: of their row. As many images in each row."""
+    of images in [0, 1], as classes meant (N,); name: of their row. As many images in each row.
+    Labels are those of the judge."""
     first, count, device = [], len(meant), next(tokenizer.parameters()).device
-    logits = extract(judge, batches_of(test, range(len(test))))[1]
-    print(f"judge: {accuracy(logits, test_labels):.2%} right on {len(test):,} held-out "
-          "images; the figures below are on its features and are no Inception FID")
     known = extract(judge, batches_of(real, rows_of(len(real), count)))[0]
     rows = rows_of(len(test), count)
 

@@ -323,6 +323,19 @@ def test_starting_over_forgets_the_transformer_of_other_tokens(cli, tiny, tmp_pa
     assert cli(SCRIPT, *options).status == 0
 
 
+def test_some_of_the_classes_train_stage_2_on_the_tokenizer_of_all(cli, refused, stage_2):
+    options = [*stage_2.options, "--steps", 2, "--classes"]
+    result = cli(SCRIPT, *options, "cat", "bee")
+    assert result.status == 0 and "2 classes" in result.out
+    state = checkpoints.load_checkpoint(stage_2.folder / "transformer.pt")
+    assert state["class_names"] == ["bee", "cat"] and state["config"]["num_classes"] == 2
+    tokens = np.load(stage_2.folder / "tokens_train.npy")
+    assert 0 < tokens.shape[1] < 57, "the images of ant have no tokens"
+    assert "trained for 2 steps" in cli(SCRIPT, *options, "Bee", "2").out
+    assert "classes" in refused(SCRIPT, *options, "2")     # the first two: other classes
+    assert "'dog'" in refused(SCRIPT, *options, "dog")
+
+
 # -- Two processes ---------------------------------------------------------------------------------
 
 def train_rank(rank, folder, options):

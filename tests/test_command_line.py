@@ -108,6 +108,13 @@ def test_real_images_of_other_classes_are_matched_by_name_or_refused(monkeypatch
     monkeypatch.setattr(command_line, "load_data", lambda *_: ("pixels", labels, names))
     for names, wanted in ((["ant", "bee", "cat"], [0, 2, 2, 4]), (list(job.names), [0, 1, 1, 2])):
         assert job.real_images("test")[1].tolist() == wanted
+    # Trained with --classes: the other images of the data set are left out.
+    job.names, names = ["bee", "cat"], ["ant", "bee", "cat"]
+    images = np.zeros((4, 1, 1, 3), np.uint8)
+    monkeypatch.setattr(command_line, "load_data", lambda *_: (images, labels, names))
+    assert job.real_images("test")[1].tolist() == [0, 0, 1]
+    assert job.labels_in(names, [0, 0, 1]).tolist() == [1, 1, 2]
+    job.names = ["ant", "crane", "bee", "crane", "cat"]
     for names in (["ant", "dog", "cat"], ["ant", "crane", "cat"]):
         with pytest.raises(BadInput, match=names[1]):
             job.real_images("test")

@@ -181,7 +181,7 @@ def test_the_table_has_the_figures_of_three_kinds_of_images_and_keeps_no_samples
             [right, judge.frechet_distance(known, features)], abs=0.06, rel=1e-3)
         assert [float(x) for x in row[3:]] == pytest.approx(
             judge.precision_recall(known, features), abs=6e-3)
-    assert "20 images a row" in out and "right on 24 held-out" in out
+    assert "20 images a row" in out
     assert torch.equal(wall["neighbours"][0], samples[:16])
 
 
@@ -201,5 +201,5 @@ def test_evaluate_judges_a_runs_samples_in_each_class_in_turn(cli, tiny, tmp_pat
     result = cli("06_sample_and_edit.py", "--run", tiny.folder, "--device", "cpu", "--task",
                  "evaluate", "--n", 8, "--cfg", 2.5, "--out", tmp_path / "made")
     assert result.status == 0, result.err
-    assert "8 images a row" in result.out and "samples, cfg 2.5" in result.out
+    assert "8 images a row" in result.out and "held-out images of 3 classes" in result.out
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["neighbours.png"]
