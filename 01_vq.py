@@ -47,8 +47,9 @@ def equal_mass_levels(x, levels):
 
 def lloyd_levels(x, levels, iterations=50):
     """Lloyd's algorithm: assign every number to its nearest level, move each level to the mean of
-    its numbers, repeat. Neither step can raise the squared error, and it ends below equal mass,
-    which spends too few levels on the tails, where errors are large. x (N,) -> (levels,)"""
+    its numbers, repeat. Neither step can raise the squared error, and it ends below equal mass.
+    That uses levels about alike, but error is what counts: in the tails numbers are few and far
+    apart, so a level there should serve fewer of them. x (N,) -> (levels,)"""
     centres = equal_mass_levels(x, levels)
     for _ in range(iterations):
         idx = round_to(x, centres)
@@ -73,7 +74,7 @@ def straight_through(x, code):
 
 def commitment_loss(x, code):
     """Moves x towards its code (VQ-VAE, eq. 3, third term). Without it nothing keeps x near the
-    codes: x may grow faster than they can follow. -> ()"""
+    codes: the decoder likes codes far apart, so x grows, and the codes lag behind. -> ()"""
     return F.mse_loss(x, code.detach())
 
 
@@ -346,9 +347,12 @@ def main():
     torch.manual_seed(0)
     x = torch.randn(20_000)
     print("8 levels for bell-shaped numbers          squared error")
-    errors = [show(name, (x - centres[round_to(x, centres)]).square().mean()) for name, centres in (
-        ("learned", lloyd_levels(x, 8)), ("equal mass", equal_mass_levels(x, 8)),
-        ("equal width", uniform_levels(x, 8)))]
+    errors = []
+    for name, centres in (("learned", lloyd_levels(x, 8)), ("equal mass", equal_mass_levels(x, 8)),
+                          ("equal width", uniform_levels(x, 8))):
+        count = torch.bincount(round_to(x, centres), minlength=8)
+        name = f"{name}, {count.min():,} to {count.max():,} numbers a level"
+        errors.append(show(name, (x - centres[round_to(x, centres)]).square().mean()))
     assert errors == sorted(errors)
     print("12 images, colours as vectors             squared error x 1000")
     photo = torch.from_numpy(shapes.draw(range(12), size=64)[0]).float() / 255     # (12, 64, 64, 3)
@@ -356,8 +360,10 @@ def main():
     print("VQ-VAE of 4x4 patches, 64 codes           squared error x 1000")
     patches = F.unfold(photo.permute(0, 3, 1, 2), 4, stride=4).transpose(1, 2).reshape(-1, 48)
     blind = show("encoder blind to the error", 1000 * learn_vq_vae(patches, lambda x, code: code))
-    both = show("straight through", 1000 * learn_vq_vae(patches, straight_through))
-    assert both < blind
+    loose = show("straight through, without commitment",
+                 1000 * learn_vq_vae(patches, straight_through, beta=0))
+    both = show("straight through and commitment", 1000 * learn_vq_vae(patches, straight_through))
+    assert both < loose < blind
     idx = LookupFreeQuantizer(8).nearest(torch.randn(9999, 8))
     print(f"signs of 8 channels: 256 codes for free, {len(idx.unique())} used by random vectors")
     plots.save_grid("out/01_vq.png", torch.cat(list(rows.values())).permute(0, 3, 1, 2), columns=12,

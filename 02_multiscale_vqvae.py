@@ -2,7 +2,8 @@
 
 Chapter 1 quantized a vector, then what was left, then what was left of that. Here the rounds are
 *scales*: the first has a single token for the whole feature map, the last one token per cell. What
-they stand for adds up to the feature map that the decoder turns into an image.
+they stand for adds up to the feature map that the decoder turns into an image. Only feature maps
+are resized, never the image.
 
     image 32x32x3 --encode--> f 8x8xC --quantize--> 1   2x2  3x3  4x4  6x6  8x8   token maps
                                                     1 +  4 +  9 + 16 + 36 + 64  = 130 tokens
@@ -14,6 +15,9 @@ scales (1, 2, 3, 4, 6, 8) the sides of the token maps; V codes; C latent channel
 
 Sources: VAR (Tian et al. 2024), Algorithms 1 and 2, section 3.2, equation 5 for the loss;
 VQGAN (Esser et al. 2021) for encoder and decoder.
+
+A scale errs twice: it is too coarse for the details of f (resizing), and its vectors become codes
+(rounding). Finer scales correct both; only the rounding error of the last scale is never corrected.
 
 All scales share one codebook, so that the transformer has one vocabulary and one softmax. Codes are
 running means (EMA): trained by gradients they follow slowly, and a few do most of the work (1.5 dB
@@ -57,7 +61,7 @@ class TokenizerConfig:
     groups: int = 8                              # of GroupNorm
     attention: bool = False                      # at the lowest resolution and in the middle
     phis: int = 4                                # small convolutions after upsampling, shared
-    residual: bool = True                        # False: every scale quantizes the whole map
+    residual: bool = True                        # False: each scale quantizes f, f_hat is the last
     quantizer: str = "vq"                        # a name in QUANTIZERS of chapter 1
     learn: str = "ema"                           # "ema" or "gradient": how learned codes move
     beta: float = 0.25                           # weight of the commitment loss
@@ -386,19 +390,22 @@ def main():
     images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.enable_grad():
         tokenizer = train(MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32)), images)
-    shown, energy = images[:8], []
+    shown = images[:8]
     f = tokenizer.encode(shown)
-    tokens, rows, labels = tokenizer.quantize(f), [shown], ["original"]
-    print("scale   tokens   f missing   PSNR, dB")
-    for side, f_hat in zip(tokenizer.scales, tokenizer.pyramid(tokens)):
-        energy.append(float((f - f_hat).square().mean() / f.square().mean()))
+    before, missing, rows, labels = torch.zeros_like(f), [], [shown], ["original"]
+    print("scale   f missing with exact vectors   with codes   PSNR, dB")
+    for k, (x, tokens_k, f_hat) in enumerate(tokenizer._rounds(f)):
+        exact = before + tokenizer.upsample_from(x, k)     # resized, but not rounded
+        lost = [float((f - g).square().mean() / f.square().mean()) for g in (exact, f_hat)]
         rows.append(tokenizer.decode(f_hat).clamp(-1, 1))
         db = float(health.psnr(shown, rows[-1]).mean())
-        labels.append(f"{side}x{side}, {db:.1f} dB")
-        print(f"{side}x{side}{side * side:>10}{energy[-1]:>11.1%}{db:>11.1f}")
-    assert energy == sorted(energy, reverse=True), "every scale must help"
-    *_, (_, _, running) = tokenizer._rounds(f)
-    assert torch.allclose(tokenizer.features(tokens), running), "Algorithm 2 undoes Algorithm 1"
+        labels.append(f"{tokenizer.scales[k]}x{tokenizer.scales[k]}, {db:.1f} dB")
+        print(f"{labels[-1][:3]}{lost[0]:>33.1%}{lost[1]:>13.1%}{db:>11.1f}")
+        before, missing = f_hat, [*missing, lost[1]]
+    print("coarse maps lose by resizing (phi regains some of it), the last one by rounding alone")
+    assert missing == sorted(missing, reverse=True), "every scale must help"
+    undone = tokenizer.features(tokenizer.quantize(f))
+    assert torch.allclose(undone, f_hat), "Algorithm 2 undoes Algorithm 1"
     # One token is the same vector in every cell: only zero padding tells the decoder of the rim.
     plots.save_grid("out/02_multiscale_vqvae.png", (torch.cat(rows) + 1) / 2, 8, row_labels=labels,
                     footer=plots.legend("Why a box at 1x1: one token gives every cell the same "

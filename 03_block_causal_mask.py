@@ -4,7 +4,8 @@ A transformer that predicts the next *scale* must not look at finer scales; insi
 may look at everyone. This leaks nothing: the positions of map k hold f_hat_{k-1}, rebuilt from the
 coarser maps alone and resized to the size of map k, never map k itself. The tokens of map k are
 predicted at once, each independently of the others, given the coarser maps. That is the model's
-assumption: p(map k | coarser maps) is the product over its tokens, and their order does not matter.
+assumption: p(map k | coarser maps) is the product over its tokens, in any order. Neighbours fit
+together because what they must agree on is settled in the coarser maps, which all of them see.
 
     scales (1, 2), 1 + 4 tokens           raster order, 5 maps of one token
         1  2  2  2  2                         1  2  3  4  5
@@ -20,6 +21,10 @@ and the new map attends to all of them. Training can also go from prefix to pref
 of the products that a mask would hide.
 
 Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...) sides; L = sum of squares.
+
+Raster order loses in four ways (VAR, section 3.1): a token is predicted before those to its right
+and below, on which it also depends; so an image cannot be completed from its lower part; cells that
+touch are a row apart; and n x n tokens take n x n steps.
 
 Sources: VAR (Tian et al. 2024), section 3.1 and figure 4; attention as in Vaswani et al. 2017.
 
@@ -109,6 +114,7 @@ def main():
         seen = block_causal_mask(sides).sum(1)             # by each token
         again = int((seen.unique() ** 2).sum())            # every step computes its whole prefix
         print(f"{name:<12} {len(sides):7} {int(seen.sum()):28,} {again:17,}")
+    print("with a cache, raster computes fewer products, but in 64 steps that wait for each other")
 
     images = [plots.heat_map(block_causal_mask(s).numpy()) for s in (scales, (1,) * 16)]
     images[1] = np.pad(images[1], ((0, 14), (0, 14), (0, 0)), constant_values=255)   # white

@@ -10,7 +10,9 @@ A transformer reads what has been rebuilt so far and predicts the whole next tok
     input = word_embed(f_hat, downsampled) + position + scale; the class steers each block (AdaLN)
 
 Place k of this row holds f_hat_{k-1} and never r_k, so no token sees itself. The L softmaxes are
-independent: the tokens of one map are drawn separately, given the coarser maps, which all see.
+independent: the tokens of one map are drawn separately, given the coarser maps, which all see. In
+training f_hat comes from real tokens, in sampling from drawn ones, mistakes included, which the
+model has never seen (exposure bias). It has 6 steps to go wrong in, not 64.
 
 Shapes: labels (B,) int64; teacher_inputs (B, L - first, C), first = scales[0]**2; logits (B, L, V);
 D width; L tokens; V codes; C latent channels. Class `num_classes` is "no class" (guidance).
@@ -135,7 +137,8 @@ class KVCache:
 
 class Block(nn.Module):
     """Attention and MLP. The class speaks to both: it scales and shifts what enters (AdaLN), and
-    gates what each branch adds to x."""
+    gates what each branch adds to x. So it reaches every token in every block by itself, where one
+    more token to look at could be overlooked."""
 
     def __init__(self, cfg, drop_rate):
         super().__init__()
