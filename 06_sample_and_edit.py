@@ -49,6 +49,7 @@ training = import_module("05_train")
 def keep_likely(logits, top_k=0, top_p=0.0):
     """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, ties or not;
     0 < top_p < 1 leaves the fewest that together hold top_p or more. (..., V) -> (..., V)"""
+    # Exercise 06_1
     V, k = logits.shape[-1], top_k if top_k > 0 else logits.shape[-1]
     if k >= V and not 0 < top_p < 1:
         return logits
@@ -87,12 +88,10 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
     maps (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
     cfg is 0 here, the model's own distribution; generate() and edit() take 1.5, as the original.
 
-    Guidance: logits = (1 + t) conditional - t unconditional, with t = cfg * k / (K - 1). So cfg 0
-    is the plain prediction for the class, and cfg > 0 moves beyond it, away from the prediction
-    without a class. In the other common counting, unconditional + w (conditional - unconditional),
-    w is 1 + t: cfg 1.5 here is w = 2.5 at the last scale. t grows from 0 at the first scale because
-    coarse scales decide *what* is drawn: strong guidance there costs variety, while at fine scales
-    it only sharpens."""
+    Guidance: cfg 0 is the plain prediction for the class; cfg > 0 moves beyond it, away from the
+    prediction without a class. The strength t (other code often counts w = 1 + t) grows in equal
+    steps from 0 at the first scale to cfg at the last, because coarse scales decide *what* is
+    drawn: strong guidance there costs variety, while at fine scales it only sharpens."""
     if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
         raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
                        f"({var.config.num_classes}: no class)")
@@ -108,8 +107,10 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
             inputs = inputs.to(conditioning[0].dtype).repeat(2 if cfg > 0 else 1, 1, 1)
         logits = var.step(k, inputs, conditioning, cache).float()                 # (B or 2B, n, V)
         if cfg > 0:
+            # Exercise 06_2
             t = cfg * progress
             logits = (1 + t) * logits[:B] - t * logits[B:]
+            # End of exercise
         logits = keep_likely(logits / temperature, top_k, top_p)                  # (B, n, V)
         if smooth:
             tokens_k = soften(logits, progress, tokenizer.quantizer.codebook, generator)
@@ -144,6 +145,7 @@ def log_likelihood(tokenizer, var, tokens, labels):
     positions of a scale, for each scale. One pass through the transformer gives them all.
 
     tokens: list of K (B, n); labels (B,), num_classes: no class -> (B, K) nats"""
+    # Exercise 06_3
     inputs = tokenizer.teacher_inputs(tokens).to(var.start.dtype)
     logits = var(labels, inputs).float()                                 # (B, L, V)
     wanted = torch.cat(tokens, 1)[..., None]                             # (B, L, 1)

@@ -21,7 +21,7 @@ SCRIPTS = sorted(ROOT.glob("experiments/*.py"))
 EVERY_FILE = sorted([*SOURCES, *SCRIPTS, *ROOT.glob("tests/**/*.py")])
 README = ROOT / "README.md"
 FOLDERS = {"data": {"data", "engine"}, "engine": {"engine"}}    # what they may import; others all
-LONGEST_FUNCTION, LONGEST_CHAPTER = 50, 420
+LONGEST_FUNCTION, LONGEST_CHAPTER = 50, 425
 LONG_CHAPTERS = {"05_train.py"}                            # not there yet
 DESIGNED = {
     "05_train.py": "--device --seed --out --dataset --data-dir --stage --tokenizer-steps --steps "
