@@ -16,11 +16,12 @@ class Dataset:
     names). Images are in memory, or read on demand as those of data/folder.py are."""
     load: Callable
     judge_steps: int = 2000     # how long the judge of its samples is trained
+    examples: Callable | None = None    # a few held-out images that come with the code, as of load
 
 
 DATASETS = {
     "shapes": Dataset(shapes.load, judge_steps=100),
-    "cifar10": Dataset(cifar10.load),
+    "cifar10": Dataset(cifar10.load, examples=cifar10.examples),
     "imagenet": Dataset(imagenet.load),
 }
 

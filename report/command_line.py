@@ -7,7 +7,7 @@ from PIL import Image
 
 from data import folder, imagenet
 from data.batches import rows_of, stack, to_float
-from data.registry import find_class, load_data, subset
+from data.registry import dataset_named, find_class, load_data, subset
 from engine import BadInput, devices
 from engine.checkpoints import model_fingerprint
 from engine.options import OneLineParser, number
@@ -164,10 +164,18 @@ class Job:
                            "folder")
         return load_data(self.dataset, split, self.side, self.args.data_dir)
 
+    def few_images(self):
+        """Those that come with the code, if there are any and no --data-dir is given: no download.
+        -> as whole_split"""
+        examples = self.dataset and dataset_named(self.dataset).examples
+        return examples() if examples and not self.args.data_dir else self.whole_split("test")
+
     def real_images(self, split):
         """The images of the model's classes, with labels in the order of these. -> images, labels
         (N,). Raises BadInput if other classes are there and some of the model's are not."""
-        images, labels, names = self.whole_split(split)
+        return self.of_known_classes(*self.whole_split(split))
+
+    def of_known_classes(self, images, labels, names):
         if names == self.names:
             return images, labels
         if set(self.names) < set(names):
@@ -185,15 +193,16 @@ class Job:
         return np.array([names.index(self.names[label]) for label in labels])
 
     def images_to_edit(self, count):
-        """--image, or the first held-out image of each class, up to `count` of them.
+        """--image, or `count` held-out images of the classes, which take turns; at most 10 of one.
         -> (n, 3, H, W) in [-1, 1], labels (a list); None for the images if there are none"""
         if self.args.image:
             c = self.classes[0]
             print(f"--image: taken as class {self.names[c]!r}, the first of --classes")
             return photo(self.args.image, self.side).to(self.device), [c]
         try:
-            images, labels = self.real_images("test")
-            rows = [np.flatnonzero(labels == c)[0] for c in self.classes if c in labels][:count]
+            images, labels = self.of_known_classes(*self.few_images())
+            found = [np.flatnonzero(labels == c) for c in self.classes]
+            rows = [rows[i] for i in range(10) for rows in found if i < len(rows)][:count]
             if not rows:
                 raise BadInput("none of these classes among them")
         except BadInput as error:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data import cifar10
 from engine import BadInput, checkpoints, devices
 from report import command_line
 
@@ -121,6 +122,20 @@ def test_real_images_of_other_classes_are_matched_by_name_or_refused(monkeypatch
     job.dataset = None
     with pytest.raises(BadInput, match="--data-dir"):
         job.real_images("test")
+
+
+def test_images_to_edit_come_with_the_code_unless_a_folder_is_named_and_classes_take_turns():
+    job = make_job()
+    job.dataset, job.names, job.classes, job.var = "cifar10", ["horse", "ship"], [1, 0], None
+    image, labels = job.images_to_edit(5)
+    horses, ships = (cifar10.examples()[0][cifar10.examples()[1] == c] for c in (7, 8))
+    assert labels == [1, 0, 1, 0, 1] and image.shape == (5, 3, 32, 32)
+    for found, wanted in zip(image, (ships[0], horses[0], ships[1], horses[1], ships[2])):
+        assert torch.equal(found, torch.from_numpy(wanted).permute(2, 0, 1).float() / 127.5 - 1)
+    assert len(job.images_to_edit(99)[1]) == 8, "all that there are"
+    job.args.data_dir = "nosuch"
+    with pytest.raises(BadInput, match="nosuch"):
+        job.images_to_edit(5)
 
 
 def test_a_mask_keeps_what_is_not_white_and_a_box_what_lies_outside(tmp_path):
