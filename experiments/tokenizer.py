@@ -89,9 +89,7 @@ def frechet(tokenizer, images, labels, held_out, dataset, count):
     known = judge.extract(network, judge.batches_of(images, rows_of(len(images), count)))[0]
     rows = rows_of(len(held_out), count)
     truth = judge.extract(network, judge.batches_of(held_out, rows))[0]
-    made = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(to_float(part)))
-            for part in judge.batches_of(held_out, rows))
-    made = judge.extract(network, ((image + 1) / 2 for image in made))[0]
+    made = judge.extract(network, judge.rebuilt(tokenizer, held_out, rows))[0]
     return judge.frechet_distance(known, made), judge.frechet_distance(known, truth)
 
 

@@ -67,21 +67,23 @@ def read_arguments(description):
 
 def check(args):
     """Raise BadInput for options that contradict each other or are out of range."""
-    if args.box and not (args.box[0] < args.box[2] <= 1 and args.box[1] < args.box[3] <= 1):
-        raise BadInput(f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1")
+    x0, y0, x1, y1 = args.box or (0, 0, 1, 1)
     files = bool(args.tokenizer_file) + bool(args.var_file)
-    if args.run and (args.released or files) or files == 1 and not args.released:
-        raise BadInput("give --run, or --released, or both --tokenizer-file and --var-file")
-    if args.top_p is not None and args.top_p > 1:
-        raise BadInput(f"--top-p {args.top_p}: a probability, at most 1")
-    if args.smooth and args.task not in ("all", "sample", "guidance"):
-        raise BadInput(f"--smooth only works for samples, not with --task {args.task}")
-    if not 0 < max(args.grow) <= 2:
-        raise BadInput(f"--grow {args.grow}: fractions of the side, at most 2, and not all 0")
-    if args.task == "evaluate" and args.classes:
-        raise BadInput("--task evaluate uses all classes: leave out --classes")
-    if args.n and args.n > 1_000_000:
-        raise BadInput(f"--n {args.n}: at most a million")
+    for wrong, message in (
+            (not (x0 < x1 <= 1 and y0 < y1 <= 1),
+             f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1"),
+            (args.run and (args.released or files) or files == 1 and not args.released,
+             "give --run, or --released, or both --tokenizer-file and --var-file"),
+            ((args.top_p or 0) > 1, f"--top-p {args.top_p}: a probability, at most 1"),
+            (args.smooth and args.task not in ("all", "sample", "guidance"),
+             f"--smooth only works for samples, not with --task {args.task}"),
+            (not 0 < max(args.grow) <= 2,
+             f"--grow {args.grow}: fractions of the side, at most 2, and not all 0"),
+            (args.task == "evaluate" and args.classes,
+             "--task evaluate uses all classes: leave out --classes"),
+            ((args.n or 0) > 1_000_000, f"--n {args.n}: at most a million")):
+        if wrong:
+            raise BadInput(message)
 
 
 def find_run(args):

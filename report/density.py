@@ -51,8 +51,8 @@ def likelihoods(tokenizer, weigh, image, classes):
     def passes():
         for part in image.split(max(1, min(per_pass(image.shape[-1]), 100))):
             tokens = tokenizer.image_to_tokens(part.to(device))
-            db.append(torch.stack([health.psnr(tokenizer.decode(f_hat).float().cpu(), part)
-                                   for f_hat in tokenizer.pyramid(tokens)], 1))
+            db.append(torch.stack([health.psnr(image, part)
+                                   for image in health.decoded(tokenizer, tokens)], 1))
             for c in classes:
                 yield weigh(tokens, torch.full_like(tokens[0][:, 0], c)).cpu()
     parts = list(progress(passes(), len(image) * len(classes), "images times classes"))

@@ -40,22 +40,13 @@ def samples(out, batches, n, names):
         save(out, "samples", sheet, n, row_labels=list(names.values()))
 
 
-@torch.no_grad()
-def decoded(tokenizer, tokens):
-    """The image after each scale: tokens -> K images (B, 3, H, W) in [0, 1], on the CPU"""
-    return [(tokenizer.decode(f_hat).float().clamp(-1, 1).cpu() + 1) / 2
-            for f_hat in tokenizer.pyramid(tokens)]
-
-
 def coarse_to_fine(out, tokenizer, tokens, names):
     """Scale after scale: the token map just added beside the image decoded from all maps so far;
     as a sheet and as a film. tokens: K maps (B, h_k*w_k)"""
-    scales, steps, frames = tokenizer.scales, decoded(tokenizer, tokens), []
-    cell = max(96, steps[0].shape[-1])
-    for side, tokens_k, image in zip(scales, tokens, steps):
+    scales, frames = tokenizer.scales, []
+    for side, tokens_k, image in zip(scales, tokens, health.decoded(tokenizer, tokens)):
         colours = plots.token_colours(tokens_k, side, tokenizer.config.vocab_size)
-        both = plots.enlarge(colours, cell), plots.enlarge(image, cell)
-        frames.append(torch.stack(both, 1).flatten(0, 1))               # map, image, map, image
+        frames.append(plots.cells([x for pair in zip(colours, (image + 1) / 2) for x in pair]))
     save(out, "coarse_to_fine", torch.cat(frames), 2 * len(names), scale=1,
          column_labels=[text for name in names for text in (name, "so far")],
          row_labels=[f"{side}x{side}" for side in scales],
@@ -81,17 +72,17 @@ def guidance(out, rows, name, default):
 
 def reconstructions(out, tokenizer, image):
     """The original, and what is decoded after each scale."""
-    image, steps = image.cpu(), decoded(tokenizer, tokenizer.image_to_tokens(image))
-    db = [float(health.psnr(2 * step - 1, image).mean()) for step in steps]
+    rows = [image.cpu(), *health.decoded(tokenizer, tokenizer.image_to_tokens(image))]
+    db = [float(health.psnr(row, rows[0]).mean()) for row in rows[1:]]
     print(f"reconstruction: {db[-1]:.1f} dB")
-    save(out, "reconstruct", torch.cat([(image + 1) / 2, *steps]), len(image), row_labels=[
+    save(out, "reconstruct", (torch.cat(rows) + 1) / 2, len(image), row_labels=[
         "original", *(f"{s}x{s}, {value:.1f} dB" for s, value in zip(tokenizer.scales, db))])
 
 
 def edits(out, task, tokenizer, image, keep, results, names, pasted):
     """The original, what is kept, and results {text: (B, 3, H, W) in [0, 1]}. keep (H, W) bool;
     pasted: the kept pixels were put back, so they say nothing about the model"""
-    alone = decoded(tokenizer, tokenizer.image_to_tokens(image))[-1]
+    alone = (health.decoded(tokenizer, tokenizer.image_to_tokens(image))[-1] + 1) / 2
     image, keep = image.cpu(), keep.cpu()
     print(f"{task}: images of " + ", ".join(names))
     if keep.any() and not pasted:
@@ -117,27 +108,28 @@ def canvas(out, image, grow, painted, names):
 
 # -- What the transformer thinks -------------------------------------------------------------------
 
+@torch.no_grad()
 def think(out, tokenizer, var, image, labels, names):
     """Where the transformer is unsure, and where it looks. image (B, 3, H, W) in [-1, 1]; labels:
     its classes (ints)"""
     labels = torch.tensor(labels, device=image.device)
-    entropy(out, tokenizer, var, image, labels, names)
-    attention(out, tokenizer, var, image[:1], labels[:1])
-
-
-@torch.no_grad()
-def entropy(out, tokenizer, var, image, labels, names):
-    """How uncertain the prediction is at every position and scale, given the coarser maps."""
-    scales, V, cell = tokenizer.scales, tokenizer.config.vocab_size, max(96, image.shape[-1])
     shown = tokenizer.teacher_inputs(tokenizer.image_to_tokens(image))
+    image = (image.cpu() + 1) / 2                          # in [0, 1] from here on
+    entropy(out, var, shown, image, labels, names)
+    attention(out, var, shown[:1], image[0], labels[:1])
+
+
+def entropy(out, var, shown, image, labels, names):
+    """How uncertain the prediction is at every position and scale, given the coarser maps, which
+    are `shown`. image (B, 3, H, W) in [0, 1]"""
+    V, scales = var.config.vocab_size, var.config.scales
     log_p = var(labels, shown).float().log_softmax(-1)
     bits, most = -(log_p.exp() * log_p).sum(-1).cpu() / math.log(2), math.log2(V)     # (B, L)
-    rows, texts = [plots.enlarge((image.cpu() + 1) / 2, cell)], ["picture"]
+    parts, texts = [*image], ["picture"]
     for side, part in zip(scales, bits.split([s * s for s in scales], 1)):            # (B, n)
-        colours = torch.from_numpy(plots.heat_map(part.numpy(), 0, most)).unflatten(1, (side, side))
-        rows.append(plots.enlarge(colours.permute(0, 3, 1, 2) / 255, cell))
+        parts += plots.heat_maps(part.unflatten(1, (side, side)), 0, most)
         texts.append(f"{side}x{side}: {float(part.mean()):.1f} bits")
-    save(out, "entropy", torch.cat(rows), len(image), row_labels=texts, scale=1,
+    save(out, "entropy", plots.cells(parts), len(image), row_labels=texts, scale=1,
          column_labels=names, footer=plots.legend(
              "Uncertainty about each token, given the coarser maps of the picture on top. 0 bits: "
              f"one code is certain;\n{most:g} bits: all {V:,} codes are equally likely. At the "
@@ -165,33 +157,30 @@ def attention_weights(var, labels, teacher_inputs, queries=slice(None)):
     return found
 
 
-def attention(out, tokenizer, var, image, labels):
+def attention(out, var, shown, image, labels):
     """What the cell in the middle of the last map looks at, block after block, averaged over heads.
-    image (1, 3, H, W), labels (1,)"""
-    scales, L, last = tokenizer.scales, var.L, tokenizer.scales[-1]
+    shown: the input for one image; image (3, H, W) in [0, 1]; labels (1,)"""
+    scales, L, last = var.config.scales, var.L, var.config.scales[-1]
     query = L - last * last + last // 2 * last + last // 2
-    shown = tokenizer.teacher_inputs(tokenizer.image_to_tokens(image))
     weights = [w[0, :, 0].mean(0).cpu() for w in attention_weights(
         var, labels, shown, slice(query, query + 1))]      # (L,) each
     blocks = sorted({round(i) for i in np.linspace(0, len(weights) - 1, min(6, len(weights)))})
-    cell = max(96, image.shape[-1])
-    picture = plots.enlarge((image.cpu() + 1) / 2, cell)[0]
+    picture = plots.cells([image])[0]
+    cell = picture.shape[-1]
     low, high = (last // 2) * cell // last, (last // 2 + 1) * cell // last
-    frame = torch.zeros(cell, cell, dtype=torch.bool)
-    frame[low - 1:high + 1, low - 1:high + 1] = True
-    frame[low + 1:high - 1, low + 1:high - 1] = False
-    picture = torch.where(frame, torch.tensor([1.0, 0.1, 0.1])[:, None, None], picture)
-    cells, shares = [], torch.zeros(len(scales))
+    inside = picture[:, low + 1:high - 1, low + 1:high - 1].clone()
+    picture[:, low - 1:high + 1, low - 1:high + 1] = torch.tensor([1.0, 0.1, 0.1])[:, None, None]
+    picture[:, low + 1:high - 1, low + 1:high - 1] = inside
+    parts, shares = [], torch.zeros(len(scales))
     for i in blocks:
-        cells.append(picture)
+        parts.append(picture)
         for k, part in enumerate(weights[i].split([s * s for s in scales])):
             shares[k] += part.sum() / len(blocks)
-            level = (part * L).clamp(min=1e-6).log2().view(scales[k], scales[k])
-            colours = torch.from_numpy(plots.heat_map(level.numpy(), -4, 4))
-            cells.append(plots.enlarge(colours.permute(2, 0, 1)[None] / 255, cell)[0])
+            level = (part * L).clamp(min=1e-6).log2().view(1, scales[k], scales[k])
+            parts += plots.heat_maps(level, -4, 4)
     texts = [f"{s}x{s}\nattention {share:.0%}\ntokens {s * s / L:.0%}"
              for s, share in zip(scales, shares)]
-    save(out, "attention", torch.stack(cells), 1 + len(scales), scale=1,
+    save(out, "attention", plots.cells(parts), 1 + len(scales), scale=1,
          row_labels=[f"block {i + 1}" for i in blocks], column_labels=["picture", *texts],
          footer=plots.legend(
              "Where the red cell of the last map looks. Teal: as much as if it looked at all "

@@ -117,16 +117,20 @@ def describe(tokenizer, numbers, images):
 
 
 @torch.no_grad()
+def decoded(tokenizer, tokens):
+    """The image after each scale: tokens -> K images (B, 3, H, W) in [-1, 1], on the CPU"""
+    return [tokenizer.decode(f_hat).float().clamp(-1, 1).cpu()
+            for f_hat in tokenizer.pyramid(tokens)]
+
+
 def save_picture(path, tokenizer, image):
     """One sheet: real images, what is decoded after each scale, and where the last one errs.
     image (B, 3, H, W) in [-1, 1]; of large ones only the first few are shown."""
     image = image[:max(4, min(10, 640 // image.shape[-1]))]
-    steps = tokenizer.pyramid(tokenizer.image_to_tokens(image))
-    rows = [image] + [tokenizer.decode(f_hat).clamp(-1, 1) for f_hat in steps]
-    names = ["real"] + [f"after {side}x{side}, {psnr(image, row).mean():.1f} dB"
-                        for side, row in zip(tokenizer.scales, rows[1:])]
-    error = (rows[-1] - image).abs().mean(1).cpu() / 2               # 1 is black for white
-    heat = torch.from_numpy(plots.heat_map(error.flatten(0, 1).numpy(), 0, 0.2))
-    heat = heat.unflatten(0, error.shape[:2]).permute(0, 3, 1, 2).float() / 255
-    plots.save_grid(path, torch.cat([(row.cpu() + 1) / 2 for row in rows] + [heat]), len(image),
-                    row_labels=names + ["error, 0 to 20 %"])
+    rows = [image.cpu(), *decoded(tokenizer, tokenizer.image_to_tokens(image))]
+    names = [f"after {side}x{side}, {psnr(rows[0], row).mean():.1f} dB"
+             for side, row in zip(tokenizer.scales, rows[1:])]
+    error = (rows[-1] - rows[0]).abs().mean(1) / 2         # 1 is black for white
+    heat = plots.heat_maps(error, 0, 0.2)
+    plots.save_grid(path, torch.cat([*((row + 1) / 2 for row in rows), heat]), len(image),
+                    row_labels=["real", *names, "error, 0 to 20 %"])

@@ -7,7 +7,7 @@ They are not the FID of the literature, which uses the Inception network.
 
     images (N, 3, H, W) in [0, 1]  ->  features (N, F)  ->  logits (N, classes)
 """
-import collections
+import itertools
 import time
 from pathlib import Path
 
@@ -50,59 +50,40 @@ class Judge(nn.Module):
 
 # -- Training --------------------------------------------------------------------------------------
 
-def judge_of(dataset, images, labels, num_classes, device="cpu"):
-    """The judge of a data set, kept in out/: trained when it is first asked for."""
-    path = Path("out") / f"judge_{Path(dataset).name}_{image_fingerprint(images)}.pt"
-    return load_or_train(path, images, labels, num_classes, seed=0, device=device,
-                         steps=dataset_named(dataset).judge_steps)
-
-
 @torch.random.fork_rng(devices=[])       # the caller's random numbers stay as they are
-def load_or_train(path, images, labels, num_classes, *, steps, seed, device="cpu", log=print):
-    """The judge kept at `path`, or a new one that is then kept there (see train_judge).
-
-    A file made for another size, steps or seed, or other classes, is replaced. The file knows
-    nothing else about the data: use one path per data set."""
-    path = Path(path)
-    made_for = dict(num_classes=int(num_classes), size=len(images[0]), steps=steps, seed=seed)
+def judge_of(dataset, images, labels, num_classes, device="cpu", log=print):
+    """The judge of a data set, trained when it is first asked for (see train_judge) and kept in
+    out/. A file that is damaged or of another model is replaced."""
+    steps = dataset_named(dataset).judge_steps
+    path = Path("out") / f"judge_{Path(dataset).name}_{steps}_{image_fingerprint(images)}.pt"
+    judge = Judge(num_classes, len(images[0]))
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["made_for"] == made_for:
-            judge = Judge(num_classes, made_for["size"])
-            judge.load_state_dict(saved["state"])
-            return judge.to(device, memory_format=torch.channels_last).eval()
-    except Exception:                    # missing, damaged or something else: it is trained again
-        pass
-    judge = train_judge(images, labels, num_classes, steps=steps, seed=seed, device=device, log=log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_atomically({"made_for": made_for, "state": judge.cpu().state_dict()}, path)
-    return judge.to(device)
+        judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:
+        judge = train_judge(images, labels, num_classes, steps=steps, device=device, log=log).cpu()
+        save_atomically(judge.state_dict(), path)
+    return judge.to(device, memory_format=torch.channels_last).eval()
 
 
-@torch.random.fork_rng(devices=[])       # the caller's random numbers stay as they are
-def train_judge(images, labels, num_classes, *, steps, seed, device="cpu", batch_size=128,
+def train_judge(images, labels, num_classes, *, steps, seed=0, device="cpu", batch_size=128,
                 log=print):
     """Train a judge on images (uint8 (N, H, W, 3), or read on demand) and int64 labels (N,).
     -> judge in eval mode. For the shapes 100 steps are enough: 13 to 20 s on one CPU core, and none
     of 4,000 test images misnamed (seed 0)."""
     labels = torch.as_tensor(labels)
-    generator, coming = torch.Generator().manual_seed(seed), collections.deque()
+    generator = torch.Generator().manual_seed(seed)
     torch.default_generator.manual_seed(seed)              # torch.manual_seed resets the GPU's too
     judge = Judge(num_classes, len(images[0]))
     judge = judge.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(steps, 2))
-
-    def rows_of_steps():
-        """Workers read ahead, so all random numbers of a step are drawn with its rows: the same
-        ones in the same order, however many workers there are."""
-        for _ in range(steps):
-            rows = torch.randint(len(labels), (batch_size,), generator=generator)
-            coming.append((rows, random_changes(batch_size, len(images[0]), generator)))
-            yield [(int(i), -1) for i in rows]             # -1: the crop in the middle
-    start = time.time()
-    for step, batch in enumerate(picture_batches(images, rows_of_steps(), loading_workers(1)), 1):
-        rows, changes = coming.popleft()
+    # Workers read ahead, so all random numbers of a step are drawn with its rows: the same ones in
+    # the same order, however many workers there are.
+    ahead, now = itertools.tee((torch.randint(len(labels), (batch_size,), generator=generator),
+                                random_changes(batch_size, len(images[0]), generator))
+                               for _ in range(steps))
+    batches, start = middles(images, (rows for rows, _ in ahead)), time.time()
+    for step, (batch, (rows, changes)) in enumerate(zip(batches, now), 1):
         batch = augment(as_floats(batch), changes).to(device)
         loss = F.cross_entropy(judge(batch), labels[rows].to(device), label_smoothing=0.02)
         optimizer.zero_grad()
@@ -151,12 +132,24 @@ def as_floats(images):
     return images if images.is_floating_point() else images.permute(0, 3, 1, 2).float() / 255
 
 
-def batches_of(images, rows, size=None):
-    """Images in memory or in files (data/batches.py), a few at a time, decoded ahead by workers.
-    -> uint8 tensors (n, H, W, 3)"""
-    parts = torch.from_numpy(np.asarray(rows)).split(size or per_pass(len(images[0])))
-    return picture_batches(images, [[(int(i), -1) for i in part] for part in parts],
+def middles(images, batches):
+    """Images in memory or in files (data/batches.py), decoded ahead by workers, centre crops.
+    batches: rows (n,) of one after another -> uint8 tensors (n, H, W, 3)"""
+    return picture_batches(images, ([(int(i), -1) for i in rows] for rows in batches),
                            loading_workers(1))
+
+
+def batches_of(images, rows):
+    """The images of these rows, a few at a time. -> uint8 tensors (n, H, W, 3)"""
+    return middles(images, torch.as_tensor(rows).split(per_pass(len(images[0]))))
+
+
+def rebuilt(tokenizer, images, rows):
+    """Reconstructions of the images of these rows, a few at a time. -> (n, 3, H, W) in [0, 1]"""
+    device = next(tokenizer.parameters()).device
+    for part in batches_of(images, rows):
+        tokens = tokenizer.image_to_tokens(to_float(part).to(device))
+        yield (tokenizer.tokens_to_image(tokens).float().cpu() + 1) / 2
 
 
 @torch.no_grad()
@@ -204,18 +197,19 @@ def precision_recall(features_real, features_fake, k=3):
 
     def share_inside(points, members):
         # The member itself comes first at distance 0, so its k-th neighbour is the (k+1)-th.
-        radius = torch.cat([torch.cdist(part, members).kthvalue(k + 1, dim=1).values
-                            for part in members.split(1000)])
-        inside = [(torch.cdist(part, members) <= radius).any(1) for part in points.split(1000)]
-        return torch.cat(inside).double().mean().item()
-    real, fake = features_real.double(), features_fake.double()  # float32 blurs small distances
-    return share_inside(fake, real), share_inside(real, fake)
+        radius = torch.cat([part.kthvalue(k + 1, dim=1).values
+                            for part in distances(members, members)])
+        inside = torch.cat([(part <= radius).any(1) for part in distances(points, members)])
+        return inside.double().mean().item()
+    return (share_inside(features_fake, features_real), share_inside(features_real, features_fake))
 
 
-def distances(features_query, features_set):
-    """(N, F), (M, F) -> distances (N, M)"""
-    return torch.cat([torch.cdist(part.double(), features_set.double()).float()
-                      for part in features_query.split(100)])
+def distances(points, members):
+    """Distances of rows (N, F) from rows (M, F), a few points at a time: (n, M), in float64, as
+    float32 blurs small distances."""
+    members = members.double()
+    for part in points.split(500):
+        yield torch.cdist(part.double(), members)
 
 
 # -- The table -------------------------------------------------------------------------------------
@@ -244,14 +238,9 @@ def evaluate(out, judge, tokenizer, real, test, test_labels, samples, meant, nam
     real, test: images of the training set and held out, in memory or in files; samples: batches
     of images in [0, 1], as classes meant (N,); name: of their row. As many images in each row.
     Labels are those of the judge."""
-    first, count, device = [], len(meant), next(tokenizer.parameters()).device
+    first, count = [], len(meant)
     known = extract(judge, batches_of(real, rows_of(len(real), count)))[0]
     rows = rows_of(len(test), count)
-
-    def rebuilt():
-        for part in batches_of(test, rows):
-            tokens = tokenizer.image_to_tokens(to_float(part).to(device))
-            yield (tokenizer.tokens_to_image(tokens).float().cpu() + 1) / 2
 
     def watched():
         for batch in samples:
@@ -264,7 +253,8 @@ def evaluate(out, judge, tokenizer, real, test, test_labels, samples, meant, nam
     features = []
     for text, batches, labels in (
             ("held-out images (floor)", batches_of(test, rows), test_labels[rows]),
-            ("reconstructions", rebuilt(), test_labels[rows]), (name, watched(), meant)):
+            ("reconstructions", rebuilt(tokenizer, test, rows), test_labels[rows]),
+            (name, watched(), meant)):
         found, logits = extract(judge, batches)
         precision, recall = precision_recall(known, found)
         print(f"{text:<28}{accuracy(logits, labels):>9.1%}{frechet_distance(known, found):>9.3f}"
@@ -282,16 +272,15 @@ def neighbours(out, judge, real, shown, floor, fake):
     real: uint8 (N, H, W, 3); shown: samples in [0, 1]; floor, fake: features of held-out images
     and of all samples, the first of them those shown."""
     known = extract(judge, real.split(500))[0]
-    near = [torch.cat([distances(part, known).min(1).values for part in features.split(1000)])
+    near = [torch.cat([part.min(1).values for part in distances(features, known)])
             for features in (floor, fake)]
     closest = near[0].quantile(0.01)
     closer = (near[1] < closest).double().mean()
     print(f"nearest of {len(known):,} training images: samples are {near[1].median():.2f} away "
           f"(median), held-out images {near[0].median():.2f}; {closer:.1%} of the samples are "
           "nearer than the nearest 1 % of held-out images")
-    by_features = distances(fake[:len(shown)], known).argmin(1).cpu()
-    flat = shown.flatten(1).double()                       # float32 cannot tell near copies apart
-    by_pixels = torch.cat([torch.cdist(flat, as_floats(part).flatten(1).double())
+    by_features = next(distances(fake[:len(shown)], known)).argmin(1).cpu()
+    by_pixels = torch.cat([next(distances(shown.flatten(1), as_floats(part).flatten(1)))
                            for part in real.split(2000)], 1).argmin(1)
     found = [as_floats(real[rows]) for rows in (by_features, by_pixels)]
     gallery.save(out, "neighbours", torch.cat([shown, *found]), len(shown),

@@ -19,6 +19,13 @@ def enlarge(images, side):
     return images[:, :, rows[:, None], columns]
 
 
+def cells(images):
+    """Images (3, h, w) of different sizes -> (N, 3, side, side), of the size of the largest but at
+    least 96 pixels."""
+    side = max(96, *(image.shape[-1] for image in images))
+    return torch.cat([enlarge(image[None], side) for image in images])
+
+
 def to_uint8(images):
     """Float tensor (N, 3, H, W) in [0, 1] -> uint8 array (N, H, W, 3); what lies outside is cut."""
     images = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -89,6 +96,11 @@ def heat_map(matrix, low=None, high=None):
     place = np.clip((matrix - low) / max(high - low, 1e-12), 0, 1) * (len(HEAT) - 1)
     colours = [np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
     return np.stack(colours, axis=-1).round().astype(np.uint8)
+
+
+def heat_maps(matrices, low, high):
+    """Tensor (N, h, w) -> heat_map() of each, floats (N, 3, h, w)"""
+    return torch.from_numpy(heat_map(matrices.cpu(), low, high)).permute(0, 3, 1, 2) / 255
 
 
 def token_colours(tokens, side, vocab_size):

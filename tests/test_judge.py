@@ -1,5 +1,6 @@
 """The judge: what it learns, how it reads images, and what is measured with its features."""
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,36 +85,41 @@ def test_precision_and_recall_match_the_slow_loop(seed, k):
 
 
 @pytest.mark.slow
-def test_the_judge_learns_and_is_kept(tmp_path):
+def test_the_judge_learns():
     images, labels, names = shapes.load("train", count=3_000, size=16)  # 16 pixels: for speed
     held_out, held_labels, _ = shapes.load("test", count=300, size=16)
-    path = tmp_path / "new" / "judge.pt"
-    network, again = (judge.load_or_train(path, images, labels, len(names), steps=45, seed=0)
-                      for _ in range(2))
+    network = judge.train_judge(images, labels, len(names), steps=45)
     _, logits = judge.extract(network, judge.batches_of(held_out, range(300)))
-    assert judge.accuracy(logits, held_labels) > 0.9 and list(path.parent.iterdir()) == [path]
-    assert torch.equal(judge.extract(again, [torch.from_numpy(held_out)])[1], logits)
+    assert judge.accuracy(logits, held_labels) > 0.9
 
 
-def test_a_judge_is_the_same_from_memory_and_from_files_and_another_seed_replaces_it(tmp_path):
+def test_a_judge_is_kept_for_its_images_and_is_the_same_from_memory_and_from_files(
+        tmp_path, monkeypatch):
+    """It leaves the caller's random numbers alone, and a damaged file is replaced."""
     images, labels, _ = shapes.load("train", count=40, size=16)
-    path, lines, before = tmp_path / "judge.pt", [], torch.random.get_rng_state()
-    one, two, other = [
-        judge.load_or_train(path, data, labels, 10, steps=2, seed=seed, log=lines.append)
-        for data, seed in [(images, 0), (Files(images), 0), (images, 1)]]
-    fresh = judge.train_judge(Files(images), labels, 10, steps=2, seed=0, log=lines.append)
-    assert torch.equal(before, torch.random.get_rng_state()), "the caller's random numbers"
-    assert len(lines) == 3, "the second was read, not trained"
-    for same in (two, fresh):
-        assert torch.equal(one.head.weight, same.head.weight)
-    assert not torch.equal(one.head.weight, other.head.weight)
+    lines, before = [], torch.random.get_rng_state()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(judge, "dataset_named", lambda name: SimpleNamespace(judge_steps=2))
+
+    def weights(images):
+        network = judge.judge_of("some/shapes", images, labels, 10, log=lines.append)
+        assert not network.training and torch.equal(before, torch.random.get_rng_state())
+        return network.head.weight
+    first, again, files = weights(images), weights(images), weights(Files(images))
+    assert len(lines) == 2, "the second was read, not trained"
+    for path in (tmp_path / "out").iterdir():
+        path.write_bytes(path.read_bytes()[:999])
+    repaired, other = weights(images), weights(255 - images)
+    assert len(lines) == 4 and len(list((tmp_path / "out").iterdir())) == 3
+    assert all(torch.equal(first, same) for same in (again, files, repaired))
+    assert not torch.equal(first, other)
 
 
 def test_workers_decode_image_files_and_memory_is_read_here():
     images = np.zeros((7, 16, 16, 3), np.uint8)
-    read = torch.cat(list(judge.batches_of(Files(images, True), [5, 2, 3], size=2)))
+    read = torch.cat(list(judge.middles(Files(images, True), [[5, 2], [3]])))
     assert read.shape == (3, 16, 16, 3) and (read[:, 0, 0] == 255).all() and read.sum() == 9 * 255
-    assert torch.cat(list(judge.batches_of(images, [5, 2, 3], size=2))).sum() == 0
+    assert torch.cat(list(judge.batches_of(images, [5, 2, 3]))).sum() == 0
 
 
 # -- The table -------------------------------------------------------------------------------------
@@ -197,7 +203,7 @@ def test_evaluate_judges_a_runs_samples_in_each_class_in_turn(cli, tiny, tmp_pat
     """Only 3 of its images are held out, so those it was trained on stand in for them."""
     real, network = command_line.load_data, untrained()
     monkeypatch.setattr(command_line, "load_data", lambda name, _, *how: real(name, "train", *how))
-    monkeypatch.setattr(judge, "load_or_train", lambda *args, **how: network)
+    monkeypatch.setattr(judge, "judge_of", lambda *args, **how: network)
     result = cli("06_sample_and_edit.py", "--run", tiny.folder, "--device", "cpu", "--task",
                  "evaluate", "--n", 8, "--cfg", 2.5, "--out", tmp_path / "made")
     assert result.status == 0, result.err
