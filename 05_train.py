@@ -50,8 +50,9 @@ from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out
                             move_small_arrays_to_gpu, peak_memory, reset_peak_memory, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
 from engine.loss_scale import LossScale
-from engine.optimizers import make_optimizers, parameter_groups, set_schedule
+from engine.optimizers import make_optimizers, set_schedule
 from engine.options import one_line, read_options
+from engine.presets import fill_in
 from engine.processes import Processes, relaunch, sync_gradients
 from engine.progress import Stopwatch, clock
 from engine.run_folder import RunFolder
@@ -71,75 +72,18 @@ TOKENIZER_OPTIONS = {"image_size": "side of the square images, in pixels",
                      "vocab_size": "codes of the tokenizer",
                      "quantizer": "how features become codes, by a name in QUANTIZERS of 01_vq.py"}
 TRANSFORMER_OPTIONS = {"depth": "blocks of the transformer; for imagenet it sets all else"}
-# Side of the images -> how the tokenizer makes them small, and the sides of its token maps.
-LAYOUTS = {
-    32: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),
-    64: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1, 2)),
-    128: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8, 11, 16), multipliers=(1, 2)),
-    256: dict(unshuffle=4, scales=released.SCALES[680], multipliers=(1, 2, 2)),
-    512: dict(unshuffle=4, scales=released.SCALES[2240], multipliers=(1, 2, 2)),
-}
-# The released tokenizer makes a token of 16x16 pixels at every image size.
-RELEASED_LAYOUTS = {64: dict(scales=(1, 2, 3, 4)), 128: dict(scales=(1, 2, 3, 4, 6, 8)),
-                    256: dict(scales=released.SCALES[680]), 512: dict(scales=released.SCALES[2240])}
-# What a data set changes in the defaults. A preset may have layouts of its own, and a recipe: a
-# function that gives more settings for a depth of the transformer.
-PRESETS = {
-    # Guidance moves samples away from the data: the less, the smaller the Frechet distance here.
-    "shapes": dict(image_size=32, depth=4, width=128, heads=4, drop_path=0.0, cfg=0.5),
-    # Meant for about ten minutes on one H100, not measured: 64 epochs of stage 1, and ten of stage
-    # 2 over 16 views (mirrored and shifted versions) of every image.
-    "cifar10": dict(image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
-                    adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
-                    width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
-                    batch_size=256, cfg=2.0, top_p=0.9, held_out=10_000, log_every=200,
-                    save_every=1000),
-    "cifar10-cpu": dict(dataset="cifar10", classes=("automobile", "horse", "ship"), image_size=32,
-                        vocab_size=512, channels=64, flip=True, views=4, adversarial=0.2,
-                        tokenizer_steps=12_000, tokenizer_batch_size=16, depth=6, width=192,
-                        heads=3, shared_adaln=True, drop_path=0.05, steps=14_000, batch_size=24,
-                        cfg=2.5, top_p=0.92, log_every=200),
-    "folder": dict(image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
-                   steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
-                   heads=6),
-    "imagenet": dict(released.TOKENIZER, layouts=RELEASED_LAYOUTS, recipe=released.imagenet_recipe,
-                     num_classes=1000, learn="ema", views=8, tokenizer_steps=250_000,
-                     tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
-                     optimizer="adamw", depth=16, save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
-}
 
 
 def read_settings(argv=None):
-    """Command line -> (Settings, TokenizerConfig, dict of VARConfig fields). Defaults, then the
-    preset of the data set, then what was typed."""
-    typed = read_options(argv, __doc__.splitlines()[0], {
-        Settings: {}, vqvae.TokenizerConfig: TOKENIZER_OPTIONS,
-        transformer.VARConfig: TRANSFORMER_OPTIONS})
-    if "num_classes" in typed:
-        raise BadInput("num_classes is known from the data and cannot be set")
-    name = typed.get("preset") or typed.get("dataset", "shapes")
-    if "preset" in typed and name not in PRESETS:
-        raise BadInput(f"no preset {name!r}: use {', '.join(PRESETS)}")
-    preset = PRESETS.get(name, PRESETS["folder"])
-    if typed.get("tokenizer_file"):                        # the released one, unless it is ours
-        preset = {**preset, **released.TOKENIZER, "layouts": RELEASED_LAYOUTS}
-    recipe = preset.get("recipe", lambda depth: {})(typed.get("depth", preset["depth"]))
-    values = {**preset, **recipe, **typed}
-    values = {**values, **preset.get("layouts", LAYOUTS).get(values["image_size"], {}), **typed}
-    for name_typed, rule in (("steps", "epochs"), ("lr", "lr_per_256"),
-                             ("weight_decay", "final_weight_decay")):
-        if name_typed in typed:                            # it replaces the rule of the recipe
-            values[rule] = typed.get(rule)
-
-    def pick(cls):
-        return {f.name: values[f.name] for f in fields(cls) if f.name in values}
-    settings = Settings(**pick(Settings))
-    settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
-    config = vqvae.TokenizerConfig(**pick(vqvae.TokenizerConfig))
-    var_fields = pick(transformer.VARConfig)
+    """Command line -> (Settings, TokenizerConfig, dict of VARConfig fields)"""
+    options = {Settings: {}, vqvae.TokenizerConfig: TOKENIZER_OPTIONS,
+               transformer.VARConfig: TRANSFORMER_OPTIONS}
+    values = fill_in(read_options(argv, __doc__.splitlines()[0], options))
+    picked = [{f.name: values[f.name] for f in fields(cls) if f.name in values} for cls in options]
+    settings, config = Settings(**picked[0]), vqvae.TokenizerConfig(**picked[1])
     check(settings, config.image_size)
-    transformer.VARConfig(**var_fields)                    # sizes that cannot be: say so at once
-    return settings, config, var_fields
+    transformer.VARConfig(**picked[2])                     # sizes that cannot be: say so at once
+    return settings, config, picked[2]
 
 
 # -- The training loop, shared by both stages ------------------------------------------------------
@@ -623,24 +567,10 @@ def draw_samples(settings):
 
 def dry_run(settings, config, var_fields):
     """Print what a training takes. Nothing is read, written or trained."""
-    sizes = var_sizes(var_fields, config, var_fields.get("num_classes", 10))
-    side, L = config.image_size, sum(side * side for side in config.scales)
     with torch.device("meta"):                             # tensors with shapes but no memory
-        tokenizer, var = vqvae.MultiScaleVQVAE(config), transformer.VAR(sizes)
-        image, labels = torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.long)
-        inputs = torch.zeros(1, L - config.scales[0] ** 2, config.latent_dim)
-    print(f"dry run: an image of {side} x {side} is {L} tokens, {len(config.scales)} maps of sides "
-          f"{', '.join(map(str, config.scales))}\n{plan.HEADER}")
-    plan.show("tokenizer", tokenizer, lambda: tokenizer.decode(tokenizer.encode(image)),
-              settings.tokenizer_batch_size, f"{settings.tokenizer_steps:,}",
-              parameter_groups(tokenizer, settings.optimizer))
-    plan.show("transformer", var, lambda: var(labels, inputs), settings.batch_size,
-              f"{settings.epochs} epochs" if settings.epochs else f"{settings.steps:,}",
-              parameter_groups(var, settings.optimizer))
-    size = settings.views * L * (2 if config.vocab_size < 65536 else 4)
-    print(f"token cache: {settings.views} views, {size / 1e3:.3g} MB for every 1,000 images\n"
-          "TFLOP: forward and backward pass of one batch, without LPIPS and critic\nGB: on every "
-          "GPU, in float32 (--shard divides them); activations come on top")
+        tokenizer = vqvae.MultiScaleVQVAE(config)
+        var = transformer.VAR(var_sizes(var_fields, config, var_fields.get("num_classes", 10)))
+    plan.show(settings, tokenizer, var)
 
 
 def main():

@@ -103,8 +103,8 @@ def assignment(*classes):
 def read_options(argv, description, classes):
     """The command line -> {field: value} of what was typed. classes: {dataclass: help texts of its
     fields that are options although they were not made with `option`}"""
-    parser = OneLineParser(description=f"{description} Defaults in brackets; PRESETS in the source "
-                           "holds those of each data set.", allow_abbrev=False)
+    parser = OneLineParser(description=f"{description} Defaults in brackets; "
+                           "engine/presets.py holds those of each data set.", allow_abbrev=False)
     for cls, helps in classes.items():
         add_options(parser, cls, helps)
     parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],

@@ -115,7 +115,7 @@ def test_every_field_of_a_stages_settings_counts_and_no_other(cls):
     ("--batch-size 0", "batch-size"), ("--stage three", "'three'"), ("--optimizer sgd", "muon"),
     ("--quantizer x", "quantizer"), ("--dataset nosuch", "'nosuch'"), ("--device tpu", "'tpu'"),
     ("--dataset imagenet", "--data-dir"), ("--set scales=1,2,x", "'x'"), ("--set lr", "NAME=VALUE"),
-    ("--set scales=4,2,8", "last scale"), ("--set scales=4,2,4", "grow"), ("--seed -1", "seed"),
+    ("--set scales=1,2,8", "last scale"), ("--set scales=2,1,4", "grow"), ("--seed -1", "seed"),
     ("--preset nosuch", "'nosuch'"), ("--classes ant dog", "'dog'"), ("--classes 9", "9"),
     ("--image-size 33", "scale"), ("--set nothing=3", "'nothing=3'"), ("--set flip=x", "'x'"),
     ("--set picture_loss=l3", "l1, l2"), ("--set num_classes=3", "num_classes"),
