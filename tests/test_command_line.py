@@ -126,7 +126,8 @@ def test_real_images_of_other_classes_are_matched_by_name_or_refused(monkeypatch
 
 def test_images_to_edit_come_with_the_code_unless_a_folder_is_named_and_classes_take_turns():
     job = make_job()
-    job.dataset, job.names, job.classes, job.var = "cifar10", ["horse", "ship"], [1, 0], None
+    job.dataset, job.side, job.var = "cifar10", 32, None
+    job.names, job.classes = ["horse", "ship"], [1, 0]
     image, labels = job.images_to_edit(5)
     horses, ships = (cifar10.examples()[0][cifar10.examples()[1] == c] for c in (7, 8))
     assert labels == [1, 0, 1, 0, 1] and image.shape == (5, 3, 32, 32)
