@@ -47,6 +47,7 @@ def scale_of_token(scales):
 
 def block_causal_mask(scales):
     """(L, L) bool, True = may look: row i may look at column j if j's scale is not finer."""
+    # Exercise 03_1
     scale = scale_of_token(scales)
     return scale[:, None] >= scale[None, :]
 
@@ -54,6 +55,7 @@ def block_causal_mask(scales):
 def attention(q, k, v, mask=None, qk_factor=None):
     """softmax(qk_factor q.k) v over the keys where `mask` (queries, keys) is True, None: over all.
     qk_factor None: 1/sqrt(d). -> (B, heads, queries, d)"""
+    # Exercise 03_2
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=qk_factor)
     # In bfloat16 on a CPU the fused kernel is slower than the formula.
@@ -65,6 +67,7 @@ def attention(q, k, v, mask=None, qk_factor=None):
 def block_causal_attention(q, k, v, scales, mask=None, qk_factor=None):
     """What attention() gives under block_causal_mask(scales), prefix by prefix. `mask` (L, L) may
     be passed so that it is not built again. -> (B, heads, L, d)"""
+    # Exercise 03_3
     mask = block_causal_mask(scales).to(q.device) if mask is None else mask
     # Small scales, up to 100 tokens, share one product under their rows of the mask: computing what
     # is hidden costs less than many small products. (1, 2, 3, 4, 6, 8) -> (1, 2, 3, 4, 6), (8)

@@ -128,6 +128,7 @@ class KVCache:
         if self.k is None:
             shape = (*k.shape[:2], self.length, k.shape[3])
             self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+        # Exercise 04_1
         end = self.filled + k.shape[2]
         assert end <= self.length, "the cache holds one batch: make a new one for the next"
         self.k[:, :, self.filled:end], self.v[:, :, self.filled:end] = k, v
@@ -155,6 +156,7 @@ class Block(nn.Module):
 
     def forward(self, x, modulation, mask=None, cache=None):         # x (B, n, D)
         gate1, gate2, scale_by1, scale_by2, shift1, shift2 = modulation.unbind(2)  # (B, 1, D) each
+        # Exercise 04_2
         h = self.attention(self.norm(x) * (1 + scale_by1) + shift1, mask, cache)   # (B, n, D)
         x = x + self.drop_path(h * gate1)                                          # (B, n, D)
         h = self.mlp(self.norm(x) * (1 + scale_by2) + shift2)                      # (B, n, D)
@@ -271,6 +273,7 @@ class VAR(nn.Module):
     def step(self, k, inputs, conditioning, cache):
         """Scale k alone, given the scales before it in `cache` (which grows).
         inputs (B, h_k*w_k, C), None at k = 0 -> logits (B, h_k*w_k, V)"""
+        # Exercise 04_3
         begin = sum(side * side for side in self.config.scales[:k])
         end = begin + self.config.scales[k] ** 2
         x = conditioning[0] + self.start if k == 0 else self.word_embed(inputs)
