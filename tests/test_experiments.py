@@ -103,6 +103,18 @@ def test_the_cost_experiment_finds_exponents_and_draws_its_figure(monkeypatch, t
 
 
 @pytest.mark.slow
+def test_the_more_maps_are_real_the_closer_an_image_comes_to_its_reconstruction(
+        monkeypatch, tmp_path, capsys):
+    path = tmp_path / "maps.png"
+    monkeypatch.setattr(sys, "argv", ["independence.py", "--n", "12", "--out", str(path)])
+    import_module("experiments.independence").main()
+    (_, *rows) = table(capsys.readouterr().out)
+    assert [row[1] for row in rows] == ["64", "100", "116", "125", "129", "130"]
+    db = [float(row[2]) for row in rows]
+    assert db == sorted(db, reverse=True) and db[0] > 30 and path.exists()
+
+
+@pytest.mark.slow
 def test_the_benchmark_prints_all_its_tables(monkeypatch, capsys):
     """At sizes that take seconds, with what a GPU would be asked too."""
     small = benchmark.vqvae.TokenizerConfig(channels=8, vocab_size=64)
