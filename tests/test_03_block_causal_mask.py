@@ -8,11 +8,11 @@ from hypothesis import given, strategies as st
 
 m3 = import_module("03_block_causal_mask")
 seeds = st.integers(0, 10_000)
-# Any order of sides: a mask does not care whether scales grow. 10 x 10 alone is a full group.
-schedules = st.lists(st.integers(1, 4), min_size=1, max_size=5).map(tuple)
+# Any order of sides: a mask does not care whether scales grow.
+schedules = st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple)
+# 10 x 10 alone is a full group.
 grouped = st.lists(st.sampled_from([1, 2, 3, 6, 7, 10, 11]), min_size=1, max_size=4).map(tuple)
 PAPER = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])    # two ways on a CPU
 
 
 def length(scales):
@@ -23,8 +23,6 @@ def random_qkv(scales, dtype=torch.float64, batch=1):
     return torch.randn(3, batch, 2, length(scales), 3, dtype=dtype).unbind(0)
 
 
-# -- The mask --------------------------------------------------------------------------------------
-
 @given(scales=schedules)
 def test_mask_equals_a_slow_double_loop(scales):
     owner = [k for k, side in enumerate(scales) for _ in range(side * side)]
@@ -34,13 +32,10 @@ def test_mask_equals_a_slow_double_loop(scales):
     assert found.tolist() == [[mine >= other for other in owner] for mine in owner]
 
 
-@given(n=st.integers(1, 30))
-def test_raster_order_is_lower_triangular_and_1_2_is_the_worked_example(n):
-    assert torch.equal(m3.block_causal_mask((1,) * n), torch.ones(n, n).tril().bool())
+def test_worked_examples_next_scale_and_raster_order():
     assert m3.block_causal_mask((1, 2)).int().tolist() == [[1, 0, 0, 0, 0]] + [[1] * 5] * 4
+    assert torch.equal(m3.block_causal_mask((1,) * 9), torch.ones(9, 9).tril().bool())
 
-
-# -- Attention -------------------------------------------------------------------------------------
 
 def slow_attention(q, k, v, scales, factor):
     """softmax(factor q.k) v, one query at a time over the keys it may see."""
@@ -53,7 +48,7 @@ def slow_attention(q, k, v, scales, factor):
     return out
 
 
-@given(scales=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+@given(scales=schedules.filter(lambda scales: length(scales) < 20),
        factor=st.sampled_from([None, 1.0, 0.3]), seed=seeds)
 def test_both_ways_equal_the_slow_loop(scales, factor, seed):
     torch.manual_seed(seed)
@@ -92,8 +87,8 @@ def test_bfloat16_is_the_same_but_for_rounding(scales, factor):
         assert (a - b).abs().max() < 0.02 * max(1, b.abs().max())
 
 
-@dtypes
-@given(scales=grouped.filter(lambda s: len(s) > 1), seed=seeds)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])         # two ways on a CPU
+@given(scales=grouped.filter(lambda scales: len(scales) > 1), seed=seeds)
 def test_finer_scales_move_coarser_outputs_by_exactly_zero(dtype, scales, seed):
     torch.manual_seed(seed)
     q, k, v = random_qkv(scales, dtype)
@@ -104,19 +99,6 @@ def test_finer_scales_move_coarser_outputs_by_exactly_zero(dtype, scales, seed):
         after = m3.block_causal_attention(*fresh, scales)
         assert torch.equal(after[:, :, :n], before[:, :, :n])
         assert not torch.equal(after[:, :, n:], before[:, :, n:])
-
-
-@dtypes
-def test_the_first_token_of_a_block_sees_the_last_of_its_block(dtype):
-    torch.manual_seed(0)
-    scales = (1, 2, 3, 11)                                 # the last is a group of its own
-    q, k, v = random_qkv(scales, dtype)
-    for begin, end in [(1, 5), (5, 14), (14, 135)]:
-        changed = v.clone()
-        changed[:, :, end - 1] += 100
-        moved = m3.block_causal_attention(q, k, changed, scales)
-        moved -= m3.block_causal_attention(q, k, v, scales)
-        assert (moved[:, :, begin:end].abs() > 1e-4).all() and not moved[:, :, :begin].any()
 
 
 def written_by_slices(node, seen):
