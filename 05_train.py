@@ -105,6 +105,7 @@ class StepResult:
 
 def train_step(stage, model, batch, progress):
     """Forward, backward, clip, step. batch: tuple of tensors (B, ...) -> StepResult"""
+    # Exercise 05_2
     parts = list(zip(*[tensor.chunk(stage.settings.accumulate) for tensor in batch]))
     loss, metrics = 0, []
     for i, part in enumerate(parts):
@@ -113,6 +114,7 @@ def train_step(stage, model, batch, progress):
             stage.loss_scale.scale(part_loss / len(parts)).backward()
         loss = loss + part_loss.detach() / len(parts)
         metrics.append(part_metrics)
+    # End of exercise
     stage.loss_scale.unscale(stage.modules.values())
     # Only the model's gradient is clipped. That of the critic has to be finite, too.
     norms = [clip_gradients(module, stage.settings.clip if module is stage.model else torch.inf)
@@ -415,6 +417,7 @@ class TransformerStage:
 
     def per_token(self, model, tokens, labels):
         """-> (cross-entropy in nats (B, L), right (B, L) bool)"""
+        # Exercise 05_1
         with torch.no_grad():
             inputs = self.tokenizer.teacher_inputs(list(tokens.split(self.sizes, 1)))
         with self.autocast():

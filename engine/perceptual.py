@@ -125,6 +125,7 @@ def adaptive_weight(other, adversarial, weight):
     """Esser et al. 2021, eq. 7: how many times longer the other losses' gradient is, at the
     decoder's last weights, than the adversarial loss's. -> (), no more than 10,000. A constant:
     without create_graph nothing can go backward through it."""
+    # Exercise 05_3
     long, = torch.autograd.grad(other, weight, retain_graph=True)
     short, = torch.autograd.grad(adversarial, weight, retain_graph=True)
     return (long.norm() / (short.norm() + 1e-4)).clamp(max=1e4)
