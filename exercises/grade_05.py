@@ -165,8 +165,8 @@ def check_order(notes, parts, loss):
         raise Wrong("stage.loss must be given `model`, which wraps stage.model on several GPUs")
     once = [False] * (parts - 1) + [True]
     if notes.now != once:
-        raise Wrong(f"stage.loss was called with sync_gradients' now = {notes.now}, expected {once} "
-                    "(None: outside)")
+        raise Wrong(f"stage.loss was called with sync_gradients' now = {notes.now}, expected "
+                    f"{once} (None: outside)")
 
 
 def test_05_property(properties):

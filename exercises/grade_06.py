@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from exercises.grading import Wrong, expect, judge_property
+from exercises.grading import Wrong, expect, judge_property, show
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 
@@ -35,8 +35,8 @@ def check_row(got, row, wanted, **inputs):
     """got, row (V,): the values that stay are `wanted`, each at its place, all else is -inf."""
     stays = got > -math.inf
     if got.isnan().any() or not torch.equal(got[stays], row[stays]):
-        raise Wrong(f"keep_likely returns {got.tolist()}: what stays must keep its value and its "
-                    f"place, what is dropped must be -inf\n    with logits = {row.tolist()}, {inputs}")
+        raise Wrong(f"keep_likely returns {show(got)}: what stays must keep its value and its "
+                    f"place, the rest must be -inf\n    with logits = {show(row)}, {inputs}")
     expect("the logits that stay, largest first", sorted(got[stays].tolist(), reverse=True), wanted,
            logits=row, **inputs)
 
@@ -90,7 +90,8 @@ def test_06_2(chapter):
         for k, got in enumerate(guided_logits(chapter, logits, cfg, B)):
             cond, uncond = logits[k][:B], logits[k][B:]
             t = cfg * k / max(K - 1, 1)
-            expect(f"logits of scale {k + 1} of {K} with cfg {cfg}", got, cond + t * (cond - uncond),
+            wanted = cond + t * (cond - uncond)
+            expect(f"logits of scale {k + 1} of {K} with cfg {cfg}", got, wanted,
                    logit_of_class=cond[0, 0, 0], logit_without_class=uncond[0, 0, 0], t=t)
 
 

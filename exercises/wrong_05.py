@@ -33,7 +33,8 @@ WRONG = {
                    "with self.autocast():\n"
                    "    logits = model(labels, inputs)\n"
                    "B, L, V = logits.shape\n"
-                   "loss = F.cross_entropy(logits.float().view(B, V, L), tokens, reduction='none')\n"
+                   "logits_BVL = logits.float().view(B, V, L)\n"
+                   "loss = F.cross_entropy(logits_BVL, tokens, reduction='none')\n"
                    "return loss, logits.argmax(-1) == tokens\n"),
         "calls the least likely code right": ("argmax", "argmin"),
     },

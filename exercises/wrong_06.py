@@ -27,8 +27,7 @@ WRONG = {
         "keeps one token too many": (
             "drop[..., 0] = False", "drop = drop.roll(1, -1)\n        drop[..., 0] = False"),
         "loses every token when top_p is tiny": (
-            "        drop[..., 0] = False                               # the likeliest always stays\n",
-            ""),
+            "drop[..., 0] = False", "pass"),
         "takes top-p first, then top-k": (
             None, "value, order = logits.sort(-1, descending=True)\n"
                   "p = value.softmax(-1)\n"
@@ -92,7 +91,8 @@ WRONG = {
             None, "inputs = tokenizer.teacher_inputs(tokens).to(var.start.dtype)\n"
                   "nobody = torch.full_like(labels, var.config.num_classes)\n"
                   "logits = (2 * var(labels, inputs) - var(nobody, inputs)).float()\n"
-                  "each = logits.log_softmax(-1).gather(-1, torch.cat(tokens, 1)[..., None])[..., 0]\n"
+                  "wanted = torch.cat(tokens, 1)[..., None]\n"
+                  "each = logits.log_softmax(-1).gather(-1, wanted)[..., 0]\n"
                   "per_scale = each.split([tokens_k.shape[1] for tokens_k in tokens], 1)\n"
                   "return torch.stack([part.sum(1) for part in per_scale], 1)\n"),
         "compares with no class": (
