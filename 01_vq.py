@@ -51,6 +51,7 @@ def lloyd_levels(x, levels, iterations=50):
     That uses levels about alike, but error is what counts: in the tails numbers are few and far
     apart, so a level there should serve fewer of them. x (N,) -> (levels,)"""
     centres = equal_mass_levels(x, levels)
+    # Exercise 01_1
     for _ in range(iterations):
         idx = round_to(x, centres)
         total = torch.zeros(levels).index_add_(0, idx, x)

@@ -1,0 +1,239 @@
+"""Judge one task: build the module to judge, run the task's grader, say what is wrong.
+
+A mistake in one task must not spoil another. So the module to judge is the student's file in which
+the functions of all *other* tasks are replaced by the reference's. Whatever it imports, chapters
+and support code, is the reference's too. Helpers and imports that a student adds are kept.
+"""
+import ast
+import signal
+import traceback
+from collections import namedtuple
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from exercises import make
+
+# The functions of the reference get line numbers from here on: an error there has no student's line.
+REFERENCE_LINES = 1_000_000
+SMALL = 24                                   # numbers of a tensor that a message still shows
+
+# status: "passed", "not yet", "wrong", "error" or "too slow"; why: a text, its first line says most
+Result = namedtuple("Result", "status why")
+
+
+class Wrong(AssertionError):
+    """What a grader says about a wrong answer."""
+
+
+class TooSlow(BaseException):
+    """Not an Exception, so that `except Exception` in a student's code cannot swallow it."""
+
+
+# -- What graders call -----------------------------------------------------------------------------
+
+def expect(name, got, want, tolerance=1e-5, **inputs):
+    """Raises Wrong unless `got` is what is wanted: first type, then shape, then dtype, then values.
+    name: what is compared, as the student knows it; inputs: shown in the message where small."""
+    given = "".join(f"\n    with {key} = {show(value)}" for key, value in inputs.items())
+    if isinstance(want, (list, tuple)):
+        if not isinstance(got, (list, tuple)) or len(got) != len(want):
+            raise Wrong(f"{name} is {describe(got)}, expected {describe(want)}{given}")
+        for i, pair in enumerate(zip(got, want)):
+            expect(f"{name}[{i}]", *pair, tolerance, **inputs)
+    elif not torch.is_tensor(want):
+        close = isinstance(want, float) and isinstance(got, (int, float)) and (
+            abs(got - want) <= tolerance * max(1, abs(want)))
+        if not close and (type(got) is not type(want) or got != want):
+            raise Wrong(f"{name} is {show(got)}, expected {show(want)}{given}")
+    elif not torch.is_tensor(got):
+        raise Wrong(f"{name} is {describe(got)}, expected {describe(want)}{given}")
+    elif got.shape != want.shape:
+        raise Wrong(f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}{given}")
+    elif got.dtype != want.dtype:
+        raise Wrong(f"{name}: dtype {got.dtype}, expected {want.dtype}{given}")
+    else:
+        expect_values(name, got.detach(), want.detach(), tolerance, given)
+
+
+def expect_values(name, got, want, tolerance, given):
+    """Two tensors of one shape and one dtype. Names the first place where they differ."""
+    exact = not want.is_floating_point()
+    same = got == want if exact else torch.isclose(got, want, tolerance, tolerance, equal_nan=True)
+    if same.all():
+        return
+    place = (~same).nonzero()[0].tolist()
+    at = f" at {place}" if place else ""
+    text = f"{name} is wrong{at}: got {show(got[tuple(place)])}, expected {show(want[tuple(place)])}"
+    if 1 < want.numel() <= SMALL:
+        text += f"\n    got      {show(got)}\n    expected {show(want)}"
+    raise Wrong(text + given)
+
+
+def describe(value):
+    """ "a tensor of shape (2, 3)", "None", "a list of 4" """
+    if torch.is_tensor(value):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def show(value):
+    """Numbers with four digits; of what is large, the shape alone."""
+    if torch.is_tensor(value):
+        return show(value.tolist()) if value.numel() <= SMALL else describe(value)
+    if isinstance(value, (list, tuple)) and len(value) <= SMALL:
+        return f"[{', '.join(map(show, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)[:100]
+
+
+def judge_property(holds, task):
+    """A property (a function of a chapter) must accept the reference and notice every wrong answer
+    to `task`: raise an exception."""
+    try:
+        holds(build(task, reference(task)))
+    except AssertionError as error:
+        notes = "\n".join(getattr(error, "__notes__", ()))
+        raise Wrong(f"the property rejects the reference solution: {error}\n{notes}") from None
+    for name, text in wrong_answers(task).items():
+        try:
+            holds(build(task, text))
+        except Exception:
+            continue
+        raise Wrong(f"the property accepts a solution of {task} that {name}")
+
+
+# -- The module to judge ---------------------------------------------------------------------------
+
+@cache
+def source_of(task):
+    """The file that holds a task's blanks: "01_vq.py" """
+    for name in make.SOURCES:
+        if any(blank.task == task for blank in make.find_blanks(read_source(name))):
+            return name
+    raise LookupError(f"no file has a line '# Exercise {task}'")
+
+
+@cache
+def read_source(name):
+    return (make.ROOT / name).read_text(encoding="utf-8")
+
+
+def reference(task):
+    return read_source(source_of(task))
+
+
+def build(task, text):
+    """The module to judge. text: the student's file that holds the task"""
+    source, solution = source_of(task), reference(task)
+    tree, reference_tree = ast.parse(text, f"student/{source}"), ast.parse(solution)
+    ast.increment_lineno(reference_tree, REFERENCE_LINES)
+    mine, theirs = dict(make.functions_of(tree)), dict(make.functions_of(reference_tree))
+    for blank in make.find_blanks(solution):
+        if blank.task != task:
+            replace(tree, blank.function, theirs[blank.function])
+        elif blank.function not in mine:
+            raise Wrong(f"{source} has no function {blank.function}, which holds this task")
+    module = ModuleType(Path(source).stem)
+    module.__file__ = str(make.ROOT / source)
+    exec(compile(tree, f"student/{source}", "exec"), module.__dict__)
+    return module
+
+
+def replace(tree, name, function):
+    """Puts a function into a module's tree: in the place of its namesake, or at the end."""
+    *classes, name = name.split(".")
+    for wanted in classes:
+        found = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == wanted)
+        tree = next(found, None)
+        if tree is None:                     # told at the task whose class it is
+            return
+    places = [i for i, node in enumerate(tree.body) if getattr(node, "name", None) == name]
+    for i in places:
+        tree.body[i] = function
+    if not places:
+        tree.body.append(function)
+
+
+def wrong_answers(task):
+    """-> {what it does wrong: the reference's file with that mistake}"""
+    edits = import_module(f"exercises.wrong_{task[:2]}").WRONG[task]
+    return {name: with_mistake(task, *edit) for name, edit in edits.items()}
+
+
+def with_mistake(task, old, new):
+    """The reference's file, where `new` replaces `old`, which occurs once in the task's blanks.
+    old None: `new` is the whole blank."""
+    text = reference(task)
+    lines = text.splitlines(keepends=True)
+    blanks = [blank for blank in make.find_blanks(text) if blank.task == task]
+    bodies = ["".join(lines[blank.start:blank.end]) for blank in blanks]
+    if old is None:
+        marker = lines[blanks[0].start - 1]
+        indent = marker[:len(marker) - len(marker.lstrip())]
+        changed = ["".join(indent + line + "\n" for line in new.splitlines())]
+    else:
+        changed = [body.replace(old, new) for body in bodies]
+    if len(changed) != len(bodies) or old and sum(body.count(old) for body in bodies) != 1:
+        raise ValueError(f"a wrong answer to {task} must replace one place: {old!r}")
+    for blank, body in zip(reversed(blanks), reversed(changed)):
+        lines[blank.start:blank.end] = [body]
+    return "".join(lines)
+
+
+# -- The judgement ---------------------------------------------------------------------------------
+
+def judge(task, text, limit=10):
+    """Runs the grader of a task on a student's file. limit: in seconds -> Result"""
+    try:
+        grader = getattr(import_module(f"exercises.grade_{task[:2]}"), f"test_{task}")
+        torch.manual_seed(0)
+        with time_limit(limit), torch.enable_grad():
+            grader(build(task, text))
+    except TooSlow:
+        return Result("too slow", f"stopped after {limit} s: does a loop never end?")
+    except Wrong as error:
+        return Result("wrong", str(error))
+    except SyntaxError as error:
+        return Result("error", f"line {error.lineno} is not Python, {error.msg}: "
+                               f"{(error.text or '').strip()}")
+    except (Exception, SystemExit) as error:
+        if isinstance(error, NotImplementedError) and str(error).startswith(task):
+            return Result("not yet", "")
+        return explain(error, text)
+    return Result("passed", "")
+
+
+def explain(error, text):
+    """An exception as a hint: the student's last line on its way, or else what the grader met."""
+    message = f"{type(error).__name__}: {error}".split("\nassert ")[0]
+    frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+              if frame.filename.startswith("student/") and frame.lineno < REFERENCE_LINES]
+    if not frames:
+        return Result("wrong", message.removeprefix("AssertionError: "))
+    line = text.splitlines()[frames[-1] - 1].strip()
+    return Result("error", f"line {frames[-1]}, {line}: {message}")
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TooSlow after so many seconds. Windows has no such timer: no limit there."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_):
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

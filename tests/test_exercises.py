@@ -1,0 +1,132 @@
+"""The exercises: solutions pass, blanks are "not yet", every wrong answer fails, and one mistake
+costs one task."""
+import ast
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from exercises import grading, make
+
+ROOT = make.ROOT
+TEXTS = make.read_tasks()
+TASKS = [task for task in TEXTS if not task.endswith("_open")]
+WRONG = [pytest.param(task, name, id=f"{task} {name}") for task in TASKS
+         for name in import_module(f"exercises.wrong_{task[:2]}").WRONG.get(task, {})]
+
+
+def solution_of_01_1(old, new):
+    """The text of chapter 1, changed in one place."""
+    text = grading.reference("01_1")
+    assert text.count(old) == 1
+    return text.replace(old, new)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_solution_passes_and_an_untouched_blank_is_not_yet(task):
+    assert grading.judge(task, grading.reference(task)) == ("passed", "")
+    blank = make.with_blanks(grading.reference(task), TEXTS)
+    assert grading.judge(task, blank) == ("not yet", "")
+
+
+@pytest.mark.parametrize("task, name", WRONG)
+def test_a_wrong_answer_fails(task, name):
+    result = grading.judge(task, grading.wrong_answers(task)[name])
+    assert result.status in ("wrong", "error") and result.why
+
+
+def test_every_task_has_a_blank_and_three_wrong_answers_and_every_blank_a_task():
+    blanks = {blank.task: name for name in make.SOURCES
+              for blank in make.find_blanks((ROOT / name).read_text())}
+    assert set(blanks) == set(TASKS)
+    for task in TASKS:
+        assert len(grading.wrong_answers(task)) >= 3
+        assert TEXTS[task].text and 5 <= TEXTS[task].minutes <= 30
+    for name in make.SOURCES:                # a function is replaced as a whole: one task each
+        held = {(blank.function, blank.task) for blank in make.find_blanks((ROOT / name).read_text())}
+        assert len(held) == len({function for function, _ in held})
+
+
+def test_mistakes_outside_a_blank_are_judged_at_their_own_task():
+    broken = solution_of_01_1("return x + (code - x).detach()", "return undefined(x)")
+    assert grading.judge("01_1", broken).status == "passed"
+    gone = solution_of_01_1("def straight_through(", "def straight(")
+    assert grading.judge("01_1", gone).status == "passed"
+    helper = solution_of_01_1("def lloyd_levels(", "import math as m\n\n\ndef mean(a, b):\n"
+                              "    return m.fsum(a) / b\n\n\ndef lloyd_levels(")
+    assert grading.judge("01_1", helper).status == "passed"
+
+
+@pytest.mark.parametrize("old, new, status, why", [
+    ("def lloyd_levels(", "def loyd_levels(", "wrong", "no function lloyd_levels"),
+    ("idx = round_to(x, centres)", "idx = round_to(x centres)", "error",
+     "is not Python, invalid syntax"),
+    ("idx = round_to(x, centres)", "idx = round_to(x, middle)", "error",
+     "idx = round_to(x, middle): NameError: name 'middle' is not defined"),
+    ("idx = round_to(x, centres)", "raise SystemExit(3)", "error", "SystemExit: 3"),
+    ("return centres", "return None", "wrong", "lloyd_levels is None, expected a tensor of shape"),
+    ("return centres", "return centres[:-1]", "wrong", "shape (1,), expected (2,)"),
+    ("return centres", "return centres.double()", "wrong",
+     "dtype torch.float64, expected torch.float32")])
+def test_a_mistake_is_met_with_a_hint(old, new, status, why):
+    text = grading.reference("01_1")
+    start = text.index("def lloyd_levels(")
+    text = text[:start] + text[start:].replace(old, new, 1)
+    result = grading.judge("01_1", text)
+    assert result.status == status and why in result.why, result.why
+    if status == "error":
+        number = 1 + text.split(new)[0].count("\n")
+        assert f"line {number}" in result.why
+
+
+def test_a_wrong_value_is_shown_with_the_input():
+    text = grading.wrong_answers("01_1")["lets an unused level jump to 0"]
+    why = grading.judge("01_1", text).why
+    assert "at [1]: got 0, expected 1" in why and "x = [1, 1, 1, 1, 1, 6]" in why
+
+
+@pytest.mark.parametrize("loop", ["while True:\n            pass",
+                                  "while True:\n            try:\n                x + 1\n"
+                                  "            except Exception:\n                pass"])
+def test_an_endless_loop_costs_its_task_alone(loop):
+    endless = solution_of_01_1("idx = round_to(x, centres)\n        total", loop + "\n        total")
+    assert grading.judge("01_1", endless, limit=0.3).status == "too slow"
+    assert grading.judge("01_1", grading.reference("01_1"), limit=5).status == "passed"
+
+
+def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys):
+    make.main([str(tmp_path / "student")])
+    for name in make.SOURCES:
+        text = (tmp_path / "student" / name).read_text()
+        ast.parse(text)
+        assert text.count("raise NotImplementedError(\"\"\"0") == len(make.find_blanks(text))
+    (tmp_path / "student" / "01_vq.py").write_text("my work")
+    with pytest.raises(SystemExit):
+        make.main([str(tmp_path / "student")])
+    assert "is not empty" in capsys.readouterr().err
+    assert (tmp_path / "student" / "01_vq.py").read_text() == "my work"
+    make.main([str(tmp_path / "solutions"), "--solutions"])
+    for name in make.SOURCES:
+        assert (tmp_path / "solutions" / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_copy_runs_without_the_repository_and_is_graded_as_a_table(tmp_path):
+    student, marks = tmp_path / "student", tmp_path / "marks.xml"
+    make.main([str(student)])
+
+    def run(*arguments, cwd=student):
+        done = subprocess.run([sys.executable, "-B", *arguments], cwd=cwd, text=True,
+                              capture_output=True)
+        return done.returncode, done.stdout + done.stderr
+
+    code, out = run("01_vq.py")
+    assert code == 1 and "NotImplementedError: 01_1 Lloyd's algorithm (10 min)" in out
+    assert run("05_train.py", "--help")[0] == run("06_sample_and_edit.py", "--help")[0] == 0
+    right = grading.reference("01_1").replace("# Exercise 01_2", "# Exercise 01_2\n    1 / 0")
+    (student / "01_vq.py").write_text(right)
+    code, out = run("-m", "pytest", "exercises", "--student", str(student), "-k", "01_1 or 01_2",
+                    "--junitxml", str(marks), cwd=ROOT)
+    assert code == 1 and "1 of 2 tasks passed" in out
+    assert "ZeroDivisionError" in out and 'failures="1"' in marks.read_text()
