@@ -70,18 +70,21 @@ def round_to(x, centres):
 def straight_through(x, code):
     """The code in the forward pass; in the backward pass the gradient goes to x, as if x had not
     been quantized: the gradient of rounding itself is zero almost everywhere. -> x_hat (..., C)"""
+    # Exercise 01_2
     return x + (code - x).detach()
 
 
 def commitment_loss(x, code):
     """Moves x towards its code (VQ-VAE, eq. 3, third term). Without it nothing keeps x near the
     codes: the decoder likes codes far apart, so x grows, and the codes lag behind. -> ()"""
+    # Exercise 01_2
     return F.mse_loss(x, code.detach())
 
 
 def codebook_loss(x, code):
     """Moves the code towards the vectors that use it (eq. 3, second term). It takes the code
     itself: straight_through's result has no gradient to the codebook. -> ()"""
+    # Exercise 01_2
     return F.mse_loss(code, x.detach())
 
 
@@ -180,12 +183,14 @@ class VectorQuantizer(Quantizer):
             dist.all_reduce(self.count)      # their codebooks drift apart
             dist.all_reduce(self.total)
         good = self.total.isfinite().all() & accepted
+        # Exercise 01_3
         self.hits.lerp_(torch.where(good, self.count, self.hits), 1 - self.decay)
         self.sums.lerp_(torch.where(good, self.total, self.sums), 1 - self.decay)
         if self.learn == "ema":
             alive = good & (self.hits > 1e-3)          # 0 / 0 would turn an unused code into nan
             mean = self.sums / self.hits.clamp(min=1e-3)[:, None]
             self.codebook.copy_(torch.where(alive[:, None], mean, self.codebook))
+        # End of exercise
         if self.revive:
             # Codes used less than a tenth as often as the average (and less than once a step) move
             # onto vectors of this batch. Their statistics move along: stale ones would carry the
@@ -278,6 +283,7 @@ def residual_quantize(x, quantizer, depth):
     A sum of d codes can be up to V**d different points, while only d codebooks of V codes, or one,
     are stored and searched. This is the idea that chapter 2 spreads over scales."""
     quantizers = quantizer if isinstance(quantizer, list) else [quantizer] * depth
+    # Exercise 01_4
     x_hat, indices = torch.zeros_like(x), []
     for one in quantizers[:depth]:
         indices.append(one.nearest(x - x_hat))

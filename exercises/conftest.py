@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,6 +27,10 @@ def pytest_configure(config):
     if not student.is_dir():
         raise pytest.UsageError(f"--student {student}: there is no such folder")
     config.stash[RESULTS] = {}
+    # For a property without properties.check: explaining an example takes seconds.
+    settings.register_profile("grading", deadline=None, derandomize=True, database=None,
+                              phases=(Phase.explicit, Phase.generate, Phase.shrink))
+    settings.load_profile("grading")
     # The table says it all: no tracebacks, no list of failures, no list of the slowest.
     config.option.tbstyle, config.option.reportchars, config.option.durations = "no", "", None
 

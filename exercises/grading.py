@@ -74,6 +74,14 @@ def expect_values(name, got, want, tolerance, given):
     raise Wrong(text + given)
 
 
+def gradients(name, value, *inputs):
+    """The gradient of value.sum() at each input, zeros where none arrives."""
+    if not torch.is_tensor(value) or not value.requires_grad:
+        raise Wrong(f"{name} has no gradient: is everything detached?")
+    found = torch.autograd.grad(value.sum(), inputs, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, found)]
+
+
 def describe(value):
     """ "a tensor of shape (2, 3)", "None", "a list of 4" """
     if torch.is_tensor(value):
@@ -222,7 +230,8 @@ def explain(error, text):
 
 @contextmanager
 def time_limit(seconds):
-    """Raises TooSlow after so many seconds. Windows has no such timer: no limit there."""
+    """Raises TooSlow after so many seconds. Windows has no such timer: no limit there. It rings
+    every second from then on: what is raised in a destructor or a bare `except` gets lost."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -231,7 +240,7 @@ def time_limit(seconds):
         raise TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:

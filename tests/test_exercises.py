@@ -3,6 +3,7 @@ costs one task."""
 import ast
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -15,6 +16,8 @@ TASKS = [task for task in TEXTS if not task.endswith("_open")]
 WRONG = [pytest.param(task, name, id=f"{task} {name}") for task in TASKS
          for name in import_module(f"exercises.wrong_{task[:2]}").WRONG.get(task, {})]
 
+judge = partial(grading.judge, limit=120)    # of the clock: other processes may load the machine
+
 
 def solution_of_01_1(old, new):
     """The text of chapter 1, changed in one place."""
@@ -25,14 +28,14 @@ def solution_of_01_1(old, new):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_solution_passes_and_an_untouched_blank_is_not_yet(task):
-    assert grading.judge(task, grading.reference(task)) == ("passed", "")
+    assert judge(task, grading.reference(task)) == ("passed", "")
     blank = make.with_blanks(grading.reference(task), TEXTS)
-    assert grading.judge(task, blank) == ("not yet", "")
+    assert judge(task, blank) == ("not yet", "")
 
 
 @pytest.mark.parametrize("task, name", WRONG)
 def test_a_wrong_answer_fails(task, name):
-    result = grading.judge(task, grading.wrong_answers(task)[name])
+    result = judge(task, grading.wrong_answers(task)[name])
     assert result.status in ("wrong", "error") and result.why
 
 
@@ -50,12 +53,12 @@ def test_every_task_has_a_blank_and_three_wrong_answers_and_every_blank_a_task()
 
 def test_mistakes_outside_a_blank_are_judged_at_their_own_task():
     broken = solution_of_01_1("return x + (code - x).detach()", "return undefined(x)")
-    assert grading.judge("01_1", broken).status == "passed"
+    assert judge("01_1", broken).status == "passed"
     gone = solution_of_01_1("def straight_through(", "def straight(")
-    assert grading.judge("01_1", gone).status == "passed"
+    assert judge("01_1", gone).status == "passed"
     helper = solution_of_01_1("def lloyd_levels(", "import math as m\n\n\ndef mean(a, b):\n"
                               "    return m.fsum(a) / b\n\n\ndef lloyd_levels(")
-    assert grading.judge("01_1", helper).status == "passed"
+    assert judge("01_1", helper).status == "passed"
 
 
 @pytest.mark.parametrize("old, new, status, why", [
@@ -73,7 +76,7 @@ def test_a_mistake_is_met_with_a_hint(old, new, status, why):
     text = grading.reference("01_1")
     start = text.index("def lloyd_levels(")
     text = text[:start] + text[start:].replace(old, new, 1)
-    result = grading.judge("01_1", text)
+    result = judge("01_1", text)
     assert result.status == status and why in result.why, result.why
     if status == "error":
         number = 1 + text.split(new)[0].count("\n")
@@ -82,17 +85,17 @@ def test_a_mistake_is_met_with_a_hint(old, new, status, why):
 
 def test_a_wrong_value_is_shown_with_the_input():
     text = grading.wrong_answers("01_1")["lets an unused level jump to 0"]
-    why = grading.judge("01_1", text).why
+    why = judge("01_1", text).why
     assert "at [1]: got 0, expected 1" in why and "x = [1, 1, 1, 1, 1, 6]" in why
 
 
 @pytest.mark.parametrize("loop", ["while True:\n            pass",
-                                  "while True:\n            try:\n                x + 1\n"
+                                  "while True:\n            try:\n                x.sort()\n"
                                   "            except Exception:\n                pass"])
 def test_an_endless_loop_costs_its_task_alone(loop):
     endless = solution_of_01_1("idx = round_to(x, centres)\n        total", loop + "\n        total")
     assert grading.judge("01_1", endless, limit=0.3).status == "too slow"
-    assert grading.judge("01_1", grading.reference("01_1"), limit=5).status == "passed"
+    assert grading.judge("01_1", grading.reference("01_1"), limit=60).status == "passed"
 
 
 def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys):
