@@ -18,7 +18,8 @@ import torch
 
 from exercises import make
 
-# The functions of the reference get line numbers from here on: an error there has no student's line.
+# The reference's functions get line numbers from here on, so that an error in one of them is not
+# shown as a line of the student's.
 REFERENCE_LINES = 1_000_000
 SMALL = 24                                   # numbers of a tensor that a message still shows
 
@@ -136,12 +137,18 @@ def reference(task):
     return read_source(source_of(task))
 
 
+@cache
+def reference_functions(source):
+    """-> {"Class.function": its node}"""
+    tree = ast.parse(read_source(source))
+    return dict(make.functions_of(ast.increment_lineno(tree, REFERENCE_LINES)))
+
+
 def build(task, text):
     """The module to judge. text: the student's file that holds the task"""
     source, solution = source_of(task), reference(task)
-    tree, reference_tree = ast.parse(text, f"student/{source}"), ast.parse(solution)
-    ast.increment_lineno(reference_tree, REFERENCE_LINES)
-    mine, theirs = dict(make.functions_of(tree)), dict(make.functions_of(reference_tree))
+    tree = ast.parse(text, f"student/{source}")
+    mine, theirs = dict(make.functions_of(tree)), reference_functions(source)
     for blank in make.find_blanks(solution):
         if blank.task != task:
             replace(tree, blank.function, theirs[blank.function])

@@ -12,6 +12,7 @@ import ast
 import re
 import shutil
 from collections import namedtuple
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,7 @@ def functions_of(tree, prefix=""):
             yield from functions_of(node, f"{prefix}{node.name}.")
 
 
+@cache
 def find_blanks(text):
     """The blanks of a source, from top to bottom."""
     lines, blanks = text.splitlines(), []
