@@ -69,7 +69,8 @@ def expect_values(name, got, want, tolerance, given):
         return
     place = (~same).nonzero()[0].tolist()
     at = f" at {place}" if place else ""
-    text = f"{name} is wrong{at}: got {show(got[tuple(place)])}, expected {show(want[tuple(place)])}"
+    one, other = show(got[tuple(place)]), show(want[tuple(place)])
+    text = f"{name} is wrong{at}: got {one}, expected {other}"
     if 1 < want.numel() <= SMALL:
         text += f"\n    got      {show(got)}\n    expected {show(want)}"
     raise Wrong(text + given)

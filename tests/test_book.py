@@ -19,7 +19,7 @@ SUPPORT = [path for name in ("data", "engine", "report") for path in ROOT.glob(f
 SOURCES = sorted([*ROOT.glob("*.py"), *SUPPORT])
 SCRIPTS = sorted(ROOT.glob("experiments/*.py"))
 EVERY_FILE = sorted([*SOURCES, *SCRIPTS, *ROOT.glob("tests/**/*.py"),
-                     *ROOT.glob("exercises/*.py")])
+                     *ROOT.glob("exercises/[!w]*.py")])
 README = ROOT / "README.md"
 FOLDERS = {"data": {"data", "engine"}, "engine": {"engine"}}    # what they may import; others all
 LONGEST_FUNCTION, LONGEST_CHAPTER = 50, 425
