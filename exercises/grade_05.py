@@ -169,9 +169,9 @@ def check_order(notes, parts, loss):
                     f"{once} (None: outside)")
 
 
-def test_05_property(properties):
+def test_05_property(chapter):
     # One process, two tensors, and nothing but weights and loss: some mistakes cannot be seen.
-    judge_property(properties.property_05, "05_2", unseen=(
+    judge_property(chapter.property_05, "05_2", unseen=(
         "keeps the graphs of all parts", "goes backward once, at the end", "calls stage.model",
         "exchanges gradients after each part", "expects two tensors", "forgets the loss scale",
         "cuts into parts of `accumulate` rows", "gives the whole batch to every part"))

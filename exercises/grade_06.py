@@ -58,8 +58,8 @@ def test_06_1(chapter):
                           top_p=top_p)
 
 
-def test_06_property(properties):
-    judge_property(properties.property_06, "06_1")
+def test_06_property(chapter):
+    judge_property(chapter.property_06, "06_1")
 
 
 # -- 06_2 ------------------------------------------------------------------------------------------

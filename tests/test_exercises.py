@@ -40,14 +40,13 @@ def test_a_wrong_answer_fails(task, name):
 
 
 def test_every_task_has_a_blank_and_three_wrong_answers_and_every_blank_a_task():
-    blanks = {blank.task: name for name in make.SOURCES
-              for blank in make.find_blanks((ROOT / name).read_text())}
-    assert set(blanks) == set(TASKS)
+    blanks = {name: make.find_blanks((ROOT / name).read_text()) for name in make.SOURCES}
+    assert {blank.task for found in blanks.values() for blank in found} == set(TASKS)
     for task in TASKS:
         assert len(grading.wrong_answers(task)) >= 3
         assert TEXTS[task].text and 5 <= TEXTS[task].minutes <= 30
-    for name in make.SOURCES:                # a function is replaced as a whole: one task each
-        held = {(blank.function, blank.task) for blank in make.find_blanks((ROOT / name).read_text())}
+    for found in blanks.values():            # a function is replaced as a whole: one task each
+        held = {(blank.function, blank.task) for blank in found}
         assert len(held) == len({function for function, _ in held})
 
 
