@@ -92,7 +92,8 @@ def test_a_wrong_value_is_shown_with_the_input():
                                   "while True:\n            try:\n                x.sort()\n"
                                   "            except Exception:\n                pass"])
 def test_an_endless_loop_costs_its_task_alone(loop):
-    endless = solution_of_01_1("idx = round_to(x, centres)\n        total", loop + "\n        total")
+    start = "idx = round_to(x, centres)\n        total"
+    endless = solution_of_01_1(start, loop + "\n        total")
     assert grading.judge("01_1", endless, limit=0.3).status == "too slow"
     assert grading.judge("01_1", grading.reference("01_1"), limit=60).status == "passed"
 
