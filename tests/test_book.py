@@ -193,6 +193,7 @@ def test_commands_shown_use_options_that_exist(path, known):
 def test_the_readme_names_every_chapter_and_only_files_that_exist():
     text = README.read_text()
     assert all(name in text for name in CHAPTERS)
-    folders = "data|engine|report|experiments|tests"
+    text += (ROOT / "exercises" / "README.md").read_text()
+    folders = "data|engine|report|experiments|exercises|tests"
     for name in set(re.findall(rf"`((?:{folders})/[\w/.-]+\.\w+|0\d_\w+\.py)`", text)):
         assert (ROOT / name).exists() or name.startswith("data/downloads"), name
