@@ -55,8 +55,9 @@ def _find_or_fetch(root, names):
             raise BadInput(f"{folder} lacks {missing[0]}: add it, or put {ARCHIVE} in {root}")
     if not archive.is_file():
         files.download(URL, archive, ARCHIVE_SHA256)
-    elif reason := files.damage(archive, ARCHIVE_SHA256):
-        raise BadInput(f"{archive} is {reason}: fetch {ARCHIVE} again")
+    elif files.sha256_of(archive) != ARCHIVE_SHA256:
+        raise BadInput(f"{archive} is damaged, its sha256 is wrong: remove it, then it is fetched "
+                       "again")
     return _unpack(archive, root / FOLDER)
 
 

@@ -30,7 +30,6 @@ from engine import BadInput
 # Formats are named, so that a disguised file can never reach decoders that start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
-MAX_PIXELS = 2 ** 27   # 134 million take half a gigabyte in every process that decodes
 HELD_OUT = 1 / 20      # share of the images that is kept for testing
 
 
@@ -64,8 +63,8 @@ def scan(folder):
     """Sorted names of the (sub-folders, images) in a folder; hidden entries do not count."""
     with os.scandir(folder) as entries:   # asks the disk about links only: quick for a million
         entries = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
-    images = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and _holds(e.is_file)]
-    folders = [e.name for e in entries if _holds(e.is_dir)]
+    images = [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and e.is_file()]
+    folders = [e.name for e in entries if e.is_dir()]
     return sorted(folders, key=composed), sorted(images, key=composed)
 
 
@@ -73,11 +72,6 @@ def composed(name):
     """The form of a name that all systems share: some keep "ä" as one character, others as "a" and
     two dots."""
     return unicodedata.normalize("NFC", name)
-
-
-def _holds(check):
-    with suppress(OSError):   # a link that leads to itself is neither a file nor a folder
-        return check()
 
 
 def classes_in(folder):
@@ -143,7 +137,7 @@ class FolderImages:
     """Images read on demand: images[i] is the centre crop, images.crops(i, seeds) are random ones.
 
     All are uint8 (size, size, 3), from the image with its short side brought to 1.125 x size. One
-    that is unreadable or has more than MAX_PIXELS is replaced by the next readable one of its class
+    that is unreadable or far too large is replaced by the next readable one of its class
     (of any class, if its own has none) and marked in `bad` (N,), which all loading workers share.
     """
 
@@ -222,20 +216,14 @@ def decode(path, enough=10 ** 9):
 
     JPEGs of twice `enough` pixels a side or more come at 1/2, 1/4 or 1/8, in less time. Their last
     row and column may be partial, and the sizes fractions: rounding them shifts the image.
-    Raises ValueError for more than MAX_PIXELS, and nearly anything for a damaged file.
+    Raises nearly anything for a damaged file, and what Pillow warns of above 89 million pixels.
     """
-    try:
-        # Pillow has a limit of its own, above which it warns in three lines.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                drafted = image.draft(None, (enough, enough))
-                extent = drafted[1][2:] if drafted else image.size
-                return _upright(image, extent)
-    except Image.DecompressionBombError:
-        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
+            drafted = image.draft(None, (enough, enough))
+            extent = drafted[1][2:] if drafted else image.size
+            return _upright(image, extent)
 
 
 def _upright(image, extent):

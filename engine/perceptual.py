@@ -37,14 +37,13 @@ class Perceptual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.features = nn.ModuleList()                    # conv layers under torchvision's numbers
-        self.number, c_in, n = [], 3, 0
-        for group in GROUPS:
+        layers, c_in = [], 3
+        for k, group in enumerate(GROUPS):
+            layers += [nn.MaxPool2d(2)] * (k > 0)
             for c in group:
-                self.features.append(nn.Conv2d(c_in, c, 3, padding=1))
-                self.number.append(n)
-                c_in, n = c, n + 2                         # a ReLU after each
-            n += 1                                         # and a pooling after each group
+                layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+                c_in = c
+        self.features = nn.Sequential(*layers)             # numbered as torchvision's
         self.weigh = nn.ParameterList(torch.zeros(group[-1]) for group in GROUPS)
         # What VGG's pictures looked like: mean and spread of ImageNet's colours, for [-1, 1].
         self.register_buffer("mean", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1))
@@ -54,8 +53,8 @@ class Perceptual(nn.Module):
     def load(self, vgg, lpips):
         """State dicts in torchvision's and LPIPS's layout. Raises BadInput if they do not fit."""
         try:
-            for number, conv in zip(self.number, self.features):
-                conv.load_state_dict({k: vgg[f"features.{number}.{k}"] for k in ("weight", "bias")})
+            self.features.load_state_dict({name.removeprefix("features."): value for name, value
+                                           in vgg.items() if name.startswith("features.")})
             for k, weigh in enumerate(self.weigh):
                 weigh.copy_(lpips[f"lin{k}.model.1.weight"].view_as(weigh))
         except (KeyError, RuntimeError, AttributeError) as error:
@@ -65,13 +64,13 @@ class Perceptual(nn.Module):
 
     def looks(self, x):
         """x (B, 3, H, W) -> features after each group, every position's scaled to length 1."""
-        x, layers, found = (x - self.mean) / self.spread, iter(self.features), []
-        for k, group in enumerate(GROUPS):
-            x = F.max_pool2d(x, 2) if k else x
-            for _ in group:
-                x = F.relu(next(layers)(x))
-            found.append(x / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10))
-        return found
+        x, found = (x - self.mean) / self.spread, []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):            # the last layer of a group is behind us
+                found.append(x)
+            x = layer(x)
+        return [x / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10)
+                for x in (*found, x)]
 
     def forward(self, x, y):
         """Equation 1: weighed squared differences, averaged over positions, summed over groups."""

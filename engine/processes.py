@@ -142,14 +142,10 @@ def lost_connection(error):
 
 def relaunch(count, device):
     """Start this command `count` times, once per GPU (on a CPU: processes over gloo). -> status"""
-    kind = pick_device(device).type
-    if kind == "cuda" and count > torch.cuda.device_count():
-        raise BadInput(f"--gpus {count}: this machine has {torch.cuda.device_count()}")
-    if kind == "mps":
-        raise BadInput("--gpus: an Apple GPU works alone; use --gpus 1 or --device cpu")
-    if kind == "cpu" and device == "auto":
-        raise BadInput(f"--gpus {count}: torch finds no GPU here; with --device cpu as many "
-                       "processes share the CPU")
+    gpus = torch.cuda.device_count() if pick_device(device).type == "cuda" else 0
+    if count > gpus and device != "cpu":
+        raise BadInput(f"--gpus {count}: torch finds {gpus} CUDA GPUs here; with --device cpu as "
+                       "many processes share the CPU")
     return launch(count)
 
 

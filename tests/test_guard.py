@@ -81,7 +81,7 @@ def test_the_log_counts_skipped_steps_and_means_the_others(cli, tiny, tmp_path, 
 
     def spoil(self, model, batch, progress):
         value, kept = loss(self, model, batch, progress)
-        return (value * torch.nan if round(24 * progress) in (2, 4, 5) else value), kept
+        return value * (torch.nan if round(24 * progress) in (2, 4, 5) else 1), kept
     monkeypatch.setattr(m5.TransformerStage, "loss", spoil)
     for often in (1, 4):
         shutil.copytree(tiny.folder, folder := tmp_path / str(often))

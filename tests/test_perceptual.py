@@ -68,9 +68,6 @@ def weight_files(narrow, tmp_path):
         torch.save(state, tmp_path / f"{name}.pth")
     return ["--vgg-file", tmp_path / "vgg.pth", "--lpips-file", tmp_path / "lpips.pth"]
 
-
-# -- The perceptual loss ---------------------------------------------------------------------------
-
 @pytest.mark.parametrize("widths", [NARROW, pytest.param(FULL, marks=pytest.mark.slow)])
 def test_lpips_is_equation_1_one_position_at_a_time(monkeypatch, widths):
     if widths is NARROW:                                   # else GROUPS must be those of VGG-16
@@ -106,33 +103,11 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(narrow, part, name, val
         perceptual.Perceptual().load(*narrow)
     assert "\n" not in str(error.value) and len(str(error.value)) < 160
 
-
-# -- The critic ------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("image_size, side, patch", [(16, 4, 26), (32, 8, 26), (128, 16, 54)])
-def test_but_for_the_norms_a_score_of_the_critic_sees_a_patch_only(image_size, side, patch):
-    """GroupNorm also shows it mean and spread of each group of channels in the whole picture."""
-    critic = perceptual.Discriminator(image_size, width=8)
-    assert critic(pictures(2, image_size, image_size)).shape == (2, 1, side, side)
-    critic.net = torch.nn.Sequential(*[layer for layer in critic.net
-                                       if not isinstance(layer, torch.nn.GroupNorm)])
-    x = pictures(1, 2 * patch, 2 * patch).requires_grad_()
-    scores = critic(x)[0, 0]
-    scores[len(scores) // 2, len(scores) // 2].backward()
-    for axis in (1, 2):
-        seen = x.grad[0].abs().sum((0, axis)).nonzero().flatten()
-        assert len(seen) == patch == seen.max() - seen.min() + 1
-
-
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.floats(-3, 3))
 def test_hinge_lifts_real_scores_up_to_1_and_lowers_the_others_down_to_minus_1(scores, other):
-    real, fake = (torch.tensor(x, requires_grad=True) for x in (scores, [other]))
-    loss = perceptual.hinge(real, fake)
     slow = (sum(max(0, 1 - x) for x in scores) / len(scores) + max(0, 1 + other)) / 2
+    loss = perceptual.hinge(torch.tensor(scores), torch.tensor([other]))
     assert loss.item() == pytest.approx(slow, rel=1e-5, abs=1e-6)
-    loss.backward()
-    assert torch.equal(real.grad < 0, real < 1) and (real.grad <= 0).all()
-    assert torch.equal(fake.grad > 0, fake > -1) and (fake.grad >= 0).all()
 
 
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths_and_a_constant():
@@ -160,9 +135,6 @@ def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
     (picture + added).backward()
     for p, grad in zip(critic.parameters(), wanted, strict=True):
         assert p.requires_grad and torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-7)
-
-
-# -- In training -----------------------------------------------------------------------------------
 
 def test_without_weights_a_run_is_refused_in_one_line_but_a_finished_tokenizer_needs_none(
         cli, refused, monkeypatch, picture_folder, weight_files, tmp_path):

@@ -90,16 +90,6 @@ def test_a_stage_that_begins_anew_drops_what_was_logged_later_and_what_a_crash_l
         assert [p.name for p in Path(path).glob("*.tmp")] == ["tokens_train.npy.tmp"]
 
 
-def test_a_process_that_does_not_write_writes_nothing(tmp_path):
-    (tmp_path / "transformer.pt").write_text("whole")
-    with RunFolder(tmp_path, writes=False) as folder:
-        folder.begin("tokenizer", 0, {})
-        folder.log({})
-        folder.remove("transformer.pt")
-        assert folder.settings() == {}
-    assert [path.name for path in tmp_path.iterdir()] == ["transformer.pt"]
-
-
 def content(folder):
     """What must not change when a command is refused."""
     return {path.name: path.read_bytes() for path in folder.iterdir()
