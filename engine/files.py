@@ -37,9 +37,9 @@ def write_atomically(text, path):
 
 
 def download(url, path, sha256=""):
-    """Fetch url -> path, with progress. `path` appears only when it is whole and has this sha256. An
-    interrupted download leaves path.part, from which the next one goes on. Of several processes one
-    downloads and the others wait. Raises BadInput."""
+    """Fetch url -> path, with progress. `path` appears only when it is whole and has this sha256.
+    An interrupted download leaves path.part, from which the next one goes on. Of several processes
+    one downloads and the others wait. Raises BadInput."""
     lock = Path(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

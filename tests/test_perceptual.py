@@ -112,7 +112,7 @@ def test_hinge_lifts_real_scores_up_to_1_and_lowers_the_others_down_to_minus_1(s
 
 def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths_and_a_constant():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    long, short = 3 * w[0] + 4 * w[1], 0.5 * w[1].square()       # gradients (3, 4) and (0, 2)
+    long, short = 1.5 * w[0] ** 2 + w[1] ** 2, 0.5 * w[1] ** 2   # gradients (3, 4) and (0, 2)
     weight = perceptual.adaptive_weight(long, short, w)
     assert weight.item() == pytest.approx(5 / 2, rel=1e-3) and not weight.requires_grad
     assert w.grad is None and perceptual.adaptive_weight(long, 0 * short, w).item() == 1e4

@@ -33,8 +33,10 @@ def send(name, pid=None):
 def all_hear(tell):
     """tell() sends a signal to the whole run or to its launcher. Wait until it has arrived here, or
     until this process is an orphan: the next steps would not wait for it."""
-    arrived, receive, parent = [], m5.StopSignal.receive, os.getppid()
-    m5.StopSignal.receive = lambda self, *args: arrived.append(args) or receive(self, *args)
+    arrived, parent = [], os.getppid()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *args, handler=signal.getsignal(number): arrived.append(args)
+                      or handler(*args))
     tell()
     while not arrived and os.getppid() == parent:
         time.sleep(0.01)
