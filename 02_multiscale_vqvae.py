@@ -90,11 +90,12 @@ class MultiScaleQuantizer(nn.Module):
         self.phi_index = phi_of_scale(self.K, config.phis)
         for i, phi in enumerate(self.phis):                # with few scales some serve none of them
             phi.requires_grad_(i in self.phi_index)
-        full = self.scales[-1]                             # resizing is S f S^t and U^t x U
-        for k, side in enumerate(self.scales):             # with S and U of shape (h_k, h)
-            S, U = resize_matrix(full, side, "area"), resize_matrix(side, full, "bicubic").t()
+        # Resizing is a product with matrices (h_k, h): S f S^t makes a map small, U^t x U large.
+        for k, side in enumerate(self.scales):
+            S = resize_matrix(self.scales[-1], side, "area")
+            U = resize_matrix(side, self.scales[-1], "bicubic").t().contiguous()
             self.register_buffer(f"down{k}", S, persistent=False)
-            self.register_buffer(f"up{k}", U.contiguous(), persistent=False)
+            self.register_buffer(f"up{k}", U, persistent=False)
 
     def downsample_to(self, f, k):
         """A feature map as the vectors of scale k: each is the mean of its area, the vector that
@@ -410,7 +411,8 @@ def main():
     plots.save_grid("out/02_multiscale_vqvae.png", (torch.cat(rows) + 1) / 2, 8, row_labels=labels,
                     footer=plots.legend("Why a box at 1x1: one token gives every cell the same "
                                         "vector, but zero padding shows where the rim is."))
-    print("wrote out/02_multiscale_vqvae.png (soft after so few steps; chapter 5 trains longer)")
+    print("wrote out/02_multiscale_vqvae.png (soft after so few steps; chapter 5 trains longer)\n"
+          "PSNR = 10 log10(range^2 / squared error): 10 dB more is a tenth of the error")
 
 
 if __name__ == "__main__":
