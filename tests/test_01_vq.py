@@ -167,15 +167,6 @@ def test_moving_average_steps_equal_a_slow_loop(vocab_size, dim, decay, seed, wa
     assert torch.allclose(quantizer.hits, torch.tensor(hits), atol=1e-4)
 
 
-def test_a_code_that_is_never_used_stays_finite_and_where_it_is():
-    torch.manual_seed(0)
-    quantizer = placed([[0., 0.], [100., -100.]], decay=0.5, revive=False)
-    for _ in range(200):                                   # hits fall to 0.5 ** 199: 0 in float32
-        learn(quantizer, torch.randn(10, 2), [0] * 10)
-    assert quantizer.hits[1] == 0 and quantizer.codebook.isfinite().all()
-    assert torch.allclose(quantizer.codebook[1], torch.tensor([100., -100.]))
-
-
 @pytest.mark.parametrize("way", ["ema", "gradient"])
 @pytest.mark.parametrize("value, accepted", [(1.0, False), (math.nan, True)])
 def test_a_refused_step_leaves_no_trace_in_any_later_one(way, value, accepted):
@@ -188,17 +179,16 @@ def test_a_refused_step_leaves_no_trace_in_any_later_one(way, value, accepted):
             x = torch.randn(30, 2)
             if refused:
                 learn(quantizer, value * x, [0] * 30, accepted)
-                torch.manual_seed(step + 9)
-            else:
-                torch.manual_seed(step + 9)
+            torch.manual_seed(step)                        # what is revived is drawn
             learn(quantizer, x)
         ends.append(quantizer)
     assert same(*ends) and (ends[0].hits != 1).all()
 
 
-def test_a_revived_code_stays_where_it_was_revived():
+@pytest.mark.parametrize("way", ["ema", "gradient"])
+def test_a_revived_code_stays_where_it_was_revived(way):
     torch.manual_seed(0)
-    quantizer = placed([[0., 0.], [1., 1.], [900., 900.]])
+    quantizer = placed([[0., 0.], [1., 1.], [900., 900.]], learn=way)
     quantizer.hits[2] = 1e-4
     quantizer.sums[2] = 9.0
     x = torch.randn(30, 2)
@@ -216,18 +206,6 @@ def test_codes_in_use_are_never_revived():
         for _ in range(20):
             learn(quantizer, torch.tensor([[1.], [9.], [21.], [19.]]))
     assert same(one, two)
-
-
-@pytest.mark.parametrize("way", ["ema", "gradient"])
-@pytest.mark.parametrize("revive", [False, True])
-def test_a_collapsed_codebook_recovers_by_revival_and_not_without(way, revive):
-    torch.manual_seed(0)
-    quantizer = placed(100 + torch.randn(32, 4), learn=way, decay=0.8, revive=revive)
-    x = torch.randn(256, 4)
-    for _ in range(30):
-        learn(quantizer, x)
-    used = len(quantizer.nearest(x).unique())
-    assert used > 28 if revive else used < 4
 
 
 @pytest.mark.parametrize("revive", [False, True])
@@ -286,12 +264,3 @@ def test_entropy_term_prefers_even_usage_and_certainty():
     assert even.item() == pytest.approx(-0.2 * math.log(2), abs=1e-4)
     assert one.item() == pytest.approx(0, abs=1e-4)
     assert unsure.item() == pytest.approx(0, abs=1e-3) and unsure > even
-
-
-@pytest.mark.parametrize("make", [lambda: vq.VectorQuantizer(4, 2, learn="by heart"),
-                                  lambda: vq.LookupFreeQuantizer(0),
-                                  lambda: vq.LookupFreeQuantizer(25),
-                                  lambda: vq.QUANTIZERS["lfq"].build(7, 3, "ema")])
-def test_bad_arguments_raise_value_error(make):
-    with pytest.raises(ValueError):
-        make()

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from torch.overrides import TorchFunctionMode
 
 from engine.devices import lay_out
 
@@ -39,9 +38,8 @@ def all_equal(a, b):
 def slow_map(tokenizer, k, tokens_k):
     """What tokens of scale k stand for, at full size: look up, enlarge, smooth."""
     side, full = tokenizer.scales[k], tokenizer.scales[-1]
-    codebook = tokenizer.quantizer.codebook
-    z = torch.stack([torch.stack([codebook[int(t)] for t in row]) for row in tokens_k])
-    z = z.permute(0, 2, 1).reshape(len(tokens_k), -1, side, side)
+    z = tokenizer.quantizer.codebook[tokens_k]                               # (B, side*side, C)
+    z = z.transpose(1, 2).unflatten(2, (side, side))
     h = F.interpolate(z, size=(full, full), mode="bicubic") if side != full else z
     phi = tokenizer.phis[ms.phi_of_scale(len(tokenizer.scales), tokenizer.config.phis)[k]]
     return (h + F.conv2d(h, phi.weight, phi.bias, padding=1)) / 2
@@ -241,25 +239,19 @@ def test_layout_of_convolutions_goes_by_device_and_precision(device, precision, 
     assert moved.weight.is_contiguous(memory_format=layout)
 
 
-class LikeCuda(TorchFunctionMode):
-    """CUDA's group norm: in float32 where autocast is on; x and weights have one dtype."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.group_norm:
-            assert args[0].dtype == kwargs["weight"].dtype
-            if torch.is_autocast_enabled("cpu"):
-                args = (args[0].float(), *args[1:])
-        return func(*args, **kwargs or {})
-
-
 def test_norms_in_half_precision_are_those_of_float32_rounded(monkeypatch):
-    """Else every activation on a GPU would be copied, into float32 and back."""
+    """Under autocast CUDA's group norm would copy every activation, into float32 and back."""
+    def like_cuda(x, groups, weight, bias, eps):
+        assert not torch.is_autocast_enabled("cpu") and x.dtype == weight.dtype
+        return plain(x, groups, weight, bias, eps)
+    plain = F.group_norm
     monkeypatch.setattr(ms.GroupNorm, "mixed", ())         # as if the CPU were a GPU
     torch.manual_seed(0)
     norm, x = ms.GroupNorm(8, 2), 3 + torch.randn(2, 8, 5, 5)
     exact = norm(x)
     assert torch.equal(exact, torch.nn.GroupNorm.forward(norm, x)) and norm.eps == 1e-6
-    with torch.autocast("cpu", torch.bfloat16), LikeCuda():
+    monkeypatch.setattr(F, "group_norm", like_cuda)
+    with torch.autocast("cpu", torch.bfloat16):
         rounded = norm(x.bfloat16())
     assert rounded.dtype == torch.bfloat16 and (rounded - exact).abs().max() < 0.04
     rounded.float().sum().backward()
@@ -340,7 +332,8 @@ def test_a_new_quantizer_is_one_class_and_one_line(monkeypatch):
     (dict(scales=(1, 2, 2, 8)), "grow"),
     (dict(scales=(0, 2, 8)), "1 or more"),
     (dict(quantizer="lfq", latent_dim=8, vocab_size=512), "256"),
-    (dict(quantizer="lfq", latent_dim=25, vocab_size=2 ** 25), "24"), (dict(coarse=1.5), "coarse"),
+    (dict(quantizer="lfq", latent_dim=25, vocab_size=2 ** 25), "24"),
+    (dict(quantizer="lfq", latent_dim=0, vocab_size=1), "1 to 24"), (dict(coarse=1.5), "coarse"),
     (dict(learn="by heart"), "gradient"), (dict(quantizer="x"), "vq or lfq"),
     (dict(phis=0), "phis"), (dict(channels=6, groups=4), "groups"),
 ])

@@ -19,8 +19,6 @@ m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer
 m6 = import_module("06_sample_and_edit")
 TINY = json.loads((GOLDEN / "tiny_keys.json").read_text())
 PUBLISHED = json.loads((GOLDEN / "released_keys.json").read_text())
-TRANSFORMERS = sorted(name for name in PUBLISHED if "var" in PUBLISHED[name])
-TOKENIZERS = sorted(name for name in PUBLISHED if "vae" in PUBLISHED[name])
 SIDES = {"vae_ch160v4096z32_256": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
          "vae_ch160v4096z32_512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 NOT_FILLED = ("ema_vocab_hit_SV", "zero_k_bias", "lvl_1L", "attn_bias_for_masking")
@@ -50,14 +48,6 @@ def fill(shapes, salt):
     return state
 
 
-def tokenizer_config(state, scales=None):
-    return m2.TokenizerConfig(**released.tokenizer_sizes(state, scales))
-
-
-def var_config(state, scales, heads=None):
-    return m4.VARConfig(**released.var_sizes(state, scales, heads))
-
-
 @pytest.fixture(scope="module", params=sorted(TINY))
 def case(request):
     """A tiny model of the original: -> (config, stored numbers, tokenizer, transformer)"""
@@ -75,41 +65,21 @@ def off_by(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def stored_tokens(config, stored):
-    return [stored[f"tokens_{k}"] for k in range(len(config["patch_nums"]))]
-
-
 # -- Tiny models -----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def test_encoder_output_is_the_original_one(case):
-    _, stored, tokenizer, _ = case
+def test_images_and_tokens_are_the_original_ones(case):
+    config, stored, tokenizer, _ = case
     assert off_by(tokenizer.encode(stored["image"]), stored["f"]) < 1e-4
-
-
-@torch.no_grad()
-def test_tokens_are_the_original_ones(case):
-    config, stored, tokenizer, _ = case
+    expected = [stored[f"tokens_{k}"] for k in range(len(config["patch_nums"]))]
     for tokens in (tokenizer.quantize(stored["f"]), tokenizer.image_to_tokens(stored["image"])):
-        for found, expected in zip(tokens, stored_tokens(config, stored), strict=True):
-            assert torch.equal(found, expected)
-
-
-@torch.no_grad()
-def test_reconstructions_are_the_original_ones(case):
-    config, stored, tokenizer, _ = case
-    tokens = stored_tokens(config, stored)
-    first = tokenizer.decode(tokenizer.pyramid(tokens)[0]).clamp(-1, 1)
+        for found, wanted in zip(tokens, expected, strict=True):
+            assert torch.equal(found, wanted)
+    first = tokenizer.decode(tokenizer.pyramid(expected)[0]).clamp(-1, 1)
     assert off_by(first, stored["recon_first"]) < 1e-4
-    assert off_by(tokenizer.tokens_to_image(tokens), stored["recon_last"]) < 1e-4
+    assert off_by(tokenizer.tokens_to_image(expected), stored["recon_last"]) < 1e-4
     assert off_by(tokenizer(stored["image"])[0].clamp(-1, 1), stored["recon_last"]) < 1e-4
-
-
-@torch.no_grad()
-def test_teacher_inputs_are_the_original_ones(case):
-    config, stored, tokenizer, _ = case
-    shown = tokenizer.teacher_inputs(stored_tokens(config, stored))
-    assert off_by(shown, stored["transformer_input"]) < 1e-4
+    assert off_by(tokenizer.teacher_inputs(expected), stored["transformer_input"]) < 1e-4
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -126,69 +96,58 @@ def test_logits_are_the_original_ones_at_once_and_scale_by_scale(case, grad):
     assert off_by(torch.cat(parts, 1), stored["logits"]) < 1e-4
 
 
-# -- Samples ---------------------------------------------------------------------------------------
-
 @torch.no_grad()
-def test_greedy_samples_are_the_original_ones(case):
-    _, stored, tokenizer, var = case
-    image = m6.generate(tokenizer, var, stored["labels"], cfg=3, top_k=1, top_p=0)
-    assert off_by(image, stored["greedy_image"]) < 1e-3
-
-
-@torch.no_grad()
-def test_seeded_samples_are_the_original_ones(case):
+def test_greedy_and_seeded_samples_are_the_original_ones(case):
     config, stored, tokenizer, var = case
-    image = m6.generate(tokenizer, var, stored["labels"], cfg=2, top_k=max(2, config["V"] // 3),
-                        top_p=0.9, generator=torch.Generator().manual_seed(5))
-    assert image.min() >= 0 and image.max() <= 1
-    assert off_by(image, stored["seeded_image"]) < 1e-3
+    greedy = dict(cfg=3, top_k=1)
+    seeded = dict(cfg=2, top_k=max(2, config["V"] // 3), top_p=0.9)
+    for name, how in (("greedy_image", greedy), ("seeded_image", seeded)):
+        image = m6.generate(tokenizer, var, stored["labels"], **how,
+                            generator=torch.Generator().manual_seed(5))
+        assert image.min() >= 0 and image.max() <= 1
+        assert off_by(image, stored[name]) < 1e-3
 
 
 # -- Published weights -----------------------------------------------------------------------------
 
-def check_cover(state, module, released_name, alone=frozenset()):
-    """Every published entry has one place in our module, every place is filled, shapes fit."""
-    names = [released_name(name) for name in state]
-    used = [name for name in names if name is not None]
-    assert len(used) == len(set(used)), "two published entries claim the same place"
-    skipped = [old for old, new in zip(state, names) if new is None]
-    assert all(name.endswith(NOT_FILLED) for name in skipped)
-    ours = module.state_dict()
-    assert set(used) == set(ours) - alone and alone <= set(ours)
-    for old, new in zip(state, names):
-        assert new is None or state[old].shape == ours[new].shape, old
+def on_meta(shapes):
+    """A published state dict without its numbers: sizes without memory."""
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+def check_cover(state, model, config, released_name, parameters, alone=frozenset()):
+    """Every published entry has one place in our model, every place is filled, shapes fit."""
+    with torch.device("meta"):
+        model = model(config)
+    ours = model.state_dict()
+    names = {old: released_name(old) for old in state}
+    used = [new for new in names.values() if new is not None]
+    assert sorted([*used, *alone]) == sorted(ours)
+    for old, new in names.items():
+        assert old.endswith(NOT_FILLED) if new is None else state[old].shape == ours[new].shape, old
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PUBLISHED if "var" in PUBLISHED[name]))
 def test_each_published_entry_has_one_place_in_our_transformer(name):
     entry, config = PUBLISHED[name], PUBLISHED[name]["config"]
-    state = {key: torch.empty(shape, device="meta") for key, shape in entry["var"].items()}
-    found = var_config(state, config["patch_nums"])
+    state = on_meta(entry["var"])
+    found = m4.VARConfig(**released.var_sizes(state, config["patch_nums"]))
     for ours, theirs in dict(depth="depth", width="width", heads="heads", num_classes="num_classes",
                              vocab_size="V", latent_dim="Cvae", shared_adaln="shared_aln",
                              qk_norm="attn_l2_norm").items():
         assert getattr(found, ours) == config[theirs], ours
     assert found.mlp_ratio == 4 and found.scales == tuple(config["patch_nums"])
-    with torch.device("meta"):                        # sizes without memory
-        var = m4.VAR(found)
-    check_cover(state, var, released.var_name)
-    assert sum(p.numel() for p in var.parameters()) == entry["parameters"]
+    check_cover(state, m4.VAR, found, released.var_name, entry["parameters"])
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_each_published_entry_has_one_place_in_our_tokenizer(name):
+@pytest.mark.parametrize("name, given", [(name, SIDES[name]) for name in SIDES] + [
+    ("vae_ch160v4096z32_256", None)])                      # what the shapes alone cannot tell
+def test_each_published_entry_has_one_place_in_our_tokenizer(name, given):
     entry = PUBLISHED[name]
-    state = {key: torch.empty(shape, device="meta") for key, shape in entry["vae"].items()}
-    found = tokenizer_config(state, SIDES[name])
+    state = on_meta(entry["vae"])
+    found = m2.TokenizerConfig(**released.tokenizer_sizes(state, given))
     settings = {**released.TOKENIZER, "image_size": int(name[-3:]), "scales": SIDES[name]}
     assert found == m2.TokenizerConfig(**settings)
-    with torch.device("meta"):
-        tokenizer = m2.MultiScaleVQVAE(found)
-    check_cover(state, tokenizer, released.tokenizer_name, OURS_ALONE)
-    assert sum(p.numel() for p in tokenizer.parameters()) == entry["parameters"]
-
-
-def test_without_given_scales_a_tokenizer_is_the_one_for_256_pixels():
-    shapes = PUBLISHED["vae_ch160v4096z32_256"]["vae"]
-    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert tokenizer_config(state) == m2.TokenizerConfig(**released.TOKENIZER)
+    check_cover(state, m2.MultiScaleVQVAE, found, released.tokenizer_name, entry["parameters"],
+                OURS_ALONE)
