@@ -5,9 +5,11 @@
 A property is a function of a chapter (the module). It raises an AssertionError if the chapter
 violates it. It is graded by accepting the reference solution and noticing the wrong ones.
 """
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from hypothesis import Phase, given, settings, strategies as st
@@ -38,6 +40,91 @@ def property_01(chapter):
             assert torch.equal(idx, quantizer.nearest(x - so_far))
             so_far = so_far + quantizer.lookup(idx)
         assert torch.allclose(x_hat, so_far, atol=1e-6)
+
+    holds()
+
+
+RATE = 0.1
+
+
+class PlainDescent:
+    """An optimizer whose step is as long as the gradient: AdamW would hide a wrong factor."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.layer.parameters():
+            if p.grad is not None:
+                p -= RATE * p.grad
+
+    def zero_grad(self, set_to_none):
+        self.layer.zero_grad(set_to_none)
+
+
+def small_stage(layer, loss, parts):
+    """What chapter 5's train_step needs of a stage; losses are scaled as in float16."""
+    from engine.loss_scale import LossScale                # main() lets it be found
+    return SimpleNamespace(
+        settings=SimpleNamespace(accumulate=parts, clip=math.inf), model=layer, loss=loss,
+        modules={"model": layer}, optimizers=[PlainDescent(layer)], loss_scale=LossScale("float16"),
+        processes=SimpleNamespace(any=torch.clone), step_without_gradients=lambda accepted: None)
+
+
+def one_step(chapter, inputs, targets, parts):
+    """A step on the squared error of a linear layer, always the same one. inputs (B, 3), targets
+    (B, 2) -> (its weights after the step (2, 3), the loss () that the step reports)"""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+
+    def loss(model, part, progress):
+        return torch.nn.functional.mse_loss(model(part[0]), part[1]), None
+
+    stage = small_stage(layer, loss, parts)
+    result = chapter.train_step(stage, layer, (inputs, targets), 0.0)
+    return layer.weight.detach(), result.loss.detach()
+
+
+def property_05(chapter):
+    """A step in parts is the step on the whole batch."""
+    # Exercise 05_property
+    @check
+    @given(rows=sizes, parts=sizes, seed=seeds)
+    def holds(rows, parts, seed):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, targets = (torch.randn(rows * parts, n, generator=generator) for n in (3, 2))
+        for at_once, in_parts in zip(one_step(chapter, inputs, targets, 1),
+                                     one_step(chapter, inputs, targets, parts)):
+            assert torch.allclose(at_once, in_parts, atol=1e-5)
+
+    holds()
+
+
+def property_06(chapter):
+    """keep_likely leaves the likeliest logits as they are, and no more of them than asked for."""
+    # Exercise 06_property
+    @settings(check, max_examples=200)
+    @given(row=st.lists(st.integers(-2, 2), min_size=1, max_size=6), top_k=st.integers(0, 5),
+           top_p=st.sampled_from([0.0, 1e-9, 0.3, 0.5, 0.7, 0.9]))
+    def holds(row, top_k, top_p):
+        batch = torch.tensor([row, [3 - x for x in row]]).float()
+        before = batch.clone()
+        result = chapter.keep_likely(batch, top_k, top_p)
+        assert torch.equal(batch, before) and result.shape == batch.shape
+        for kept, logits in zip(result, batch):
+            stays = kept > -torch.inf
+            assert stays.any() and torch.equal(kept[stays], logits[stays])
+            assert not kept.isnan().any()
+            assert stays.all() or logits[stays].min() >= logits[~stays].max()
+            candidates = logits.sort(descending=True).values[:top_k or len(row)]
+            count = int(stays.sum())
+            assert count <= len(candidates)
+            if top_p == 0:
+                assert count == len(candidates)
+            else:
+                p = candidates.softmax(0)[:count]
+                assert p.sum() > top_p - 1e-5 and p[:-1].sum() < top_p + 1e-5
 
     holds()
 
