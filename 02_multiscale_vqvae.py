@@ -107,6 +107,7 @@ class MultiScaleQuantizer(nn.Module):
     def upsample_from(self, x, k):
         """(B, h_k*w_k, C) -> (B, C, h, w). Bicubic, as copies of a vector would leave edges."""
         U = self.get_buffer(f"up{k}")
+        # Exercise 02_1
         x = x.transpose(1, 2).unflatten(2, (self.scales[k], self.scales[k]))
         return U.t() @ x @ U if k < self.K - 1 else x
 
@@ -118,6 +119,7 @@ class MultiScaleQuantizer(nn.Module):
         from the first step on. As in the original code four of them serve all scales: neighbours
         share, as their residuals look alike, and coarse and fine ones need not."""
         z = tokens_k if tokens_k.is_floating_point() else self.quantizer.lookup(tokens_k)
+        # Exercise 02_1
         h = self.upsample_from(z, k)
         return 0.5 * h + 0.5 * self.phis[self.phi_index[k]](h)
 
@@ -130,6 +132,7 @@ class MultiScaleQuantizer(nn.Module):
         tokens_k, f_hat). Each scale sees only what the coarser ones left over."""
         f_hat = torch.zeros_like(f)
         for k in range(self.K):
+            # Exercise 02_2
             # Detached: codes and phi learn from the loss on f_hat, not through later choices.
             target = f - f_hat.detach() if self.config.residual else f
             x = self.downsample_to(target, k)
@@ -165,6 +168,7 @@ class MultiScaleQuantizer(nn.Module):
         """The inputs of scales 2..K all at once (section 3.1): f_hat so far, at the size of the
         next map. Not the codes of the map before alone: they only correct what precedes them.
         tokens -> (B, L - scales[0]**2, C)"""
+        # Exercise 02_3
         steps = self.pyramid(tokens)[:-1]
         shown = [self.downsample_to(f_hat, k + 1) for k, f_hat in enumerate(steps)]
         empty = self.phis[0].weight.new_zeros(len(tokens[0]), 0, self.config.latent_dim)
@@ -182,10 +186,12 @@ class MultiScaleQuantizer(nn.Module):
             # Equation 5 asks this of the last f_hat alone, the original code of every f_hat alike.
             # The first lets coarse codes collapse; the second pulls f towards what few tokens can
             # say. So coarse f_hats count a little, and the last has the rest of the weight K.
+            # Exercise 02_4
             last = k == self.K - 1
             weight = self.K - self.config.coarse * (self.K - 1) if last else self.config.coarse
             loss = loss + weight * self.config.beta * vq.commitment_loss(f, f_hat)
             loss = loss + weight * vq.codebook_loss(f, f_hat)        # moves phi (and codes)
+            # End of exercise
             extra = extra + self.quantizer.extra_loss(x)
         if self.training:
             self.quantizer.observe(groups, tokens)

@@ -17,8 +17,9 @@ from hypothesis import Phase, given, settings, strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 
 sizes, seeds = st.integers(1, 5), st.integers(0, 10_000)
+schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(lambda s: tuple(sorted(s)))
 # No deadline, as the first call takes longer; no explaining, as that takes seconds.
-check = settings(max_examples=50, deadline=None, derandomize=True, database=None,
+check = settings(max_examples=30, deadline=None, derandomize=True, database=None,
                  phases=(Phase.explicit, Phase.generate, Phase.shrink))
 
 
@@ -40,6 +41,33 @@ def property_01(chapter):
             assert torch.equal(idx, quantizer.nearest(x - so_far))
             so_far = so_far + quantizer.lookup(idx)
         assert torch.allclose(x_hat, so_far, atol=1e-6)
+
+    holds()
+
+
+def small_tokenizer(chapter, scales):
+    """A tokenizer of chapter 2 with random weights, 8 codes and 3 channels."""
+    return chapter.MultiScaleVQVAE(chapter.TokenizerConfig(
+        image_size=2 * scales[-1], scales=scales, vocab_size=8, latent_dim=3, channels=4, groups=2,
+        unshuffle=2)).requires_grad_(False)
+
+
+def property_02(chapter):
+    """teacher_inputs shows all at once what next_input shows one scale at a time."""
+    # Exercise 02_property
+    @check
+    @given(scales=schedules, seed=seeds)
+    def holds(scales, seed):
+        torch.manual_seed(seed)
+        tokenizer = small_tokenizer(chapter, scales)
+        tokens = [torch.randint(8, (2, side * side)) for side in scales]
+        f_hat, shown = 0, []
+        for k, tokens_k in enumerate(tokens):
+            f_hat, following = tokenizer.next_input(k, f_hat, tokens_k)
+            shown.append(following)
+        inputs = tokenizer.teacher_inputs(tokens)
+        assert inputs.shape == (2, sum(side * side for side in scales[1:]), 3)
+        assert torch.allclose(inputs, torch.cat([inputs[:, :0], *shown[:-1]], dim=1), atol=1e-5)
 
     holds()
 
