@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from exercises.grading import expect
+from exercises.grading import expect, gradients, judge_property
 
 # Small first, so that the first difference met is a small one. Sides need not grow, and may repeat:
 # a mask that compares sides, or counts side instead of side * side, passes for some of these only.
@@ -52,12 +52,10 @@ def equal_scores(queries, keys):
     return torch.zeros(1, 1, queries, keys), torch.ones(size), torch.eye(keys).view(size)
 
 
-def gradients(function, tokens):
-    """Of a weighted sum of attention(q, k, v), so that no two numbers count alike."""
+def gradients_of(function, tokens):
+    """Of the sum of squares of attention(q, k, v), at q, k and v."""
     qkv = [x.requires_grad_() for x in random_qkv(*tokens)]
-    y = function(*qkv)
-    weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
-    return torch.autograd.grad((y * weight).sum(), qkv, materialize_grads=True)
+    return gradients("attention", function(*qkv) ** 2, *qkv)
 
 
 def test_03_2(chapter):
@@ -99,10 +97,10 @@ def test_03_2(chapter):
     want = attention_by_loops(*[x.double() for x in halves], mask, 0.7).bfloat16()
     expect("attention in bfloat16", chapter.attention(*halves, mask, 0.7), want, tolerance=0.03)
     # The gradient tells whether something was cut off from it.
-    got = gradients(lambda q, k, v: chapter.attention(q, k, v, mask, 0.7), (4, 7))
-    want = gradients(lambda q, k, v: attention_by_loops(q, k, v, mask, 0.7), (4, 7))
+    got = gradients_of(lambda q, k, v: chapter.attention(q, k, v, mask, 0.7), (4, 7))
+    want = gradients_of(lambda q, k, v: attention_by_loops(q, k, v, mask, 0.7), (4, 7))
     for letter, found, expected in zip("qkv", got, want):
-        expect(f"gradient of attention with respect to {letter}", found, expected, tolerance=1e-9)
+        expect(f"gradient of the sum of squares of attention at {letter}", found, expected, tolerance=1e-9)
 
 
 def test_03_3(chapter):
@@ -111,8 +109,8 @@ def test_03_3(chapter):
     expect("the weights where all scores are equal",
            chapter.block_causal_attention(*equal_scores(5, 5), (1, 2)), want.view(1, 1, 5, 5),
            scales=(1, 2))
-    # (7, 7) and (1, 10) are the smallest of which the reference's groups hold two and one scales.
-    for scales in [*SCHEDULES, (1, 7, 7), (10, 1), (3, 8, 6)]:
+    # The reference's groups hold up to 100 tokens: here (1, 7, 7), (10) and (2, 1), (3, 8) and (6).
+    for scales in [*SCHEDULES, (1, 7, 7), (10, 2, 1), (3, 8, 6)]:
         mask = mask_by_loops(scales)
         for given in (None, mask):
             for qk_factor in (None, 0.3, 1.0):
@@ -124,19 +122,26 @@ def test_03_3(chapter):
                        mask="None" if given is None else "given", qk_factor=qk_factor)
 
     # What is hidden must not be computed either: not-a-number in the last map would spread through
-    # a product with its weight of 0. Groups of up to 100 tokens are let off.
+    # a product with its weight of 0. Within 100 tokens the reference does compute what is hidden.
     scales, coarse = (1, 3, 10), 10
     q, k, v = random_qkv(110, 110, dtype=torch.float32)
     for x in (q, k, v):
         x[:, :, coarse:] = torch.nan
     got = chapter.block_causal_attention(q, k, v, scales)
     assert got[:, :, :coarse].isfinite().all(), (
-        "block_causal_attention: scales (1, 3, 10): the tokens of the first two scales touch the "
-        "keys or values of the third, though they may not look at it. Cut the keys and values to "
-        "the prefix, k[:, :, :end], instead of hiding them by a mask")
-    got = gradients(lambda q, k, v: chapter.block_causal_attention(q, k, v, (2, 1, 3)), (14, 14))
+        "block_causal_attention computes products that a mask then hides. Cut keys and values to "
+        "the prefix instead: k[:, :, :end]. (With scales = (1, 3, 10), not-a-number in the third "
+        "scale came out at the first two.)")
+    got = gradients_of(lambda q, k, v: chapter.block_causal_attention(q, k, v, (2, 1, 3)), (14, 14))
     mask = mask_by_loops((2, 1, 3))
-    want = gradients(lambda q, k, v: attention_by_loops(q, k, v, mask, 5 ** -0.5), (14, 14))
+    want = gradients_of(lambda q, k, v: attention_by_loops(q, k, v, mask, 5 ** -0.5), (14, 14))
     for letter, found, expected in zip("qkv", got, want):
-        expect(f"gradient of block_causal_attention with respect to {letter}", found, expected,
+        expect(f"gradient of the sum of squares of block_causal_attention at {letter}", found, expected,
                tolerance=1e-9, scales=(2, 1, 3))
+
+
+def test_03_property(chapter):
+    judge_property(chapter.property_03, "03_1")
+    # The first is right in every number, the second as long as nobody passes a factor.
+    judge_property(chapter.property_03, "03_3", unseen=(
+        "computes what the mask then hides", "drops the caller's factor"))

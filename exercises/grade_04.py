@@ -1,7 +1,7 @@
 """Graders of chapter 4."""
 import torch
 
-from exercises.grading import expect
+from exercises.grading import expect, gradients, judge_property
 
 
 def small_var(chapter, scales=(1, 2, 3), **changes):
@@ -115,6 +115,15 @@ def test_04_2(chapter):
         _, rest, named = block.mlp.calls[0]
         assert not rest and not named, f"{name}: the MLP takes x alone"
 
+    block = chapter.Block(config, drop_rate=0.5).double().eval()
+    block.attention, block.mlp = Branch(6), Branch(6)
+    grads = []
+    for function in (block, lambda *given: block_by_hand(block, *given)[2]):
+        given = [tensor.clone().requires_grad_() for tensor in (x, modulation)]
+        grads.append(gradients("Block.forward", function(*given) ** 2, *given))
+    for name, got, want in zip(("x", "modulation"), *grads):
+        expect(f"gradient of the sum of squares of Block.forward at {name}", got, want, 1e-9)
+
     # In training drop-path leaves out a branch of an image, not of a token or a number.
     block = chapter.Block(config, drop_rate=0.5).double().train()
     block.attention, block.mlp = Branch(6), Branch(6)
@@ -161,3 +170,9 @@ def test_04_3(chapter):
         conditioning, cache = var.conditioning(labels[1:]), var.new_cache()
         expect("step with two of the three images", var.step(0, None, conditioning, cache),
                want[1:, :var.first], tolerance=1e-9, k=0, scales=scales, labels=labels[1:])
+
+
+def test_04_property(chapter):
+    # Attention does not depend on the order of keys and values.
+    judge_property(chapter.property_04, "04_1", unseen=("puts the new ones before the old ones",))
+    judge_property(chapter.property_04, "04_3")
