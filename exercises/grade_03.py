@@ -100,7 +100,7 @@ def test_03_2(chapter):
     got = gradients_of(lambda q, k, v: chapter.attention(q, k, v, mask, 0.7), (4, 7))
     want = gradients_of(lambda q, k, v: attention_by_loops(q, k, v, mask, 0.7), (4, 7))
     for letter, found, expected in zip("qkv", got, want):
-        expect(f"gradient of the sum of squares of attention at {letter}", found, expected, tolerance=1e-9)
+        expect(f"gradient of the sum of squares of attention at {letter}", found, expected, 1e-9)
 
 
 def test_03_3(chapter):
@@ -132,12 +132,12 @@ def test_03_3(chapter):
         "block_causal_attention computes products that a mask then hides. Cut keys and values to "
         "the prefix instead: k[:, :, :end]. (With scales = (1, 3, 10), not-a-number in the third "
         "scale came out at the first two.)")
-    got = gradients_of(lambda q, k, v: chapter.block_causal_attention(q, k, v, (2, 1, 3)), (14, 14))
-    mask = mask_by_loops((2, 1, 3))
+    scales, mask = (2, 1, 3), mask_by_loops((2, 1, 3))
+    got = gradients_of(lambda q, k, v: chapter.block_causal_attention(q, k, v, scales), (14, 14))
     want = gradients_of(lambda q, k, v: attention_by_loops(q, k, v, mask, 5 ** -0.5), (14, 14))
     for letter, found, expected in zip("qkv", got, want):
-        expect(f"gradient of the sum of squares of block_causal_attention at {letter}", found, expected,
-               tolerance=1e-9, scales=(2, 1, 3))
+        expect(f"gradient of the sum of squares of block_causal_attention at {letter}",
+               found, expected, tolerance=1e-9, scales=scales)
 
 
 def test_03_property(chapter):

@@ -72,6 +72,59 @@ def property_02(chapter):
     holds()
 
 
+def property_03(chapter):
+    """One token speaks to its own scale and to all finer ones, and to nobody else."""
+    # Exercise 03_property
+    def masked(q, k, v, scales):
+        return chapter.attention(q, k, v, chapter.block_causal_mask(scales))
+
+    # Side 10 fills a group of its own.
+    @check
+    @given(scales=st.lists(st.sampled_from([1, 2, 3, 10]), min_size=1, max_size=4), data=st.data())
+    def holds(scales, data):
+        torch.manual_seed(data.draw(seeds))
+        scale = torch.tensor([k for k, side in enumerate(scales) for _ in range(side * side)])
+        own = (scale == data.draw(st.sampled_from(range(len(scales))))).nonzero().flatten()
+        token = own[data.draw(st.sampled_from([0, -1]))]       # the first or last of a scale
+        q, k, v = torch.randn(3, 2, 2, len(scale), 4)
+        new_k, new_v = k.clone(), v.clone()
+        new_k[:, :, token] += 1
+        new_v[:, :, token] += 10
+        for attend in (masked, chapter.block_causal_attention):
+            moved = attend(q, new_k, new_v, scales) - attend(q, k, v, scales)
+            moved = moved.abs().amax((0, 1, 3))                                      # (L,)
+            assert torch.equal(moved > 0, scale >= scale[token])
+
+    holds()
+
+
+def property_04(chapter):
+    """With a cache, scale by scale, as with a mask, all at once."""
+    # Exercise 04_property
+    @check
+    @given(scales=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+           depth=st.integers(1, 2), seed=seeds)
+    def holds(scales, depth, seed):
+        torch.manual_seed(seed)
+        var = chapter.VAR(chapter.VARConfig(num_classes=5, scales=scales, vocab_size=7,
+                                            latent_dim=3, depth=depth, width=8, heads=2)).eval()
+        with torch.no_grad():
+            for p in var.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+            labels, shown = torch.randint(6, (2,)), torch.randn(2, var.L - var.first, 3)
+            want = var(labels, shown)
+            conditioning, cache, begin = var.conditioning(labels), var.new_cache(), 0
+            for k, side in enumerate(scales):
+                end = begin + side * side
+                inputs = shown[:, begin - var.first:end - var.first] if k else None
+                got = var.step(k, inputs, conditioning, cache)
+                assert got.shape == (2, end - begin, 7)
+                assert torch.allclose(got, want[:, begin:end], rtol=1e-3, atol=1e-3)
+                begin = end
+
+    holds()
+
+
 RATE = 0.1
 
 

@@ -119,4 +119,18 @@ return torch.cat(outputs, dim=2)
         "returns the last scale first": ("outputs[::-1]", "outputs"),
         "cuts the values from the wrong end": ("v[:, :, :end]", "v[:, :, -end:]"),
     },
+    "03_property": {
+        "is never called": ("    holds()\n", ""),
+        "asks only that nothing leaks": (
+            "torch.equal(moved > 0, scale >= scale[token])",
+            "not moved[scale < scale[token]].any()"),
+        "expects every output to move": (
+            "torch.equal(moved > 0, scale >= scale[token])", "(moved > 0).all()"),
+        "draws scales that grow only": (
+            "max_size=4)", "max_size=4).map(lambda sides: sorted(set(sides)))"),
+        "draws a single scale": ("max_size=4", "max_size=1"),
+        "changes the last token only": ("token = own", "token = len(scale) - 1 + 0 * own"),
+        "forgets the attention over prefixes": (
+            "(masked, chapter.block_causal_attention)", "(masked,)"),
+    },
 }

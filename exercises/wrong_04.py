@@ -86,4 +86,18 @@ return x + self.drop_path(self.mlp(x * (1 + scale_by2) + shift2) * gate2)
         "returns probabilities": ("return self.predict(x, conditioning)",
                                   "return self.predict(x, conditioning).softmax(-1)"),
     },
+    "04_property": {
+        "is never called": ("    holds()\n", ""),
+        "leaves the gates shut and the head near zero": ("0.3 * torch.randn_like(p)", "0"),
+        "compares shapes only": (
+            "                assert torch.allclose(got, want[:, begin:end], rtol=1e-3, atol=1e-3)\n",
+            ""),
+        "looks at the first scale only": ("enumerate(scales)", "enumerate(scales[:1])"),
+        "demands equality to the last bit": (
+            "torch.allclose(got, want[:, begin:end], rtol=1e-3, atol=1e-3)",
+            "torch.equal(got, want[:, begin:end])"),
+        "draws scales of side 1 only": ("st.integers(1, 3), min", "st.integers(1, 1), min"),
+        "draws growing scales that begin with 1": (
+            "max_size=3).map(tuple)", "max_size=3).map(lambda sides: tuple({1, *sides}))"),
+    },
 }
