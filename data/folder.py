@@ -137,8 +137,8 @@ class FolderImages:
     """Images read on demand: images[i] is the centre crop, images.crops(i, seeds) are random ones.
 
     All are uint8 (size, size, 3), from the image with its short side brought to 1.125 x size. One
-    that is unreadable or far too large is replaced by the next readable one of its class
-    (of any class, if its own has none) and marked in `bad` (N,), which all loading workers share.
+    that is unreadable or far too large is replaced by the next readable one of its class (of any
+    class, if its own has none) and marked in `bad` (N,), which all loading workers share.
     """
 
     def __init__(self, root, paths, labels, size):

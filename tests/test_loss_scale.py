@@ -15,10 +15,12 @@ from engine.optimizers import orthogonal
 m5 = import_module("05_train")
 
 
-@given(bad=st.lists(st.booleans(), max_size=20), interval=st.integers(1, 4))
-def test_the_factor_is_that_of_torchs_own_scaler(bad, interval):
+@given(bad=st.lists(st.booleans(), max_size=20), interval=st.integers(1, 4),
+       start=st.sampled_from([2.0, 2.0 ** 11]))
+def test_the_factor_is_that_of_torchs_own_scaler(bad, interval, start):
     ours = LossScale("float16", interval)
-    theirs = torch.amp.GradScaler("cpu", init_scale=2.0 ** 11, growth_interval=interval)
+    ours.factor.fill_(start)
+    theirs = torch.amp.GradScaler("cpu", init_scale=start, growth_interval=interval)
     p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer, loss = torch.optim.SGD([q]), torch.tensor(3.0)
     for overflow in bad:
