@@ -12,7 +12,6 @@ Sorted wnids are the official label order, so the folder reader's labels are alr
 ones: 0..999 for the whole, 0..n-1 in the same order for n of the classes.
 """
 import contextlib
-import difflib
 import functools
 import re
 import struct
@@ -118,28 +117,6 @@ def class_names():
 def name_of(wnid):
     """Name of a class -> str, or None if there is no such wnid"""
     return dict(_table()).get(wnid)
-
-
-def find_class(text):
-    """The label, 0..999, of a name, wnid, number, or part of a name that fits one class only.
-
-    find_class("tench") = find_class("n01440764") = find_class("0") = 0; find_class("dfish") = 1.
-    Raises BadInput, with up to five suggestions, if no class or more than one fits.
-    """
-    table, wanted = _table(), text.strip().lower()
-    if wanted.isdecimal() and int(wanted) < len(table):
-        return int(wanted)
-    same = [k for k, (_, name) in enumerate(table) if name == text.strip()]   # Cardigan: a dog;
-    alike = [k for k, pair in enumerate(table) if wanted in (pair[0], pair[1].lower())]   # cardigan
-    parts = [k for k, (_, name) in enumerate(table) if wanted and wanted in name.lower()]
-    hits = same or alike or parts
-    if len(hits) == 1:
-        return hits[0]
-    names = [name.lower() for _, name in table]
-    near = hits or [names.index(n) for n in difflib.get_close_matches(wanted, names, 5)]
-    listed = ", ".join(f"{table[k][1]} ({k})" for k in near[:5])
-    raise BadInput(f"{text!r} fits {len(hits) or 'none'} of the 1000 ImageNet classes"
-                   + (f": did you mean {listed}?" if near else ": give a name, wnid or 0..999"))
 
 
 @functools.cache

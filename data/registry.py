@@ -1,4 +1,5 @@
 """The data sets by name. A new one is a file with its reader and one line in DATASETS."""
+import difflib
 import functools
 import os
 from collections.abc import Callable
@@ -46,19 +47,22 @@ def load_data(dataset, split, image_size, data_dir=""):
 
 
 def find_class(names, text):
-    """A class by name, index or wnid of ImageNet -> index. Raises BadInput that lists some of the
-    names."""
-    if len(names) == 1000 and names == imagenet.class_names():
-        return imagenet.find_class(text)
-    folded = [name.casefold() for name in names]
-    if text.casefold() in folded:
-        return folded.index(text.casefold())
-    if text.isdecimal() and len(text) < 9 and int(text) < len(names):
-        return int(text)
-    if (name := imagenet.name_of(text)) in names:          # some of its classes, in folders
-        return names.index(name)
-    raise BadInput(f"no class {text!r}; there are {len(names)}, 0 to {len(names) - 1}: "
-                   + ", ".join(names[:12]))
+    """The index of a class by its name, index, wnid, or a part of its name that no other has.
+    Raises BadInput, with suggestions, if none or more than one fits."""
+    text, folded, every = text.strip(), [name.casefold() for name in names], range(len(names))
+    wanted, its_name = text.casefold(), imagenet.name_of(text)
+    same = [k for k in every if names[k] == text]          # Cardigan is a dog, cardigan is knitted
+    alike = [k for k in every if folded[k] == wanted]
+    counted = [k for k in every if str(k) == text]
+    numbered = [k for k in every if names[k] == its_name]
+    parts = [k for k in every if wanted and wanted in folded[k]]
+    hits = same or alike or counted or numbered or parts
+    if len(hits) == 1:
+        return hits[0]
+    near = hits or [folded.index(name) for name in difflib.get_close_matches(wanted, folded)]
+    listed = ", ".join(f"{names[k]} ({k})" for k in (near or every)[:10])
+    raise BadInput(f"{text!r} fits {len(hits) or 'none'} of the {len(names)} classes; there are "
+                   f"{listed}")
 
 
 def chosen_classes(names, wanted):

@@ -87,19 +87,6 @@ def test_what_is_not_imagenet_is_refused(tmp_path):
     refusal(lambda: imagenet.load("train", data_dir=None), "--data-dir")
 
 
-def test_find_class():
-    find = imagenet.find_class
-    assert [find(text) for text in ("tench", "n01440764", "0", " Goldfish ", "dfish", "999")] == [
-        0, 0, 0, 1, 1, 999]
-    for k, name in enumerate(imagenet.class_names()):
-        assert name in ("crane", "maillot") or find(name) == k
-    refusal(lambda: find("CARDIGAN"), "Cardigan (264)", "cardigan (474)")
-    refusal(lambda: find("crane"), "fits 2", "crane (134)", "crane (517)")
-    refusal(lambda: find("goldfsh"), "none", "goldfish (1)")
-    for hopeless in ("", "1000", "-1", "qqqqqq"):
-        refusal(lambda: find(hopeless), "0..999")
-
-
 def test_data_sets_are_found_by_their_name_in_the_table_or_as_a_folder(tmp_path):
     tree(tmp_path, train="cat/x.png", val="cat/y.png")
     images, _, names = registry.load_data(str(tmp_path), "test", 16)

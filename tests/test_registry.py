@@ -30,6 +30,20 @@ def test_a_class_that_is_not_there_is_refused_and_the_others_are_named(wanted):
     refusal(lambda: registry.chosen_classes(NAMES, wanted), wanted[-1], "4")
 
 
+def test_find_class():
+    names = imagenet.class_names()
+    assert [registry.find_class(names, text) for text in (
+        "tench", "n01440764", "0", " Goldfish ", "dfish", "999")] == [0, 0, 0, 1, 1, 999]
+    assert registry.find_class(["0", "1", "10", "2"], "2") == 3, "a name comes before an index"
+    for k, name in enumerate(names):
+        assert name in ("crane", "maillot") or registry.find_class(names, name) == k
+    for text, *words in [("CARDIGAN", "Cardigan (264)", "cardigan (474)"),
+                         ("crane", "fits 2", "crane (134)", "crane (517)"),
+                         ("goldfsh", "none", "goldfish (1)"), ("", "tench (0)"), ("1000", "none"),
+                         ("-1", "none"), ("qqqqqq", "none of the 1000", "tench (0)")]:
+        refusal(lambda: registry.find_class(names, text), *words)
+
+
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.sets(st.integers(0, 3), min_size=1))
 def test_a_subset_holds_the_images_of_its_classes_with_labels_from_0(labels, classes):
     images = np.arange(len(labels) * 3).reshape(-1, 1, 1, 3).astype(np.uint8)
