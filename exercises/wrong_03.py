@@ -79,6 +79,14 @@ return scores.softmax(-1) @ v
 """),
         "forgets the mask in float32": ("attn_mask=mask", "attn_mask=None"),
         "forgets the mask in bfloat16": ("scores if mask is None", "scores if True"),
+        "subtracts 1000 from a hidden score, which may be larger": (None, """
+factor = q.shape[-1] ** -0.5 if qk_factor is None else qk_factor
+scores = factor * q @ k.transpose(-2, -1)
+scores = scores if mask is None else scores - 1000 * ~mask
+return scores.softmax(-1) @ v
+"""),
+        "detaches the weights": ("    return F.scaled_dot_product_attention(q, k,",
+                                 "    return F.scaled_dot_product_attention(q.detach(), k,"),
     },
     "03_3": {
         "looks at its own scale only": (None, """
@@ -118,6 +126,8 @@ return torch.cat(outputs, dim=2)
         "drops the caller's factor": ("rows, qk_factor", "rows"),
         "returns the last scale first": ("outputs[::-1]", "outputs"),
         "cuts the values from the wrong end": ("v[:, :, :end]", "v[:, :, -end:]"),
+        "takes the first rows of the mask for every group": (
+            "mask[end - size:end, :end]", "mask[:size, :end]"),
     },
     "03_property": {
         "is never called": ("    holds()\n", ""),

@@ -17,6 +17,7 @@ WRONG = {
         "stores the keys as the values too": ("= k, v", "= k, k"),
         "counts heads instead of tokens": (
             "end = self.filled + k.shape[2]", "end = self.filled + k.shape[1]"),
+        "counts calls instead of tokens": ("self.filled = end", "self.filled += 1"),
         "puts the new ones before the old ones": (None, """
 if self.filled == 0:
     self.k, self.v = k, v
@@ -56,6 +57,7 @@ return x + self.drop_path(self.mlp(x * (1 + scale_by2) + shift2) * gate2)
             "x + self.drop_path(h * gate2)", "self.drop_path(x + h * gate2)"),
         "does not hand on the cache": ("mask, cache)", "mask)"),
         "hands on the cache as the mask": ("mask, cache)", "cache, mask)"),
+        "detaches the branch": ("h * gate1", "h.detach() * gate1"),
     },
     "04_3": {
         "counts positions from 0 at every scale": (
@@ -77,6 +79,8 @@ return x + self.drop_path(self.mlp(x * (1 + scale_by2) + shift2) * gate2)
             "1 + sum(side * side for side in self.config.scales[1:k]) if k else 0"),
         "uses no cache": ("cache=block_cache", ""),
         "gives all blocks the cache of the first": ("cache=block_cache", "cache=cache[0]"),
+        "makes a new cache at every scale": (
+            "conditioning[1], cache)", "conditioning[1], self.new_cache())"),
         "gives all blocks the modulation of the first": (
             "x = block(x, modulation,", "x = block(x, conditioning[1][0],"),
         "leaves the class out of the head": (
