@@ -61,10 +61,11 @@ def test_01_3(chapter):
     broken = torch.tensor(float("inf"))
     for learn, accepted, spoil in (("ema", True, 0), ("ema", torch.tensor(True), 0),
                                    ("gradient", True, 0), ("ema", False, 0), ("ema", True, broken)):
-        quantizer = chapter.VectorQuantizer(4, 2, learn=learn, decay=0.75, revive=False)
-        quantizer.hits.copy_(torch.tensor([1., 2., 0., 5.]))           # the third was never used
-        quantizer.sums.copy_(torch.randn(4, 2) * quantizer.hits[:, None])
-        for _ in range(2):                                             # and stays so; nor the last
+        quantizer = chapter.VectorQuantizer(5, 2, learn=learn, decay=0.75, revive=False)
+        # Of the last three codes, which stay unused, the first never was used, the next rarely.
+        quantizer.hits.copy_(torch.tensor([1., 2., 0., 0.02, 5.]))
+        quantizer.sums.copy_(torch.randn(5, 2) * quantizer.hits[:, None])
+        for _ in range(2):
             quantizer.observe([torch.randn(5, 2) + spoil], [torch.tensor([0, 1, 1, 0, 1])])
             given = dict(learn=learn, good=accepted and not spoil, hits=quantizer.hits.clone(),
                          count=quantizer.count.clone(), sums=quantizer.sums.clone(),

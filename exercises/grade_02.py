@@ -1,9 +1,11 @@
 """Graders of chapter 2. Sides, channels and batch have no common factor, so that nothing that
 mixes them can have the right shape by chance; two phis serve four scales."""
+from types import GeneratorType
+
 import torch
 import torch.nn.functional as F
 
-from exercises.grading import expect, gradients, judge_property
+from exercises.grading import Wrong, describe, expect, gradients, judge_property
 
 SCALES = (1, 2, 3, 5)
 
@@ -70,14 +72,19 @@ def test_02_2(chapter):
     tokenizer = random_tokenizer(chapter)
     f = torch.randn(3, 7, 5, 5, requires_grad=True)
     before = f.detach().clone()
-    rounds, wanted = list(tokenizer._rounds(f)), algorithm_1(tokenizer, f)
-    expect("f after _rounds(f)", f, before)
-    expect("the number of rounds", len(rounds), len(SCALES))
-    for k, (got, want) in enumerate(zip(rounds, wanted)):
+    yielded, wanted, rounds = tokenizer._rounds(f), algorithm_1(tokenizer, f), []
+    if not isinstance(yielded, GeneratorType):
+        raise Wrong(f"_rounds(f) is {describe(yielded)}; it must yield one round after the other")
+    for k, (want, got) in enumerate(zip(wanted, yielded)):
         expect(f"the number of things that round {k} yields", len(got), 3)
         for name, *pair in zip(("x", "tokens_k", "f_hat"), got, want):
             expect(f"{name} of round {k}", *pair, 1e-4)
+        rounds.append(got)
+    expect("the number of rounds", len(rounds) + len(list(yielded)), len(SCALES))
+    expect("f after _rounds(f)", f, before)
     for k in range(len(SCALES)):
+        name = f"f_hat of round {k}, looked at after the last round (does += change it?)"
+        expect(name, rounds[k][2], wanted[k][2], 1e-4)
         # Of what is left over, f may learn, and phi must not; of f_hat, phi learns.
         for i, name in ((0, "x"), (2, "f_hat")):
             inputs = f, tokenizer.phis[0].weight

@@ -74,6 +74,7 @@ WRONG = {
         "divides by the count of this step":
             ("self.sums / self.hits.clamp(min=1e-3)[:, None]",
              "self.sums / self.count.clamp(min=1e-3)[:, None]"),
+        "divides by at least 1": ("self.hits.clamp(min=1e-3)", "self.hits.clamp(min=1)"),
         "forgets the codebook": (None, "if good:\n"
                                        "    self.hits.lerp_(self.count, 1 - self.decay)\n"
                                        "    self.sums.lerp_(self.total, 1 - self.decay)\n"),

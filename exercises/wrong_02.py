@@ -45,6 +45,10 @@ WRONG = {
         "picks single cells instead of means of areas":
             ("self.downsample_to(target, k)",
              "F.interpolate(target, size=self.scales[k:k + 1] * 2).flatten(2).transpose(1, 2)"),
+        "changes the f_hat that it yielded":
+            ("f_hat = self._add(k, f_hat, tokens_k)", "f_hat += self.embed(k, tokens_k)"),
+        "returns instead of yielding": ("yield x,", "return x,"),
+        "yields a constant x": ("yield x,", "yield x.detach(),"),
         "yields a constant f_hat": ("yield x, tokens_k, f_hat", "yield x, tokens_k, f_hat.detach()"),
     },
     "02_3": {
