@@ -89,7 +89,6 @@ def main():
                 for layout in (next_scale, lambda n: (1,) * n * n)]
         print(f"attention's products {'with' if cached else 'without'} a cache grow as "
               f"n^{grow[0]:.1f} and n^{grow[1]:.1f}")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     draw(args.out, args.sides, scale, raster)
     print(f"wrote {args.out}")
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.batches import rows_of, sample_of, to_float                   # noqa: E402
 from data.registry import load_data                                     # noqa: E402
 from report import health, plots                                        # noqa: E402
+from report.command_line import outside                                 # noqa: E402
 
 m6 = import_module("06_sample_and_edit")
 # What is repainted: x0, y0, x1, y1 in fractions of the side.
@@ -60,12 +61,16 @@ SHOWN = {"replay, with the leak (the paper's demo)": "tokens replayed\n(the pape
          "edit(), default: six passes and two settling": "edit() of chapter 6"}
 
 
-def box_mask(box, side):
-    """-> (side, side) bool, False inside the box"""
-    keep = torch.ones(side, side, dtype=torch.bool)
-    x0, y0, x1, y1 = (round(v * side) for v in box)
-    keep[y0:y1, x0:x1] = False
-    return keep
+def models_and_images(run, n, data_dir=""):
+    """A run's folder, or a file of both models. -> tokenizer, var, some of the held-out images
+    (n, 3, H, W) in [-1, 1], their labels (n,)"""
+    files = [Path(run)] * 2 if Path(run).is_file() else [
+        Path(run, f"{name}.pt") for name in ("tokenizer", "transformer")]
+    tokenizer, about = m6.training.load_tokenizer(files[0])
+    var, _ = m6.training.load_transformer(files[1])
+    images, labels, _ = load_data(about["dataset"], "test", tokenizer.config.image_size, data_dir)
+    labels = torch.from_numpy(labels[rows_of(len(images), n)])
+    return tokenizer, var, to_float(sample_of(images, n)), labels
 
 
 def kept_db(result, image, keep):
@@ -96,17 +101,10 @@ def main():
     p.add_argument("--cfg", type=float, default=1.5)
     p.add_argument("--picture", default="middle", choices=MASKS, help="the mask in editing.png")
     args = p.parse_args()
-    path = Path(args.run)
-    one = path.is_file()
-    tokenizer, about = m6.training.load_tokenizer(path if one else path / "tokenizer.pt")
-    var, _ = m6.training.load_transformer(path if one else path / "transformer.pt")
-    side = tokenizer.config.image_size
-    images, labels, _ = load_data(about["dataset"], "test", side, args.data_dir)
-    image = to_float(sample_of(images, args.n))
-    labels = torch.from_numpy(labels[rows_of(len(images), args.n)])
+    tokenizer, var, image, labels = models_and_images(args.run, args.n, args.data_dir)
     original = (image + 1) / 2
     alone = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(image)) + 1) / 2
-    keeps = [box_mask(box, side) for box in MASKS.values()]
+    keeps = [outside(box, image.shape[-1]) for box in MASKS.values()]
 
     def cells(results):
         return " | ".join(f"{kept_db(result, image, keep):.1f} | {seam(result, keep):.2f}"

@@ -7,35 +7,26 @@ the rest is drawn by the model. PSNR compares with the image that all K real map
 """
 import argparse
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.batches import rows_of, sample_of, to_float                   # noqa: E402
-from data.registry import load_data                                     # noqa: E402
+from experiments.editing import m6, models_and_images                   # noqa: E402
 from report import health, plots                                        # noqa: E402
-
-m6 = import_module("06_sample_and_edit")
 
 
 @torch.no_grad()
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--run", default="data/pretrained/shapes.pt", help="a shipped file")
+    p.add_argument("--run", default="data/pretrained/shapes.pt", help="folder or shipped file")
     p.add_argument("--data-dir", default="")
     p.add_argument("--n", type=int, default=200, help="held-out images")
     p.add_argument("--cfg", type=float, default=0.0)
     p.add_argument("--out", default="out/independence.png")
     args = p.parse_args()
-    tokenizer, about = m6.training.load_tokenizer(args.run)
-    var, _ = m6.training.load_transformer(args.run)
-    images, labels, _ = load_data(about["dataset"], "test", tokenizer.config.image_size,
-                                  args.data_dir)
-    image = to_float(sample_of(images, args.n))                          # (n, 3, H, W) in [-1, 1]
-    labels = torch.from_numpy(labels[rows_of(len(images), args.n)])
+    tokenizer, var, image, labels = models_and_images(args.run, args.n, args.data_dir)
     tokens = tokenizer.image_to_tokens(image)
     own = tokenizer.tokens_to_image(tokens)
     some = slice(None, None, -(-len(image) // 10))                       # ten of them are shown

@@ -212,8 +212,8 @@ class Job:
                 raise
             print(f"no held-out images ({error}): working on images drawn by the model itself")
             return None, self.classes[:count]
-        image = to_float(stack([images[int(i)] for i in rows]))
-        return image.to(self.device), labels[rows].tolist()
+        image, labels = pick(images, labels, rows)
+        return image.to(self.device), labels
 
     def images_to_weigh(self, classes):
         """--image (whose class is not known: labels None), or --n held-out images of these classes.
@@ -225,23 +225,33 @@ class Job:
         if len(rows) == 0:
             raise BadInput("none of the held-out images is of these classes")
         rows = rows[rows_of(len(rows), self.n or max(1, 5000 // len(classes)))]
-        return (to_float(stack([images[int(i)] for i in rows])),
-                [classes.index(label) for label in labels[rows].tolist()])
+        image, labels = pick(images, labels, rows)
+        return image, [classes.index(label) for label in labels]
 
     def kept_region(self, task):
         """--mask, --box or the task's own box -> (side, side) bool, True = keep: where the mask
         file is not white, or outside the box."""
-        keep = torch.ones(self.side, self.side, dtype=torch.bool)
         if self.args.mask:
-            grey = square(read(self.args.mask).convert("L"), self.side)
-            keep = torch.from_numpy(grey <= 127)
+            keep = torch.from_numpy(square(read(self.args.mask).convert("L"), self.side) <= 127)
         else:
-            x0, y0, x1, y1 = (round(v * self.side) for v in self.args.box or BOXES[task])
-            keep[y0:y1, x0:x1] = False
+            keep = outside(self.args.box or BOXES[task], self.side)
         if keep.all():
             raise BadInput("nothing to repaint: --mask is nowhere white, or --box is smaller than "
                            f"a pixel of {self.side}")
         return keep.to(self.device)
+
+
+def outside(box, side):
+    """x0, y0, x1, y1 in fractions of the side -> (side, side) bool, False inside the box"""
+    keep = torch.ones(side, side, dtype=torch.bool)
+    x0, y0, x1, y1 = (round(v * side) for v in box)
+    keep[y0:y1, x0:x1] = False
+    return keep
+
+
+def pick(images, labels, rows):
+    """-> (n, 3, H, W) in [-1, 1] and labels (a list) of these rows"""
+    return to_float(stack([images[int(i)] for i in rows])), labels[rows].tolist()
 
 
 def photo(path, side):

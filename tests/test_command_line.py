@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import cifar10
-from engine import BadInput, checkpoints, devices
+from engine import BadInput, checkpoints
 from report import command_line
 
 SCRIPT, m6 = "06_sample_and_edit.py", import_module("06_sample_and_edit")
@@ -44,23 +44,24 @@ def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, monkey
 
 # -- Runs ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, other", [("tokenizer.pt", "transformer.pt"),
-                                         ("transformer.pt", "tokenizer.pt")])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "swapped", "trained anew"])
-def test_damaged_runs_are_refused_and_named(refused, tiny, tmp_path, name, other, damage):
-    path, whole = tmp_path / name, tiny.folder / name
+@pytest.mark.parametrize("name", ["tokenizer.pt", "transformer.pt"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "swapped"])
+def test_damaged_runs_are_refused_and_named(refused, tiny, tmp_path, name, damage):
+    other = "tokenizer.pt" if name == "transformer.pt" else "transformer.pt"
     shutil.copy(tiny.folder / other, tmp_path)
     if damage == "truncated":
-        path.write_bytes(whole.read_bytes()[:4000])
+        (tmp_path / name).write_bytes((tiny.folder / name).read_bytes()[:4000])
     elif damage == "swapped":
-        shutil.copy(tiny.folder / other, path)
-    elif damage == "trained anew":                         # the tokens mean something else now
-        shutil.copy(tiny.folder / "transformer.pt", tmp_path)
-        state = torch.load(tiny.folder / "tokenizer.pt", weights_only=True)
-        state["model"]["quantizer.codebook"] += 1
-        torch.save(state, tmp_path / "tokenizer.pt")
-        name = "--stage transformer"
+        shutil.copy(tiny.folder / other, tmp_path / name)
     assert name in refused(SCRIPT, "--run", tmp_path, "--device", "cpu")
+
+
+def test_a_transformer_of_another_tokenizers_tokens_is_refused(refused, tiny, tmp_path):
+    state = torch.load(tiny.folder / "tokenizer.pt", weights_only=True)
+    state["model"]["quantizer.codebook"] += 1              # the tokens mean something else now
+    torch.save(state, tmp_path / "tokenizer.pt")
+    shutil.copy(tiny.folder / "transformer.pt", tmp_path)
+    assert "--stage transformer" in refused(SCRIPT, "--run", tmp_path, "--device", "cpu")
 
 
 def test_a_tokenizer_alone_reconstructs_and_does_nothing_else(cli, refused, tiny, tmp_path):
@@ -103,19 +104,15 @@ def make_job(**fields):
 def test_real_images_of_other_classes_are_matched_by_name_or_refused(monkeypatch):
     """A subset of ImageNet counts its labels 0, 1, 2. Taken for the model's, they would be tench,
     goldfish and shark."""
-    job = make_job()
-    job.names = ["ant", "crane", "bee", "crane", "cat"]
-    labels = np.array([0, 1, 1, 2])
-    monkeypatch.setattr(command_line, "load_data", lambda *_: ("pixels", labels, names))
-    for names, wanted in ((["ant", "bee", "cat"], [0, 2, 2, 4]), (list(job.names), [0, 1, 1, 2])):
-        assert job.real_images("test")[1].tolist() == wanted
-    # Trained with --classes: the other images of the data set are left out.
-    job.names, names = ["bee", "cat"], ["ant", "bee", "cat"]
-    images = np.zeros((4, 1, 1, 3), np.uint8)
+    job, labels, images = make_job(), np.array([0, 1, 1, 2]), np.zeros((4, 1, 1, 3), np.uint8)
     monkeypatch.setattr(command_line, "load_data", lambda *_: (images, labels, names))
-    assert job.real_images("test")[1].tolist() == [0, 0, 1]
+    all_names = ["ant", "crane", "bee", "crane", "cat"]
+    for job.names, names, wanted in (
+            (all_names, ["ant", "bee", "cat"], [0, 2, 2, 4]), (all_names, all_names, [0, 1, 1, 2]),
+            (["bee", "cat"], ["ant", "bee", "cat"], [0, 0, 1])):         # trained with --classes
+        assert job.real_images("test")[1].tolist() == wanted
     assert job.labels_in(names, [0, 0, 1]).tolist() == [1, 1, 2]
-    job.names = ["ant", "crane", "bee", "crane", "cat"]
+    job.names = all_names
     for names in (["ant", "dog", "cat"], ["ant", "crane", "cat"]):
         with pytest.raises(BadInput, match=names[1]):
             job.real_images("test")
@@ -157,27 +154,3 @@ def test_square_cuts_the_middle_without_touching_its_pixels(width, height, chann
     cut = command_line.square(Image.fromarray(photo), short)
     assert cut.dtype == np.uint8
     assert np.array_equal(cut, photo[top:top + short, left:left + short])
-
-
-# -- How many at once, in which precision ----------------------------------------------------------
-
-@pytest.mark.parametrize("asked, device, millions, fast, dtype", [
-    ("auto", "cpu", 300, False, "float32"), ("auto", "cpu", 300, True, "bfloat16"),
-    ("auto", "cuda", 300, True, "float16"), ("auto", "cpu", 50, True, "float32"),
-    ("auto", "cuda", 50, True, "float32"), ("bfloat16", "cpu", 300, False, "bfloat16"),
-    ("float32", "cuda", 300, True, "float32")])
-def test_half_precision_is_for_large_models_where_it_is_fast_unless_asked_for(
-        monkeypatch, asked, device, millions, fast, dtype):
-    monkeypatch.setattr(devices, "fast_bfloat16", lambda device: fast)
-    found = devices.sampling_precision(asked, torch.device(device), millions * 10 ** 6)
-    assert found == getattr(torch, dtype)
-
-
-@given(total=st.integers(0, 2 ** 38), each=st.integers(1, 2 ** 40))
-def test_images_at_once_are_1_to_100_and_fit(total, each):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_properties",
-                      lambda device: SimpleNamespace(total_memory=total))
-        count = devices.images_that_fit(torch.device("cuda"), each)
-    assert type(count) is int and 1 <= count <= 100 and (count == 1 or count * each <= total)
-    assert count == 100 or (count + 1) * each > 0.3 * total

@@ -51,20 +51,16 @@ def test_bits_equal_the_slow_loop(scales, V, count, side, seed):
         assert len(table[name]) == len(values) and all(map(shows, table[name], values)), name
 
 
-def test_bayes_of_a_hand_worked_case():
+def test_bayes_and_the_posterior_of_hand_worked_cases():
     """Three scales, two classes, two images of class 0. Image 0: the first scale says class 1, by
     1; the second class 0, by 3. Image 1: class 0 by 2, class 1 by 1, class 1 by 5."""
     nats = torch.tensor([[[-4.0, -1, -2], [-3, -4, -2]], [[-1.0, -2, -6], [-3, -1, -1]]])
     out = printed(density.bayes, nats, torch.tensor([0, 0]), (1, 2, 3))
     assert "for 50.0% of 2 images (by chance 50.0%)" in out
     assert "1x1: 50.0%, 2x2: 100.0%, 3x3: 50.0%" in out
-
-
-def test_the_posterior_of_a_hand_worked_case():
-    nats = torch.tensor([[1.0, 2], [1, 3 + math.log(2)], [0, 3]])      # e^3 and 2 e^4, e^3
-    p = [math.exp(x) for x in (3, 4 + math.log(2), 3)]
-    out = printed(density.posterior, nats, ["ant", "bee", "cat"])
-    assert f"bee {p[1] / sum(p):.1%}, ant {p[0] / sum(p):.1%}, cat" in out
+    nats = torch.tensor([[0.0, math.log(5)], [1, math.log(12) - 1], [math.log(3), 0]])
+    out = printed(density.posterior, nats, ["ant", "bee", "cat"])        # 5, 12 and 3 of 20
+    assert "bee 60.0%, ant 25.0%, cat 15.0%" in out
 
 
 # -- Bytes -----------------------------------------------------------------------------------------
@@ -154,11 +150,8 @@ def slow_nats(tokenizer, var, picture, label):
     for k, side in enumerate(tokenizer.scales):
         known = [t if i < k else torch.zeros_like(t) for i, t in enumerate(tokens)]
         logits = var(torch.tensor([label]), tokenizer.teacher_inputs(known))[0]
-        total = 0.0
-        for n in range(side * side):
-            row = logits[begin + n].double()
-            total += float(row[tokens[k][0, n]]) - math.log(sum(math.exp(x) for x in row.tolist()))
-        nats.append(total)
+        rows = logits[begin:begin + side * side].double().exp()
+        nats.append(sum(math.log(row[token] / row.sum()) for row, token in zip(rows, tokens[k][0])))
         begin += side * side
     return nats
 

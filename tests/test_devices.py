@@ -2,11 +2,14 @@
 import os
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import stage_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine import checkpoints, devices
 from engine.processes import Processes
@@ -27,6 +30,26 @@ def test_training_is_in_half_precision_where_the_device_multiplies_it_fast(
     assert devices.choose_precision(processes) == wanted
     assert [devices.choose_precision(processes, before) for before in (
         "float32", "float16", "bfloat16", "int8")] == ["float32", "float16", "bfloat16", wanted]
+
+
+def test_large_models_sample_in_half_precision_where_it_is_fast_unless_asked_for(monkeypatch):
+    for asked, device, millions, fast, wanted in (
+            ("auto", "cpu", 300, False, "float32"), ("auto", "cpu", 300, True, "bfloat16"),
+            ("auto", "cuda", 300, True, "float16"), ("auto", "cuda", 50, True, "float32"),
+            ("bfloat16", "cpu", 300, False, "bfloat16"), ("float32", "cuda", 300, True, "float32")):
+        monkeypatch.setattr(devices, "fast_bfloat16", lambda device: fast)
+        found = devices.sampling_precision(asked, torch.device(device), millions * 10 ** 6)
+        assert found == getattr(torch, wanted)
+
+
+@given(total=st.integers(0, 2 ** 38), each=st.integers(1, 2 ** 40))
+def test_images_at_once_are_1_to_100_and_fit(total, each):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties",
+                      lambda device: SimpleNamespace(total_memory=total))
+        count = devices.images_that_fit(torch.device("cuda"), each)
+    assert type(count) is int and 1 <= count <= 100 and (count == 1 or count * each <= total)
+    assert count == 100 or (count + 1) * each > 0.3 * total
 
 
 def test_convolutions_of_a_gpu_are_exact_in_float32_and_find_their_fastest_kernel():

@@ -10,7 +10,6 @@ import torch
 from conftest import seeded
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from report import health, plots
 
@@ -29,11 +28,6 @@ def test_psnr_is_that_of_the_definition_pixel_by_pixel(seed, share):
                      if mask[i, j]]
             assert db == pytest.approx(-10 * math.log10(sum(error) / len(error)), rel=1e-4)
     assert torch.equal(health.psnr(a, 3 * b), health.psnr(a, (3 * b).clamp(-1, 1))), "not shown"
-
-
-def slow_usage(tokens, V):                                 # list of ints -> (used, perplexity)
-    shares = [tokens.count(code) / len(tokens) for code in sorted(set(tokens))]
-    return len(shares) / V, math.prod(p ** -p for p in shares)
 
 
 def tokenizer_and_images(kind, n=11):
@@ -59,10 +53,13 @@ def slow_examine(model, images):
             missing[k] += float(((f - f_hat) ** 2).sum())
             error = (model.decode(f_hat).clamp(-1, 1) - image) / 2
             db[k] -= 10 * math.log10(float((error ** 2).mean())) / len(images)
-    (*used, overall), (*perplexity, together) = zip(*[
-        slow_usage(part, V) for part in [*tokens, sum(tokens, [])]])
-    return dict(used=used, perplexity=perplexity, used_overall=overall,
-                perplexity_overall=together, left=missing / energy, psnr_after=db,
+    used, perplexity = [], []
+    for codes in [*tokens, sum(tokens, [])]:               # every scale, then all together
+        shares = [codes.count(code) / len(codes) for code in set(codes)]
+        used.append(len(shares) / V)
+        perplexity.append(math.prod(p ** -p for p in shares))
+    return dict(used=used[:-1], perplexity=perplexity[:-1], used_overall=used[-1],
+                perplexity_overall=perplexity[-1], left=missing / energy, psnr_after=db,
                 psnr=db[-1])
 
 
@@ -109,17 +106,15 @@ def test_a_scale_that_collapsed_or_does_harm_is_named_with_a_setting_to_try(cli)
     m5.read_settings(["--device", "cpu", *re.search(r"--set \S+(?=,)", few)[0].split()])
 
 
-def test_the_sheet_shows_every_scale_and_where_the_last_one_errs(tmp_path):
+def test_the_sheet_shows_every_scale_and_where_the_last_one_errs(monkeypatch):
     model, images = tokenizer_and_images("three", 3)
-    health.save_picture(tmp_path / "x.png", model, images)
+    monkeypatch.setattr(plots, "save_grid", lambda *args, **labels: shown.update(
+        images=args[1].split(args[2]), **labels))
+    shown = {}
+    health.save_picture("x.png", model, images)
     steps = model.pyramid(model.image_to_tokens(images))
-    rebuilt = [model.decode(f_hat).clamp(-1, 1) for f_hat in steps]
-    rows = [plots.to_uint8((row + 1) / 2) for row in (images, *rebuilt)]
-    error = ((rebuilt[-1] - images).abs().mean(1) / 2).numpy()
-    rows.append([plots.heat_map(part, 0, 0.2) for part in error])
-    sheet = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
-    assert len(sheet) == 2 + (model.K + 2) * 98, "K + 2 rows of 16 pixels, six times as large"
-    for r, row in enumerate(rows):
-        shown = sheet[5 + 98 * r:98 + 98 * r:6, -3 * 98 + 3:]
-        for c, image in enumerate(row):
-            assert np.abs(shown[:, 98 * c:98 * c + 96:6].astype(int) - image).max() <= 1, (r, c)
+    rows = [images, *(model.decode(f_hat).clamp(-1, 1) for f_hat in steps)]
+    error = plots.heat_maps((rows[-1] - images).abs().mean(1) / 2, 0, 0.2)
+    for found, wanted in zip(shown["images"], [*((x + 1) / 2 for x in rows), error], strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
+    assert shown["row_labels"][3] == f"after 4x4, {health.psnr(images, rows[-1]).mean():.1f} dB"

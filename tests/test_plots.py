@@ -50,15 +50,12 @@ def test_images_outside_0_to_1_are_cut_and_small_ones_are_enlarged(tmp_path):
         plots.save_grid(tmp_path / "g.png", torch.zeros(0, 3, 8, 8), 1)
 
 
-def test_heat_map_rises_and_clips():
-    colours = plots.heat_map(np.linspace(0, 1, 64)[None])[0].astype(float)
-    assert (np.diff(colours @ [0.299, 0.587, 0.114]) > 0).all(), "brightness"
+def test_colours_of_heat_rise_and_clip_and_those_of_tokens_are_stable_and_spread():
+    rising = plots.heat_maps(torch.linspace(0, 1, 64).view(1, 1, 64), 0, 1)[0, :, 0]
+    assert (torch.tensor([0.299, 0.587, 0.114]) @ rising).diff().min() > 0
     ends = plots.heat_map(np.array([[-5.0, 0, 1, 9]]), low=0, high=1)[0]
     assert (ends[0] == ends[1]).all() and (ends[2] == ends[3]).all()
     assert (plots.heat_map(np.ones((2, 2))) == plots.heat_map(np.zeros((2, 2)))).all()
-
-
-def test_token_colours_are_stable_and_spread():
     colours = plots.token_colours(torch.arange(64)[None], 8, 64)
     assert colours.shape == (1, 3, 8, 8) and 0 <= colours.min() and colours.max() <= 1
     later = plots.token_colours(torch.full((2, 1), 5), 1, 512)[1, :, 0, 0]
