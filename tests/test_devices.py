@@ -16,6 +16,7 @@ from engine.processes import Processes
 
 m5 = import_module("05_train")
 
+
 @pytest.mark.parametrize("device, capability, bfloat16, wanted", [
     ("cuda", (8, 0), True, "bfloat16"), ("cuda", (7, 5), False, "float16"),
     ("cuda", (7, 0), False, "float16"), ("cuda", (6, 1), False, "float32"),
@@ -57,6 +58,7 @@ def test_convolutions_of_a_gpu_are_exact_in_float32_and_find_their_fastest_kerne
     Processes("cpu")
     assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.allow_tf32
 
+
 @pytest.mark.slow
 def test_the_critics_weight_does_not_go_backward_through_the_whole_compiled_model(monkeypatch):
     """Its two gradients end at the decoder's last layer: compiled or not, as many convolutions are
@@ -74,6 +76,7 @@ def test_the_critics_weight_does_not_go_backward_through_the_whole_compiled_mode
         counts += [e.count for e in found.key_averages() if "convolution_backward" in e.key]
     assert len(counts) == 2 and counts[0] == counts[1] > 20
 
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux about memory")
 def test_a_checkpoint_is_read_from_the_disk_when_and_where_it_is_used(tmp_path):
     """Eight processes that resume would else hold eight copies of weights and optimizer."""
@@ -85,6 +88,7 @@ def test_a_checkpoint_is_read_from_the_disk_when_and_where_it_is_used(tmp_path):
     before = own()
     state = checkpoints.load_checkpoint(tmp_path / "model.pt")
     assert torch.equal(state["model"], wanted) and own() - before < 8e6
+
 
 @pytest.fixture
 def alone():

@@ -68,6 +68,7 @@ def weight_files(narrow, tmp_path):
         torch.save(state, tmp_path / f"{name}.pth")
     return ["--vgg-file", tmp_path / "vgg.pth", "--lpips-file", tmp_path / "lpips.pth"]
 
+
 @pytest.mark.parametrize("widths", [NARROW, pytest.param(FULL, marks=pytest.mark.slow)])
 def test_lpips_is_equation_1_one_position_at_a_time(monkeypatch, widths):
     if widths is NARROW:                                   # else GROUPS must be those of VGG-16
@@ -103,6 +104,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(narrow, part, name, val
         perceptual.Perceptual().load(*narrow)
     assert "\n" not in str(error.value) and len(str(error.value)) < 160
 
+
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.floats(-3, 3))
 def test_hinge_lifts_real_scores_up_to_1_and_lowers_the_others_down_to_minus_1(scores, other):
     slow = (sum(max(0, 1 - x) for x in scores) / len(scores) + max(0, 1 + other)) / 2
@@ -135,6 +137,7 @@ def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
     (picture + added).backward()
     for p, grad in zip(critic.parameters(), wanted, strict=True):
         assert p.requires_grad and torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-7)
+
 
 def test_without_weights_a_run_is_refused_in_one_line_but_a_finished_tokenizer_needs_none(
         cli, refused, monkeypatch, picture_folder, weight_files, tmp_path):

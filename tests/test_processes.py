@@ -44,6 +44,7 @@ def test_chapter_6_starts_when_the_training_is_out_of_the_way_and_its_status_cou
     assert end.value.code == 3 and alive == [0, 0, 0]
     assert memory == 2 * ["reset_peak_memory", "peak_memory"]
 
+
 def gradients_of(kind, accumulate, **settings):
     """Of one training step with 16 images. -> {part: [its gradients]}, StepResult"""
     stage = stage_of(kind, accumulate=accumulate, **settings)
@@ -82,6 +83,7 @@ def test_every_step_of_every_stage_and_process_draws_its_own_numbers_again_and_a
     every = list(itertools.product((0, 1), ("tokenizer", "transformer"), (0, 1, 2), (0, 1)))
     drawn = [draw(*which) for which in every]
     assert len(set(drawn)) == len(every) and drawn == [draw(*which) for which in every]
+
 
 NOTE_SHARES = """
 real = m5.TransformerStage.__init__
@@ -138,6 +140,7 @@ def test_what_sharded_processes_saved_one_process_resumes_and_vice_versa(
     assert (result.status, result.err) == (0, "") and "resuming at step 8\n" in result.out, result
     assert alone.agrees(stage_2.folder)
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank, how, status, first, last", [
     (0, "fail(m5.BadInput('no luck'))", 2, "", "under_fire.py: no luck\n"),
@@ -154,6 +157,7 @@ def test_the_first_process_that_fails_is_the_only_one_that_is_heard(
     assert result.err.count("Traceback") == (status == 1)
     assert status == 1 or result.err.count("\n") == 1
     assert load_checkpoint(stage_2.folder / "transformer.pt")["step"] == 4
+
 
 NOTE_FILES = """
 notes = open(f"noted.{RANK}", "w", buffering=1)

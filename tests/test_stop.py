@@ -14,6 +14,7 @@ from engine.processes import Processes
 
 m2, m5 = import_module("02_multiscale_vqvae"), import_module("05_train")
 
+
 def test_a_signal_is_obeyed_after_the_step_and_a_line_says_how_to_resume(
         cli, tiny, tmp_path, monkeypatch):
     out = tmp_path / "run"
@@ -68,6 +69,7 @@ def test_handlers_come_back_nohup_holds_and_a_forked_worker_stays_silent(capsys)
         signal.signal(signal.SIGHUP, old)
     assert before == [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
 
+
 def two(rank=0, theirs=0, orphan=False):
     """Two processes, of which the other one has received the signal `theirs`."""
     return SimpleNamespace(rank=rank, world=2, largest=lambda mine: max(mine, theirs),
@@ -97,6 +99,7 @@ def test_who_was_told_to_stop_says_nothing_about_what_follows_from_it(rank, numb
             asked.number = number
             raise error
     assert not silent or end.value.code == 128 + number
+
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 
