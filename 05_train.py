@@ -28,7 +28,6 @@ import math
 import os
 import subprocess
 import sys
-import textwrap
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib import import_module
@@ -40,12 +39,11 @@ import torch.nn.functional as F
 
 from engine import BadInput, perceptual, plan, released
 from report import health
-from data.batches import (batch_indices, per_pass, picture_batches, rows_of,
-                          sample_of, to_float)
-from data.registry import chosen_classes, load_data, subset
+from data.batches import batch_indices, picture_batches, rows_of, sample_of, to_float
+from data.registry import load_data, load_splits
 from data.views import Views
-from engine.checkpoints import (check_identity, export, load_checkpoint, model_fingerprint, resume,
-                                save, save_atomically)
+from engine.checkpoints import (begin, check_identity, export, keep, load_checkpoint, load_part,
+                                model_fingerprint, save, whole)
 from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
                             move_small_arrays_to_gpu, peak_memory, reset_peak_memory, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
@@ -56,10 +54,10 @@ from engine.presets import fill_in
 from engine.processes import Processes, relaunch, sync_gradients
 from engine.progress import Stopwatch, clock
 from engine.run_folder import RunFolder
-from engine.settings import (Settings, TokenizerSettings, TransformerSettings, check,
+from engine.settings import (Settings, TokenizerSettings, TransformerSettings, announce, check,
                              follow_recipe, identity)
 from engine.stop import StopSignal
-from engine.token_cache import cache_tokens
+from engine.token_cache import cache_tokens, cached_rows
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -173,20 +171,6 @@ def train(stage, folder, stop, everything):
                   + peak_memory(processes.device))
 
 
-def begin(stage, folder, everything):
-    """Resume the stage or start it. The folder changes only after the checkpoint was accepted.
-    -> number of steps done"""
-    start = 0 if stage.settings.fresh else resume(folder.checkpoint(stage.name), stage)
-    if stage.settings.fresh:                               # what is there belongs to another run
-        for name in stage.fresh_removes:
-            folder.remove(name)
-    folder.begin(stage.name, start, everything)
-    stage.processes.barrier()
-    if 0 < start < stage.steps:
-        stage.processes.say(f"{stage.name}: resuming at step {start}")
-    return start
-
-
 def report(stage, step, results, seconds, folder):
     """The log line, and the same as JSON. seconds: of one step"""
     skipped = [bool(result.skipped) for result in results]
@@ -223,16 +207,10 @@ class TokenizerStage:
         self.modules = {"model": self.model, "loss_scale": self.loss_scale}
         self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
         if settings.adversarial:
-            critic = perceptual.Discriminator(config.image_size).to(processes.device)
-            self.modules["critic"] = critic
-            self.critic = processes.wrap(critic, settings.compile)
-            # Two more gradients end at the decoder's last layer. A compiled graph always computes
-            # all of its gradients, so this layer stays outside.
-            last = self.model.decoder.conv_out
-            last.forward = torch.compiler.disable(last.forward)
-            self.optimizers.append(torch.optim.AdamW(
-                critic.parameters(), lr=min(settings.tokenizer_lr, 3e-4), betas=(0.5, 0.9),
-                fused=True))
+            self.critic = perceptual.Critic(settings, processes, config.image_size,
+                                            self.model.decoder.conv_out, self.loss_scale)
+            self.modules["critic"] = self.critic.network
+            self.optimizers.append(self.critic.optimizer)
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           settings={**identity(settings, TokenizerSettings), **asdict(config)})
 
@@ -263,22 +241,8 @@ class TokenizerStage:
                 picture = picture + settings.perceptual * self.perceptual(rebuilt, image).mean()
         loss = picture + settings.vq_weight * (losses["vq"] + losses["extra"])
         if share := settings.adversarial * perceptual.start_late(progress):
-            loss = loss + share * self.criticise(image, rebuilt, picture)
+            loss = loss + share * self.critic.criticise(image, rebuilt, picture)
         return loss, (losses["reconstruction"].detach(), tokens)
-
-    def criticise(self, image, rebuilt, picture):
-        """Gives the critic its gradient; its optimizer steps together with the others.
-        -> the loss () that makes the tokenizer please the critic, weighed to equal `picture`"""
-        with self.autocast():
-            scores = self.critic(torch.cat([image, rebuilt.detach()]))
-        scale = self.loss_scale.scale
-        scale(perceptual.hinge(*scores.float().chunk(2)) / self.settings.accumulate).backward()
-        critic = self.modules["critic"].requires_grad_(False)      # the next pass must not teach it
-        with self.autocast():
-            displeased = -critic(rebuilt).float().mean()
-        critic.requires_grad_(True)
-        last = self.model.decoder.conv_out.weight
-        return perceptual.adaptive_weight(scale(picture), scale(displeased), last) * displeased
 
     def step_without_gradients(self, accepted):
         self.model.quantizer.update(accepted)
@@ -293,71 +257,9 @@ class TokenizerStage:
             psnr=db, **numbers)
 
     def evaluate(self):
-        images = (to_float(part.to(self.processes.device)) for part in
-                  self.held_out.split(per_pass(self.held_out.shape[1])))
-        numbers = health.examine(self.model, images, self.autocast)
-        stride = max(1, len(self.held_out) // 10)             # test sets are sorted by class
-        if self.processes.rank == 0:
-            health.save_picture(self.folder.path / "reconstructions.png", self.model,
-                                to_float(self.held_out[::stride][:10].to(self.processes.device)))
-        return health.describe(self.model, numbers, len(self.held_out)), numbers
-
-
-def load_tokenizer(path, device="cpu"):
-    """-> (frozen MultiScaleVQVAE in eval mode, its checkpoint without the weights)"""
-    return build(path, "tokenizer", vqvae.TokenizerConfig, vqvae.MultiScaleVQVAE, device)
-
-
-def load_transformer(path, device="cpu"):
-    """-> (frozen VAR in eval mode, its checkpoint without the weights)"""
-    return build(path, "transformer", transformer.VARConfig, transformer.VAR, device)
-
-
-def build(path, part, config_class, model_class, device):
-    state = load_checkpoint(path)
-    state = state.get(part, state)                         # a shipped file holds both models
-    for part_of_training in ("optimizers", "critic", "loss_scale"):
-        state.pop(part_of_training, None)
-    try:
-        model = model_class(config_class(**state.pop("config")))
-        model.load_state_dict(state.pop("model"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
-    return model.to(device).eval().requires_grad_(False), state
-
-
-def open_tokenizer(path, scales):
-    """A tokenizer trained here, or one in the released layout, which does not tell its `scales`.
-    -> frozen MultiScaleVQVAE in eval mode"""
-    state = load_checkpoint(path)
-    if {"config", "tokenizer"} & state.keys():
-        return load_tokenizer(path)[0]
-    sizes, weights = released.read_tokenizer(state, scales)
-    with released.other_layouts_refused(), released.weights_to_come():
-        tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
-    return released.fill(tokenizer, weights)
-
-
-def tokenizer_of_stage_2(settings, path, scales):
-    """The run's own tokenizer in `path`, or that of --tokenizer-file. -> MultiScaleVQVAE
-    Raises BadInput if there is none, or if it is not the one that the run began with."""
-    if not settings.tokenizer_file and not path.exists():
-        raise BadInput(f"no tokenizer in {path.parent}: train it first, with --stage tokenizer, or "
-                       "give --tokenizer-file")
-    if not settings.tokenizer_file:
-        return load_tokenizer(path)[0]
-    tokenizer = open_tokenizer(settings.tokenizer_file, scales)
-    if path.exists():
-        own, about = load_tokenizer(path)
-        if model_fingerprint(tokenizer) != model_fingerprint(own):
-            if about["step"]:                              # trained in this folder: not replaced
-                raise BadInput(f"{path} is another tokenizer than {settings.tokenizer_file}; give "
-                               "another folder with --out")
-            if not settings.fresh:
-                raise BadInput(f"{path} is another tokenizer than {settings.tokenizer_file}; "
-                               "--fresh starts over with the latter, --out takes another folder")
-    return tokenizer
+        picture = self.folder.path / "reconstructions.png" if self.folder.writes else None
+        return health.check_up(self.model, self.held_out, self.processes.device, self.autocast,
+                               picture)
 
 
 # -- Stage 2: the transformer ----------------------------------------------------------------------
@@ -378,11 +280,7 @@ class TransformerStage:
         self.model = transformer.VAR(config)
         self.model.activation_checkpointing = settings.activation_checkpointing
         if settings.shard:
-            # Only the matrices are shared out and multiplied in half precision. What is left in a
-            # block is small and stays float32: 7 bits would not do for the attention's factor.
-            processes.shard(self.model, [layer for layer in self.model.blocks.modules()
-                                         if isinstance(layer, torch.nn.Linear)],
-                            settings.precision)
+            processes.shard(self.model, settings.precision)
         else:
             self.model.to(processes.device)
         self.loss_scale = LossScale(settings.precision).to(processes.device)
@@ -400,14 +298,7 @@ class TransformerStage:
 
     def rows(self, split, indices):
         """Rows of the token cache, counted through all views. -> tokens (B, L), labels (B,)"""
-        tokens, labels = self.data[split]
-        _, n, L = tokens.shape
-        if torch.is_tensor(tokens):
-            indices = to_device(torch.from_numpy(indices), self.processes.device)
-            return tokens.view(-1, L)[indices].long(), labels[indices % n]
-        found = torch.from_numpy(tokens.reshape(-1, L)[indices].astype(np.int64))
-        labels = torch.from_numpy(labels[indices % n])
-        return tuple(to_device(rows, self.processes.device) for rows in (found, labels))
+        return cached_rows(*self.data[split], indices, self.processes.device)
 
     def batches(self, start):
         views, n, _ = self.data["train"][0].shape
@@ -443,9 +334,8 @@ class TransformerStage:
         numbers = dict(per_scale=scales, right=right)
         # Half precision cannot tell products apart that are multiplied by much: 100 is the most.
         if self.settings.precision != "float32" and self.model.config.qk_norm:
-            found = [block.attention.log_scale.detach() for block in self.model.blocks]
-            largest = max(float(getattr(x, "full_tensor", lambda x=x: x)().max()) for x in found)
-            numbers["qk_factor"] = min(math.exp(largest), 100.0)
+            factors = [whole(block.attention.log_scale.detach()) for block in self.model.blocks]
+            numbers["qk_factor"] = min(math.exp(max(float(x.max()) for x in factors)), 100.0)
             text += f" | qk {numbers['qk_factor']:.0f}"
         return text, numbers
 
@@ -458,6 +348,61 @@ class TransformerStage:
         right = float(torch.cat([right for _, right in found]).float().mean())
         text, numbers = self.describe(loss, right)
         return f"loss {float(loss.mean()):.3f} | {text}", dict(loss=float(loss.mean()), **numbers)
+
+
+# -- Models from files -----------------------------------------------------------------------------
+
+def load_tokenizer(path):
+    """-> (frozen MultiScaleVQVAE in eval mode, its checkpoint without the weights)"""
+    return load_model(path, "tokenizer", vqvae.MultiScaleVQVAE, vqvae.TokenizerConfig)
+
+
+def load_transformer(path):
+    """-> (frozen VAR in eval mode, its checkpoint without the weights)"""
+    return load_model(path, "transformer", transformer.VAR, transformer.VARConfig)
+
+
+def load_model(path, part, model_class, config_class):
+    about = load_part(path, part)
+    try:
+        model = model_class(config_class(**about.pop("config")))
+        model.load_state_dict(about.pop("model"))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
+    return model.eval().requires_grad_(False), about
+
+
+def open_tokenizer(path, scales):
+    """A tokenizer trained here, or one in the released layout, which does not tell its `scales`.
+    -> frozen MultiScaleVQVAE in eval mode"""
+    state = load_checkpoint(path)
+    if {"config", "tokenizer"} & state.keys():
+        return load_tokenizer(path)[0]
+    sizes, weights = released.read_tokenizer(state, scales)
+    with released.other_layouts_refused(), released.weights_to_come():
+        tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
+    return released.fill(tokenizer, weights)
+
+
+def open_run_tokenizer(settings, folder, scales):
+    """The tokenizer of --stage transformer: the run's own, or that of --tokenizer-file.
+    -> MultiScaleVQVAE, its checkpoint without the weights (None: not yet saved in the folder)
+    Raises BadInput if there is none, or if it is not the one that the run began with."""
+    path, file = folder.checkpoint("tokenizer"), settings.tokenizer_file
+    if not file and not path.exists():
+        raise BadInput(f"no tokenizer in {path.parent}: train it first, with --stage tokenizer, or "
+                       "give --tokenizer-file")
+    own, about = load_tokenizer(path) if path.exists() else (None, None)
+    if not file:
+        return own, about
+    given = open_tokenizer(file, scales)
+    is_replaced = settings.fresh and not (about and about["step"])     # one trained here never is
+    if own and not is_replaced and model_fingerprint(given) != model_fingerprint(own):
+        way_out = ("give another folder with --out" if about["step"] else
+                   "--fresh starts over with the latter, --out takes another folder")
+        raise BadInput(f"{path} is another tokenizer than {file}; {way_out}")
+    return given, None if is_replaced else about
 
 
 # -- The whole road --------------------------------------------------------------------------------
@@ -478,86 +423,53 @@ def train_all(settings, config, var_fields):
         if settings.precision == "auto":
             before = None if settings.fresh else folder.settings().get("precision")
             settings.precision = choose_precision(processes, before)
-        if settings.stage == "transformer":                # its tokenizer sets the picture size
-            tokenizer = tokenizer_of_stage_2(settings, folder.checkpoint("tokenizer"),
-                                             config.scales)
+        if settings.stage == "transformer":                # its tokenizer sets the image size
+            tokenizer, about = open_run_tokenizer(settings, folder, config.scales)
             config = tokenizer.config
-        train_data, test_data, class_names = load_splits(settings, config, processes)
-        train_images, test_images = train_data[0], test_data[0]       # stage 1 needs no classes
-        if settings.classes:
-            classes = chosen_classes(class_names, settings.classes)
-            class_names = [class_names[c] for c in classes]
-            settings.classes = tuple(class_names)          # however they were asked for
-            train_data, test_data = subset(*train_data, classes), subset(*test_data, classes)
-        recipe = follow_recipe(settings, len(train_data[0]))
+        all_data, data, class_names = processes.first_alone(partial(
+            load_splits, settings.dataset, config.image_size, settings.data_dir, settings.classes))
+        settings.classes = tuple(class_names) if settings.classes else ()
+        recipe = follow_recipe(settings, len(data["train"][0]))
         everything = {**asdict(settings), **asdict(config), **var_fields,
                       "num_classes": len(class_names)}
-        processes.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in everything.items()), 100))
-        processes.say(f"{settings.dataset}: {len(train_data[0])} pictures to train on, "
-                      f"{len(test_data[0])} held out, {len(class_names)} classes, "
-                      f"{config.image_size} px; {processes.world} process(es) on "
-                      f"{processes.device.type} in {settings.precision}")
-        if settings.stage != "tokenizer":
-            processes.say(recipe)
+        announce(processes, everything, recipe, *[len(images) for images, _ in data.values()])
         if settings.stage != "transformer":
-            train(TokenizerStage(settings, processes, folder, config, train_images, test_images,
-                                 class_names), folder, stop, everything)
+            train(TokenizerStage(settings, processes, folder, config, all_data["train"][0],
+                                 all_data["test"][0], class_names), folder, stop, everything)
             free_gpu_memory()
         if settings.stage != "tokenizer":
-            if settings.tokenizer_file and (settings.fresh
-                                            or not folder.checkpoint("tokenizer").exists()):
-                keep_tokenizer(settings, processes, folder, tokenizer, class_names)
-            stage = transformer_stage(settings, processes, folder, stop, var_fields, train_data,
-                                      test_data, class_names)
-            train(stage, folder, stop, everything)
-        if processes.rank == 0 and settings.stage != "tokenizer" and settings.export:
-            export(folder.path, settings.export)
+            if settings.stage == "all":
+                tokenizer, _ = load_tokenizer(folder.checkpoint("tokenizer"))
+            elif not about:
+                keep(folder, tokenizer, class_names, settings.dataset)
+            elif about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
+                processes.say(f"note: the tokenizer was trained for {about['step']} steps of "
+                              f"{planned}")
+            sizes = var_sizes(var_fields, config, len(class_names))
+            train(on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_names),
+                  folder, stop, everything)
+            if processes.rank == 0 and settings.export:
+                export(folder.path, settings.export)
 
 
-def keep_tokenizer(settings, processes, folder, tokenizer, class_names):
-    """Save the tokenizer of --tokenizer-file as the run's own. To resume the run or to sample from
-    it, the file is no longer needed."""
-    processes.barrier()                                    # all have seen that it is not there yet
-    if processes.rank == 0:
-        save_atomically(dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(), step=0,
-                             class_names=class_names, dataset=settings.dataset, settings={}),
-                        folder.checkpoint("tokenizer"))
-    processes.barrier()
-
-
-def load_splits(settings, config, processes):
-    """-> (images, labels) to train on, the same held out, class names"""
-    def load(split):
-        return load_data(settings.dataset, split, config.image_size, settings.data_dir)
-    first = load("train") if processes.rank == 0 else None           # one download, not N at once
-    processes.barrier()
-    *train_data, class_names = first or load("train")
-    return train_data, load("test")[:2], class_names
-
-
-def transformer_stage(settings, processes, folder, stop, var_fields, train_data, test_data,
-                      class_names):
-    """-> TransformerStage on the tokens of the run's tokenizer, which are made here"""
-    tokenizer, about = load_tokenizer(folder.checkpoint("tokenizer"))
+def on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_names):
+    """-> TransformerStage on the tokens of these images, which are made here"""
+    path = folder.checkpoint("transformer")
     tokenizer = lay_out(tokenizer, processes.device, settings.precision)
-    if about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
-        processes.say(f"note: the tokenizer was trained for {about['step']} steps of {planned}")
-    sizes, path = var_sizes(var_fields, tokenizer.config, len(class_names)), "transformer.pt"
     # Before tokens are made again: a command that is refused changes nothing, and what a command
     # with --fresh leaves when it is stopped here must not pass for its own.
     if settings.fresh:
-        folder.remove(path)
-    elif (folder.path / path).exists():
-        check_identity(folder.path / path, load_checkpoint(folder.path / path), "transformer",
+        folder.remove(path.name)
+    elif path.exists():
+        check_identity(path, load_checkpoint(path), "transformer",
                        TransformerStage.identity(settings, tokenizer, sizes))
     processes.barrier()
-    data = {}
-    for split, (images, labels), views in (("train", train_data, settings.views),
-                                           ("test", test_data, 1)):
-        pictures = Views(images, views, settings.workers)
-        data[split] = cache_tokens(settings, processes, folder, stop, tokenizer, pictures,
-                                   split), labels
-    return TransformerStage(settings, processes, tokenizer, sizes, data, class_names)
+    tokens = {}
+    for split, (images, labels) in data.items():
+        views = Views(images, settings.views if split == "train" else 1, settings.workers)
+        tokens[split] = cache_tokens(settings, processes, folder, stop, tokenizer, views,
+                                     split), labels
+    return TransformerStage(settings, processes, tokenizer, sizes, tokens, class_names)
 
 
 def draw_samples(settings):

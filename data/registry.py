@@ -46,6 +46,19 @@ def load_data(dataset, split, image_size, data_dir=""):
     return dataset_named(dataset).load(split, data_dir=data_dir or None, size=image_size)
 
 
+def load_splits(dataset, image_size, data_dir="", wanted=()):
+    """-> {split: (images, labels)}, the same with the images of the classes `wanted` alone (see
+    chosen_classes; nothing: all), the names of these classes"""
+    *train, names = load_data(dataset, "train", image_size, data_dir)
+    *test, _ = load_data(dataset, "test", image_size, data_dir)
+    splits = {"train": train, "test": test}
+    if not wanted:
+        return splits, splits, names
+    classes = chosen_classes(names, wanted)
+    return (splits, {split: subset(*found, classes) for split, found in splits.items()},
+            [names[c] for c in classes])
+
+
 def find_class(names, text):
     """The index of a class by its name, index, wnid, or a part of its name that no other has.
     Raises BadInput, with suggestions, if none or more than one fits."""

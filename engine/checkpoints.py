@@ -2,6 +2,7 @@
 whether the weights lie in one process or are sharded over many."""
 import hashlib
 import zipfile
+from dataclasses import asdict
 
 import torch
 
@@ -35,6 +36,17 @@ def load_checkpoint(path):
     return state
 
 
+def load_part(path, part):
+    """What a checkpoint holds of the model `part`, without what only training needs. A file to give
+    away holds both models."""
+    state = load_checkpoint(path)
+    return without_training(state.get(part, state))
+
+
+def without_training(state):
+    return {k: v for k, v in state.items() if k not in ("optimizers", "critic", "loss_scale")}
+
+
 def model_fingerprint(model):
     """A short text that differs whenever any weight differs."""
     digest = hashlib.sha256()
@@ -47,11 +59,19 @@ def export(folder, path):
     """Write both models to one file to give away: in float16, without optimizers."""
     both = {}
     for name in ("tokenizer", "transformer"):
-        state = load_checkpoint(folder / f"{name}.pt")
-        state = {k: v for k, v in state.items() if k not in ("optimizers", "critic", "loss_scale")}
+        state = load_part(folder / f"{name}.pt", name)
         weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
         both[name] = {**state, "model": weights}
     save_atomically(both, path)
+
+
+def keep(folder, tokenizer, class_names, dataset):
+    """Save a tokenizer that was trained elsewhere as the run's own. To resume the run or to sample
+    from it, the file that it came from is no longer needed."""
+    if folder.writes:
+        save_atomically(dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(), step=0,
+                             class_names=class_names, dataset=dataset, settings={}),
+                        folder.checkpoint("tokenizer"))
 
 
 def save(path, stage, step):
@@ -63,6 +83,20 @@ def save(path, stage, step):
     if keep:
         save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
     stage.processes.barrier()
+
+
+def begin(stage, folder, everything):
+    """Resume the stage or start it. The folder changes only after the checkpoint was accepted.
+    -> number of steps done"""
+    start = 0 if stage.settings.fresh else resume(folder.checkpoint(stage.name), stage)
+    if stage.settings.fresh:                               # what is there belongs to another run
+        for name in stage.fresh_removes:
+            folder.remove(name)
+    folder.begin(stage.name, start, everything)
+    stage.processes.barrier()
+    if 0 < start < stage.steps:
+        stage.processes.say(f"{stage.name}: resuming at step {start}")
+    return start
 
 
 def resume(path, stage):
@@ -113,8 +147,13 @@ def gather(state, keep):
         return [gather(value, keep) for value in state]
     if not hasattr(state, "full_tensor"):
         return state
-    full = state.full_tensor()
+    full = whole(state)
     return full.cpu() if keep else None
+
+
+def whole(tensor):
+    """The tensor, gathered from all processes if it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def spread(value, like):

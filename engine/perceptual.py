@@ -13,6 +13,7 @@ least. Two terms ask for more, as in the paper's
 
 Shapes: pictures (B, 3, H, W) in [-1, 1]; the critic's scores (B, 1, h, w), one per patch.
 """
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 
 from engine import BadInput, files
 from engine.checkpoints import load_checkpoint
+from engine.devices import autocast
 
 VGG = ("https://download.pytorch.org/models/vgg16-397923af.pth",
        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
@@ -113,6 +115,35 @@ class Discriminator(nn.Module):
 
     def forward(self, image):
         return self.net(image)
+
+
+class Critic:
+    """A Discriminator in training beside the tokenizer. last: the last layer of the decoder"""
+
+    def __init__(self, settings, processes, image_size, last, loss_scale):
+        self.last, self.loss_scale, self.parts = last, loss_scale, settings.accumulate
+        self.autocast = partial(autocast, processes.device, settings.precision)
+        self.network = Discriminator(image_size).to(processes.device)
+        self.model = processes.wrap(self.network, settings.compile)
+        # Two more gradients end at the last layer. A compiled graph always computes all of its
+        # gradients, so this layer stays outside.
+        last.forward = torch.compiler.disable(last.forward)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), betas=(0.5, 0.9), fused=True,
+                                           lr=min(settings.tokenizer_lr, 3e-4))
+
+    def criticise(self, image, rebuilt, picture):
+        """Gives the network its gradient; its optimizer steps together with the tokenizer's.
+        -> the loss () that makes the tokenizer please the critic, weighed to equal `picture`, the
+        loss of the picture"""
+        with self.autocast():
+            scores = self.model(torch.cat([image, rebuilt.detach()]))
+        scale = self.loss_scale.scale
+        scale(hinge(*scores.float().chunk(2)) / self.parts).backward()
+        self.network.requires_grad_(False)                 # the next pass must not teach it
+        with self.autocast():
+            displeased = -self.network(rebuilt).float().mean()
+        self.network.requires_grad_(True)
+        return adaptive_weight(scale(picture), scale(displeased), self.last.weight) * displeased
 
 
 def hinge(real, fake):

@@ -87,6 +87,12 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def first_alone(self, load):
+        """What load() returns, called in rank 0 before the others: one download, not N at once."""
+        first = load() if self.rank == 0 else None
+        self.barrier()
+        return first or load()
+
     def launcher_is_gone(self):
         """Has the process that started these processes died?"""
         return self.world > 1 and os.getppid() != self.launcher
@@ -106,10 +112,11 @@ class Processes:
                                             gradient_as_bucket_view=True)
         return model
 
-    def shard(self, model, modules, precision):
-        """Shard the model (ZeRO 3, FSDP): each process keeps a part of every weight, and each of
-        `modules` is gathered only while it is used.
-        precision: of their products; gradients are averaged in float32 in any case"""
+    def shard(self, model, precision):
+        """Shard the model (ZeRO 3, FSDP): each process keeps a part of every weight, and each
+        matrix of its blocks is gathered only while it is used.
+        precision: of the matrices' products; gradients are averaged in float32 in any case. What is
+        left in a block is small and stays float32: 7 bits would not do for attention's factor."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # torch warns of changing in place what a module returns. This code never does.
@@ -117,8 +124,9 @@ class Processes:
         mesh, policy = init_device_mesh(self.device.type, (self.world,)), MixedPrecisionPolicy()
         if precision != "float32":                         # or autocast would keep whole copies
             policy = MixedPrecisionPolicy(getattr(torch, precision), torch.float32)
-        for module in modules:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        for layer in model.blocks.modules():
+            if isinstance(layer, torch.nn.Linear):
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
         return fully_shard(model, mesh=mesh)               # what is left: the residual stream's
 
 

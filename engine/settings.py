@@ -5,6 +5,7 @@ others. The settings class of a stage is that stage's identity: a run whose fiel
 in its checkpoint is another run. What may differ stands in RunSettings.
 """
 import os
+import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -129,6 +130,18 @@ def follow_recipe(settings, images):
     rule = f" = {settings.lr_per_256:g} * batch / 256" if settings.lr_per_256 else ""
     return (f"stage 2: {settings.steps:,} steps of {settings.batch_size} images, {epochs:.3g} "
             f"epochs of {images:,}; learning rate {settings.lr:.3g}{rule}")
+
+
+def announce(processes, everything, recipe, train, held_out):
+    """Print what is trained, on what. everything: {name: value} of all settings; recipe: see
+    follow_recipe; train, held_out: how many images"""
+    of = everything
+    processes.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in everything.items()), 100))
+    processes.say(f"{of['dataset']}: {train} images to train on, {held_out} held out, "
+                  f"{of['num_classes']} classes, {of['image_size']} px; {processes.world} "
+                  f"process(es) on {processes.device.type} in {of['precision']}")
+    if everything["stage"] != "tokenizer":
+        processes.say(recipe)
 
 
 def identity(settings, cls):

@@ -88,6 +88,17 @@ def encode(settings, processes, stop, tokenizer, pictures, path, split):
         os.fsync(file.fileno())
 
 
+def cached_rows(tokens, labels, indices, device):
+    """Rows of a cache (views, N, L), an array or a tensor on the device, counted through all views.
+    -> tokens (B, L) and labels (B,), int64 on the device"""
+    _, n, L = tokens.shape
+    if torch.is_tensor(tokens):
+        indices = to_device(torch.from_numpy(indices), device)
+        return tokens.view(-1, L)[indices].long(), labels[indices % n]
+    found = torch.from_numpy(tokens.reshape(-1, L)[indices].astype(np.int64))
+    return to_device(found, device), to_device(torch.from_numpy(labels[indices % n]), device)
+
+
 def opened(path, note, header, shape, dtype):
     """The array in `path` if its note says that it is the one we want, else None."""
     with contextlib.suppress(Exception):     # missing or half a file; damaged ones raise anything

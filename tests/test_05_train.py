@@ -5,6 +5,7 @@ import os
 import shutil
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_the_loss_of_stage_1_and_half_of_its_images_mirrored_if_asked(flip, kind
     stage, seen = stage_of("tokenizer", flip=flip, picture_loss=kind, vq_weight=0.5, perceptual=3.0,
                            adversarial=0.25), []
     stage.perceptual = lambda rebuilt, image: torch.tensor([6.0, 8.0])
-    stage.criticise = lambda image, rebuilt, picture: 100 * picture
+    stage.critic = SimpleNamespace(criticise=lambda image, rebuilt, picture: 100 * picture)
 
     def model(image):
         seen.append(image)
@@ -226,6 +227,16 @@ def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
     assert cli(SCRIPT, *options, *another, "--fresh").status == 0
     assert same(*[checkpoints.load_checkpoint(folder / "tokenizer.pt")["model"]
                   for folder in (run, tiny.folder)])
+
+
+def test_a_tokenizer_that_was_trained_in_the_folder_stays_when_a_file_holds_the_same(
+        cli, tiny, tmp_path):
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    options = [*tiny.options, "--stage", "transformer", "--steps", 1, "--out", tmp_path / "run"]
+    assert cli(SCRIPT, *options, "--fresh", "--tokenizer-file",
+               tiny.folder / "tokenizer.pt").status == 0
+    assert same(*[checkpoints.load_checkpoint(folder / "tokenizer.pt")
+                  for folder in (tmp_path / "run", tiny.folder)])
 
 
 def test_a_released_file_always_gives_the_same_tokenizer(released_file):
