@@ -94,6 +94,18 @@ def random_models(scales=(1, 2, 4), V=16, noise=0.3, multipliers=(1, 2), **optio
     return tokenizer.eval().requires_grad_(False), var.eval().requires_grad_(False)
 
 
+def scale_by_scale(var, labels, teacher_inputs):
+    """Logits of all scales from `step`, as sampling calls it. The cache is then full."""
+    conditioning, cache, logits, begin = var.conditioning(labels), var.new_cache(), [], 0
+    for k, side in enumerate(var.config.scales):
+        inputs = teacher_inputs[:, begin:begin + side * side] if k else None
+        begin += side * side if k else 0
+        logits.append(var.step(k, inputs, conditioning, cache))
+    with pytest.raises(AssertionError, match="cache"):
+        var.step(0, None, conditioning, cache)
+    return torch.cat(logits, 1)
+
+
 def printed(call, *args):
     """What a function prints, where capsys cannot be used: in tests with many examples."""
     with contextlib.redirect_stdout(io.StringIO()) as out:

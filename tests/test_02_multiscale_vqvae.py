@@ -125,18 +125,13 @@ def test_inputs_scale_by_scale_equal_the_teacher_inputs(scales, kind, seed):
 
 
 @torch.no_grad()
-def test_images_and_tokens_have_the_promised_shapes_and_ranges():
+def test_an_image_is_decoded_features_within_its_range():
     torch.manual_seed(0)
     tokenizer = tiny((1, 3, 4), image_size=16, multipliers=(1, 2), attention=True)
-    _, image = some(tokenizer, batch=5)
-    f = tokenizer.encode(image)
-    assert f.shape == (5, 3, 4, 4) and tokenizer.decode(f).shape == image.shape
-    tokens = tokenizer.image_to_tokens(image)
-    assert [t.shape for t in tokens] == [(5, 1), (5, 9), (5, 16)] and tokens[0].dtype == torch.int64
-    assert all_equal(tokens, tokenizer.quantize(f))
-    tokenizer.decoder.conv_out.weight.mul_(50)        # far out of range before it is clamped
+    tokenizer.decoder.conv_out.weight.mul_(50)             # far out of range
+    tokens = tokenizer.image_to_tokens(some(tokenizer)[1])
     raw = tokenizer.decode(tokenizer.features(tokens))
-    assert raw.abs().max() > 1
+    assert raw.shape == (2, 3, 16, 16) and raw.abs().max() > 1
     assert torch.equal(tokenizer.tokens_to_image(tokens), raw.clamp(-1, 1))
 
 

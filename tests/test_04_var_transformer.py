@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import scale_by_scale
 from hypothesis import given, strategies as st
 
 from engine import BadInput
@@ -29,17 +30,6 @@ def small(scales=(1, 2, 3), opened=True, dtype=torch.float32, **changes):
 def batch(var, n=3):
     dtype = var.start.dtype
     return torch.randint(CLASSES + 1, (n,)), torch.randn(n, var.L - var.first, LATENT, dtype=dtype)
-
-
-def scale_by_scale(var, labels, teacher_inputs):
-    """Logits of all scales from `step`, as sampling calls it."""
-    conditioning, cache, logits, begin = var.conditioning(labels), var.new_cache(), [], 0
-    for k, side in enumerate(var.config.scales):
-        inputs = teacher_inputs[:, begin:begin + side * side] if k else None
-        begin += side * side if k else 0
-        logits.append(var.step(k, inputs, conditioning, cache))
-        assert logits[-1].shape == (len(labels), side * side, CODES)
-    return torch.cat(logits, 1)
 
 
 kinds = st.fixed_dictionaries(dict(
@@ -78,16 +68,6 @@ def test_an_input_is_seen_by_its_own_map_and_by_finer_ones_alone(scales, kind, g
             assert (moved[:, scale == scale[i]] > 0).all()
 
 
-def test_a_cache_refuses_a_second_batch():
-    var = small((1, 2))
-    labels, shown = batch(var)
-    conditioning, cache = var.conditioning(labels), var.new_cache()
-    var.step(0, None, conditioning, cache)
-    var.step(1, shown, conditioning, cache)
-    with pytest.raises(AssertionError, match="cache"):
-        var.step(0, None, conditioning, cache)
-
-
 # -- Labels ----------------------------------------------------------------------------------------
 
 def test_a_dropped_label_is_the_learnt_row_of_no_class_in_training_only():
@@ -113,18 +93,6 @@ def test_training_drops_about_the_given_share_of_labels():
     is_kept, is_null = ((found - x).abs().amax((1, 2)) < 1e-5 for x in (kept, null))
     assert (is_kept ^ is_null).all() and 0.2 < float(is_null.float().mean()) < 0.3
     assert labels.max() == 0                               # the caller's labels are left alone
-
-
-@torch.no_grad()
-def test_the_class_steers_the_start_the_blocks_and_the_head_of_its_own_image():
-    torch.manual_seed(0)
-    var = small(dtype=torch.float64)
-    labels, shown = torch.tensor([1, 4, 1]), batch(var)[1]
-    row, blocks, head = var.conditioning(labels)
-    for part in (row, *blocks, head):
-        assert torch.allclose(part[0], part[2]) and not torch.allclose(part[0], part[1])
-    order = torch.tensor([2, 0, 1])                        # images of a batch do not see each other
-    assert torch.allclose(var(labels, shown)[order], var(labels[order], shown[order]), atol=1e-12)
 
 
 # -- The mask and drop-path ------------------------------------------------------------------------

@@ -127,13 +127,6 @@ def test_functions_and_chapters_stay_short(path):
         assert len(text.splitlines()) <= LONGEST_CHAPTER
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_a_chapter_opens_with_a_docstring_that_ends_in_commands(name):
-    text = ast.get_docstring(ast.parse((ROOT / name).read_text()))
-    assert text.startswith(f"Chapter {int(name[:2])}") and f"python {name}" in text
-    assert "Shapes:" in text and "Differs from" in text and len(text.splitlines()) <= 35
-
-
 # -- Options and README ----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

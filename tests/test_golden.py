@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import scale_by_scale
 
 from engine import released
 
@@ -88,12 +89,7 @@ def test_logits_are_the_original_ones_at_once_and_scale_by_scale(case, grad):
     labels, shown = stored["labels"], stored["transformer_input"]
     with torch.set_grad_enabled(grad):
         assert off_by(var(labels, shown), stored["logits"]) < 1e-4
-        conditioning, cache, parts, begin = var.conditioning(labels), var.new_cache(), [], 0
-        for k, side in enumerate(var.config.scales):
-            inputs = shown[:, begin - 1:begin - 1 + side * side] if k else None
-            parts.append(var.step(k, inputs, conditioning, cache))
-            begin += side * side
-    assert off_by(torch.cat(parts, 1), stored["logits"]) < 1e-4
+        assert off_by(scale_by_scale(var, labels, shown), stored["logits"]) < 1e-4
 
 
 @torch.no_grad()
