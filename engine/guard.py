@@ -13,10 +13,11 @@ def clip_gradients(module, limit):
 
 def step_unless(skipped, optimizers):
     """Let the optimizers step unless `skipped` is true, then clear the gradients. skipped: () bool
-    tensor. Fused optimizers read it themselves, so Python does not wait for a GPU."""
+    tensor. On a GPU the fused optimizers read it themselves, so Python does not wait for it."""
     for optimizer in optimizers:
         optimizer.found_inf = skipped.float()
-        optimizer.step()
+        if skipped.is_cuda or not skipped:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
