@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+# Else torch imports this within a task, and a time limit there would leave half a module behind.
+import torch._dynamo  # noqa: F401
 
 from exercises import make
 
