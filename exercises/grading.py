@@ -5,6 +5,7 @@ the functions of all *other* tasks are replaced by the reference's. Whatever it 
 and support code, is the reference's too. Helpers and imports that a student adds are kept.
 """
 import ast
+import linecache
 import signal
 import traceback
 from collections import namedtuple
@@ -110,8 +111,9 @@ def judge_property(holds, task, unseen=()):
     try:
         holds(build(task, reference(task)))
     except AssertionError as error:
-        notes = "\n".join(getattr(error, "__notes__", ()))
-        raise Wrong(f"the property rejects the reference solution: {error}\n{notes}") from None
+        notes = "\n".join((str(error), *getattr(error, "__notes__", ())))
+        where = student_line(error, "exercises/properties.py")
+        raise Wrong(f"the property rejects the reference solution: {where}{notes}") from None
     for name, text in wrong_answers(task).items():
         if name in unseen:
             continue
@@ -161,6 +163,8 @@ def build(task, text):
             raise Wrong(f"{source} has no function {blank.function}, which holds this task")
     module = ModuleType(Path(source).stem)
     module.__file__ = str(make.ROOT / source)
+    # A traceback finds its lines here.
+    linecache.cache[f"student/{source}"] = len(text), None, text.splitlines(True), source
     exec(compile(tree, f"student/{source}", "exec"), module.__dict__)
     return module
 
@@ -227,19 +231,20 @@ def judge(task, text, limit=10):
     except (Exception, SystemExit) as error:
         if isinstance(error, NotImplementedError) and str(error).startswith(task):
             return Result("not yet", "")
-        return explain(error, text)
+        where, message = student_line(error, source_of(task)), f"{type(error).__name__}: {error}"
+        if where:
+            return Result("error", where + message)
+        # The grader met something strange. Its own `assert`s may say what.
+        return Result("wrong", message.removeprefix("AssertionError: ").split("\nassert ")[0])
     return Result("passed", "")
 
 
-def explain(error, text):
-    """An exception as a hint: the student's last line on its way, or else what the grader met."""
-    message = f"{type(error).__name__}: {error}".split("\nassert ")[0]
-    frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename.startswith("student/") and frame.lineno < REFERENCE_LINES]
-    if not frames:
-        return Result("wrong", message.removeprefix("AssertionError: "))
-    line = text.splitlines()[frames[-1] - 1].strip()
-    return Result("error", f"line {frames[-1]}, {line}: {message}")
+def student_line(error, source):
+    """Where an exception left the student's file: "line 93, x = y: ", or "" where it was not in it"""
+    lines = [f"line {frame.lineno}, {frame.line}: "
+             for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == f"student/{source}" and frame.lineno < REFERENCE_LINES]
+    return lines[-1] if lines else ""
 
 
 @contextmanager

@@ -63,7 +63,8 @@ def with_blanks(text, tasks):
     for blank in reversed(find_blanks(text)):
         task, indent = tasks[blank.task], re.match(" *", lines[blank.start - 1])[0]
         stub = [f'raise NotImplementedError("""{blank.task} {task.title} ({task.minutes} min)',
-                *(f"    {line}" if line else "" for line in task.text.splitlines()), '    """)']
+                *(f"    {line}" if line else "" for line in task.text.splitlines())]
+        stub[-1] += '""")'
         lines[blank.start:blank.end] = [indent + line if line else "" for line in stub]
     return "\n".join(lines) + "\n"
 

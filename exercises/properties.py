@@ -5,6 +5,7 @@
 A property is a function of a chapter (the module). It raises an AssertionError if the chapter
 violates it. It is graded by accepting the reference solution and noticing the wrong ones.
 """
+import argparse
 import math
 import sys
 from importlib import import_module
@@ -210,7 +211,10 @@ def property_06(chapter):
     holds()
 
 
-def main(number):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("number", choices=[f"0{i}" for i in range(1, 7)], help="of the chapter")
+    number = parser.parse_args().number
     sys.path.insert(0, str(ROOT))
     chapter = import_module(next(ROOT.glob(f"{number}_*.py")).stem)
     globals()[f"property_{number}"](chapter)
@@ -218,4 +222,4 @@ def main(number):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
