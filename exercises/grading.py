@@ -240,7 +240,7 @@ def judge(task, text, limit=10):
 
 
 def student_line(error, source):
-    """Where an exception left the student's file: "line 93, x = y: ", or "" where it was not in it"""
+    """Where an exception left the student's file, as "line 93, x = y: ", or "" if it never was."""
     lines = [f"line {frame.lineno}, {frame.line}: "
              for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == f"student/{source}" and frame.lineno < REFERENCE_LINES]
