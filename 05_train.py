@@ -50,7 +50,7 @@ from engine.guard import SkippedInARow, clip_gradients, step_unless
 from engine.loss_scale import LossScale
 from engine.optimizers import make_optimizers, set_schedule
 from engine.options import one_line, read_options
-from engine.presets import fill_in
+from engine.presets import TOKENIZER_OPTIONS, TRANSFORMER_OPTIONS, fill_in
 from engine.processes import Processes, relaunch, sync_gradients
 from engine.progress import Stopwatch, clock
 from engine.run_folder import RunFolder
@@ -64,13 +64,6 @@ transformer = import_module("04_var_transformer")
 
 
 # -- Settings --------------------------------------------------------------------------------------
-
-# The sizes of the models that have an option; --set reaches the others.
-TOKENIZER_OPTIONS = {"image_size": "side of the square images, in pixels",
-                     "vocab_size": "codes of the tokenizer",
-                     "quantizer": "how features become codes, by a name in QUANTIZERS of 01_vq.py"}
-TRANSFORMER_OPTIONS = {"depth": "blocks of the transformer; for imagenet it sets all else"}
-
 
 def read_settings(argv=None):
     """Command line -> (Settings, TokenizerConfig, dict of VARConfig fields)"""
@@ -253,8 +246,8 @@ class TokenizerStage:
         seen = [torch.cat(tokens) for tokens in zip(*[tokens for _, tokens in metrics])]
         counts = self.processes.total(health.count_codes(seen, self.model.config.vocab_size))
         numbers = health.usage(counts)
-        return f"psnr {db:.1f} dB | {health.short(self.model.scales, numbers)}", dict(
-            psnr=db, **numbers)
+        text = f"psnr {db:.1f} dB | {health.short(self.model.scales, numbers)}"
+        return text, dict(psnr=db, **numbers)
 
     def evaluate(self):
         picture = self.folder.path / "reconstructions.png" if self.folder.writes else None
@@ -428,7 +421,7 @@ def train_all(settings, config, var_fields):
             config = tokenizer.config
         all_data, data, class_names = processes.first_alone(partial(
             load_splits, settings.dataset, config.image_size, settings.data_dir, settings.classes))
-        settings.classes = tuple(class_names) if settings.classes else ()
+        settings.classes = tuple(class_names) if settings.classes else ()    # however asked for
         recipe = follow_recipe(settings, len(data["train"][0]))
         everything = {**asdict(settings), **asdict(config), **var_fields,
                       "num_classes": len(class_names)}

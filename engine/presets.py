@@ -4,6 +4,11 @@ from pathlib import Path
 
 from engine import BadInput, released
 
+# Sizes of the models that are options of the command line; --set reaches the others.
+TOKENIZER_OPTIONS = {"image_size": "side of the square images, in pixels",
+                     "vocab_size": "codes of the tokenizer",
+                     "quantizer": "how features become codes, by a name in QUANTIZERS of 01_vq.py"}
+TRANSFORMER_OPTIONS = {"depth": "blocks of the transformer; for imagenet it sets all else"}
 # Side of the images -> how the tokenizer makes them small, and the sides of its token maps.
 LAYOUTS = {
     32: dict(unshuffle=4, scales=(1, 2, 3, 4, 6, 8), multipliers=(1,)),

@@ -135,11 +135,11 @@ def follow_recipe(settings, images):
 def announce(processes, everything, recipe, train, held_out):
     """Print what is trained, on what. everything: {name: value} of all settings; recipe: see
     follow_recipe; train, held_out: how many images"""
-    of = everything
     processes.say(textwrap.fill(" ".join(f"{k}={v}" for k, v in everything.items()), 100))
-    processes.say(f"{of['dataset']}: {train} images to train on, {held_out} held out, "
-                  f"{of['num_classes']} classes, {of['image_size']} px; {processes.world} "
-                  f"process(es) on {processes.device.type} in {of['precision']}")
+    processes.say(f"{everything['dataset']}: {train} images to train on, {held_out} held out, "
+                  f"{everything['num_classes']} classes, {everything['image_size']} px; "
+                  f"{processes.world} process(es) on {processes.device.type} in "
+                  f"{everything['precision']}")
     if everything["stage"] != "tokenizer":
         processes.say(recipe)
 

@@ -34,7 +34,7 @@ def read_arguments(description):
     add("--n", type=number(int, 1),
         help="images per class (sample, export) or in all (density, evaluate)")
     add("--cfg", type=number(float, 0), help="guidance at the last scale: how far to go beyond "
-        "what the class alone predicts; 0: none, still of the class")
+        "what the class alone predicts; 0: none, still of the class [the run's own]")
     add("--top-k", type=number(int, 0), help="draw from the k most probable tokens; 0: from all")
     add("--top-p", type=number(float, 0),
         help="draw from the fewest tokens that have probability p together; 0: from all")
