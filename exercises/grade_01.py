@@ -21,9 +21,10 @@ def test_01_1(chapter):
     for x, levels, iterations in ((torch.tensor([0., 1., 5., 6., 7., 20.]), 2, 1), (middle, 3, 2),
                                   (last, 3, 2), (torch.randn(50) ** 3, 7, 3),
                                   (torch.randn(40), 5, 20)):
-        start = chapter.equal_mass_levels(x, levels)
-        expect("lloyd_levels", chapter.lloyd_levels(x.clone(), levels, iterations),
+        start, given = chapter.equal_mass_levels(x, levels), x.clone()
+        expect("lloyd_levels", chapter.lloyd_levels(given, levels, iterations),
                slow_lloyd(x, start, iterations), x=x, levels=levels, iterations=iterations)
+        expect("x after lloyd_levels", given, x)
 
 
 def test_01_2(chapter):
@@ -61,10 +62,10 @@ def test_01_3(chapter):
     broken = torch.tensor(float("inf"))
     for learn, accepted, spoil in (("ema", True, 0), ("ema", torch.tensor(True), 0),
                                    ("gradient", True, 0), ("ema", False, 0), ("ema", True, broken)):
-        quantizer = chapter.VectorQuantizer(5, 2, learn=learn, decay=0.75, revive=False)
-        # Of the last three codes, which stay unused, the first never was used, the next rarely.
-        quantizer.hits.copy_(torch.tensor([1., 2., 0., 0.02, 5.]))
-        quantizer.sums.copy_(torch.randn(5, 2) * quantizer.hits[:, None])
+        quantizer = chapter.VectorQuantizer(6, 2, learn=learn, decay=0.75, revive=False)
+        # The last four codes stay unused: one never was used, one too rarely, one rarely.
+        quantizer.hits.copy_(torch.tensor([1., 2., 0., 0.0005, 0.02, 5.]))
+        quantizer.sums.copy_(torch.randn(6, 2) * quantizer.hits[:, None])
         for _ in range(2):
             quantizer.observe([torch.randn(5, 2) + spoil], [torch.tensor([0, 1, 1, 0, 1])])
             given = dict(learn=learn, good=accepted and not spoil, hits=quantizer.hits.clone(),

@@ -55,6 +55,13 @@ def test_02_1(chapter):
         weight = tokenizer.phis[tokenizer.phi_index[k]].weight
         expect("the gradient of embed(k, tokens_k).sum() at the weights of phi",
                *gradients("embed", got, weight), *gradients("embed", want, weight), 1e-3, **given)
+        # Mixtures of codes, which may stand for tokens, have a gradient of their own.
+        mixtures = torch.randn(2, tokens_k.shape[1], 7, requires_grad=True)
+        h = enlarged(mixtures, side)
+        want = (h + tokenizer.phis[tokenizer.phi_index[k]](h)) / 2
+        grads = (gradients("embed", y ** 2, mixtures)[0]
+                 for y in (tokenizer.embed(k, mixtures), want))
+        expect("the gradient of the sum of squares of embed(k, z) at z", *grads, 1e-3, **given)
 
 
 def algorithm_1(tokenizer, f):
