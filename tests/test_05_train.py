@@ -334,7 +334,8 @@ def test_starting_over_forgets_the_transformer_of_other_tokens(cli, tiny, tmp_pa
     assert cli(SCRIPT, *options).status == 0
 
 
-def test_some_of_the_classes_train_stage_2_on_the_tokenizer_of_all(cli, refused, stage_2):
+def test_some_of_the_classes_train_stage_2_on_the_tokenizer_of_all(cli, refused, stage_2,
+                                                                   monkeypatch):
     options = [*stage_2.options, "--steps", 2, "--classes"]
     result = cli(SCRIPT, *options, "cat", "bee")
     assert result.status == 0 and "2 classes" in result.out
@@ -345,6 +346,14 @@ def test_some_of_the_classes_train_stage_2_on_the_tokenizer_of_all(cli, refused,
     assert "trained for 2 steps" in cli(SCRIPT, *options, "Bee", "2").out
     assert "classes" in refused(SCRIPT, *options, "2")     # the first two: other classes
     assert "'dog'" in refused(SCRIPT, *options, "dog")
+    seen = []
+
+    def look(settings, processes, folder, config, *images_and_names):
+        seen.append([len(part) for part in images_and_names])
+        raise BadInput("seen")
+    monkeypatch.setattr(m5, "TokenizerStage", look)
+    refused(SCRIPT, *options, "cat", "bee", "--stage", "all")
+    assert seen == [[57, 3, 2]], "stage 1 has all images"
 
 
 # -- Two processes ---------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Settings: presets, recipes, options, and what makes a run the same run."""
 import copy
 import os
-import re
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +32,9 @@ def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
     assert (shown.cfg, shown.top_p, var["shared_adaln"], var["width"]) == (3, 0.9, False, 256)
     shown, config, _ = m5.read_settings(["--dataset", "/some/where/cats"])
     assert shown.out == str(Path("out/cats")) and config.image_size == 64
+    shown, config, _ = m5.read_settings("--preset cifar10-cpu --steps 9".split())
+    assert (shown.dataset, shown.out, shown.steps) == ("cifar10", str(Path("out/cifar10-cpu")), 9)
+    assert shown.classes == ("automobile", "horse", "ship") and config.vocab_size == 512
 
 
 @pytest.mark.parametrize("name", ["shapes", "cifar10", "/some/folder"])
@@ -115,15 +117,14 @@ def test_every_field_of_a_stages_settings_counts_and_no_other(cls):
     ("--batch-size 0", "batch-size"), ("--stage three", "'three'"), ("--optimizer sgd", "muon"),
     ("--quantizer x", "quantizer"), ("--dataset nosuch", "'nosuch'"), ("--device tpu", "'tpu'"),
     ("--dataset imagenet", "--data-dir"), ("--set scales=1,2,x", "'x'"), ("--set lr", "NAME=VALUE"),
-    ("--set scales=1,2,8", "last scale"), ("--set scales=2,1,4", "grow"), ("--seed -1", "seed"),
+    ("--set scales=1,2,8", "last scale"), ("--seed -1", "seed"),
     ("--preset nosuch", "'nosuch'"), ("--classes ant dog", "'dog'"), ("--classes 9", "9"),
     ("--image-size 33", "scale"), ("--set nothing=3", "'nothing=3'"), ("--set flip=x", "'x'"),
     ("--set picture_loss=l3", "l1, l2"), ("--set num_classes=3", "num_classes"),
     ("--num-classes 3", "num-classes"), ("--set channels=0", "1 or more"),
     ("--batch-size 5 --gpus 2", "2 processes"), ("--tokenizer-batch-size 5 --gpus 2", "2 proc"),
-    ("--accumulate 3", "3 parts"), ("--set coarse=1.5", "coarse"), ("--set groups=5", "groups"),
-    ("--quantizer lfq --set latent_dim=5", "lfq"), ("--set heads=3 width=16", "heads"),
-    ("--quantizer lfq --set latent_dim=25 --vocab-size 33554432", "24"),
+    ("--accumulate 3", "3 parts"), ("--set heads=3 width=16", "heads"),
+    ("--quantizer lfq --set latent_dim=5", "lfq"),
     ("--vgg-file x.pth", "--perceptual"), ("--tokenizer-file x.pth", "--stage transformer"),
     ("--perceptual 1 --image-size 8 --set multipliers=1", "16 pixels"), ("--shard", "adamw"),
     ("--shard --optimizer adamw", "--gpus"), ("--seed 36893488147419103232", "64 bits"),
@@ -140,9 +141,3 @@ def test_a_wrong_option_is_one_line_and_leaves_no_trace(refused, picture_folder,
 def test_the_batch_is_divided_among_the_processes_of_torchrun_too(monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "3 processes" in refused(SCRIPT, *TINY)
-
-
-def test_help_explains_every_option_and_they_are_few(cli):
-    result = cli(SCRIPT, "--help")
-    assert result.status == 0 and "images per step of stage 2" in result.out
-    assert 30 <= len(set(re.findall(r"^  (--[a-z-]+)", result.out, re.M))) <= 40
