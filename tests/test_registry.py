@@ -33,7 +33,8 @@ def test_a_class_that_is_not_there_is_refused_and_the_others_are_named(wanted):
 def test_find_class():
     names = imagenet.class_names()
     assert [registry.find_class(names, text) for text in (
-        "tench", "n01440764", "0", " Goldfish ", "dfish", "999")] == [0, 0, 0, 1, 1, 999]
+        "tench", "n01440764", "0", " Goldfish ", "dfish", "999", "Cardigan", "cardigan")] == [
+            0, 0, 0, 1, 1, 999, 264, 474]
     assert registry.find_class(["0", "1", "10", "2"], "2") == 3, "a name comes before an index"
     for k, name in list(enumerate(names))[::9]:
         assert name in ("crane", "maillot") or registry.find_class(names, name) == k
