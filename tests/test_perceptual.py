@@ -122,8 +122,10 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_lengths_and_a_constan
     assert w.grad.tolist() == pytest.approx([3, 4 + 2.5 * 2], rel=1e-3)
 
 
-def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
-    stage = stage_of("tokenizer", adversarial=0.5)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it(parts):
+    """Of a batch in two parts, each gives it half of its gradient."""
+    stage = stage_of("tokenizer", adversarial=0.5, accumulate=parts)
     image, critic, last = pictures(4, 16, 16), stage.modules["critic"], stage.model.decoder.conv_out
     rebuilt, _, losses = stage.model(image)
     real, fake, picture = critic(image), critic(rebuilt), losses["reconstruction"]
@@ -136,7 +138,7 @@ def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it():
     assert added.item() == pytest.approx(-(long / (short + 1e-4) * fake.mean()).item(), rel=1e-4)
     (picture + added).backward()
     for p, grad in zip(critic.parameters(), wanted, strict=True):
-        assert p.requires_grad and torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-7)
+        assert p.requires_grad and torch.allclose(p.grad * parts, grad, rtol=1e-4, atol=1e-7)
 
 
 def test_without_weights_a_run_is_refused_in_one_line_but_a_finished_tokenizer_needs_none(
