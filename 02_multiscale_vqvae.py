@@ -72,21 +72,21 @@ class TokenizerConfig:
         check(self)
 
 
-# -- The multi-scale quantizer ---------------------------------------------------------------------
+# -- The tokenizer ---------------------------------------------------------------------------------
 
-class MultiScaleQuantizer(nn.Module):
-    """Feature map f <-> tokens of K scales, and what the transformer is shown of them."""
+class MultiScaleVQVAE(nn.Module):
+    """Image <-> feature map f <-> tokens of K scales, and what the transformer is shown of them."""
 
-    def __init__(self, config, **networks):
+    def __init__(self, config):
         super().__init__()
         self.config, self.scales, self.K = config, config.scales, len(config.scales)
-        # First what stands around the quantizer: checkpoints keep the order of the parameters.
-        for name, network in networks.items():
-            setattr(self, name, network)
-        self.quantizer = vq.QUANTIZERS[config.quantizer].build(
-            config.vocab_size, config.latent_dim, config.learn)
-        self.phis = nn.ModuleList(conv3x3(config.latent_dim, config.latent_dim)
-                                  for _ in range(config.phis))
+        C = config.latent_dim
+        # The autoencoder around the quantizer. Two convolutions mix cells: before they are
+        # quantized and afterwards.
+        self.encoder, self.decoder = make_encoder(config), make_decoder(config)
+        self.quant_conv, self.post_quant_conv = conv3x3(C, C), conv3x3(C, C)
+        self.quantizer = vq.QUANTIZERS[config.quantizer].build(config.vocab_size, C, config.learn)
+        self.phis = nn.ModuleList(conv3x3(C, C) for _ in range(config.phis))
         self.phi_index = phi_of_scale(self.K, config.phis)
         for i, phi in enumerate(self.phis):                # with few scales some serve none of them
             phi.requires_grad_(i in self.phi_index)
@@ -205,32 +205,7 @@ class MultiScaleQuantizer(nn.Module):
             f_hat = f_hat + self.upsample_from(groups[-1], k)
         return groups
 
-
-def phi_of_scale(K, phis):
-    """Which phi serves which scale: the one whose tick lies nearest to k/(K-1).
-    -> list of K ints. (10, 4) -> 0 0 1 1 1 2 2 3 3 3"""
-    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis   # as the original code has it
-    ticks = np.linspace(margin, 1 - margin, phis)          # float64: k = 2 of 10 is a near tie
-    return [int(np.argmin(np.abs(ticks - k / max(K - 1, 1)))) for k in range(K)]
-
-
-def resize_matrix(n_in, n_out, mode):
-    """Resizing is linear: column i is what becomes of the i-th unit vector. -> (n_out, n_in)
-    Two small products per map take less time than F.interpolate."""
-    eye = torch.eye(n_in, device="cpu")[None, None]        # a real one, also in a model on "meta"
-    return F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous()
-
-
-# -- The tokenizer: an autoencoder around it -------------------------------------------------------
-
-class MultiScaleVQVAE(MultiScaleQuantizer):
-    """Image <-> tokens: stage 1 of VAR. See the module's docstring for the shapes."""
-
-    def __init__(self, config):
-        C = config.latent_dim
-        super().__init__(config, encoder=make_encoder(config), decoder=make_decoder(config),
-                         quant_conv=conv3x3(C, C),         # mixes cells before they are quantized
-                         post_quant_conv=conv3x3(C, C))    # and afterwards
+    # -- The autoencoder around it
 
     def encode(self, image):
         """image (B, 3, H, W) in [-1, 1] -> f (B, C, h, w)"""
@@ -260,6 +235,21 @@ class MultiScaleVQVAE(MultiScaleQuantizer):
         reconstruction = self.decode(vq.straight_through(f, f_hat))
         error = F.mse_loss(reconstruction.float(), image)
         return reconstruction, tokens, dict(reconstruction=error, vq=vq_loss, extra=extra)
+
+
+def phi_of_scale(K, phis):
+    """Which phi serves which scale: the one whose tick lies nearest to k/(K-1).
+    -> list of K ints. (10, 4) -> 0 0 1 1 1 2 2 3 3 3"""
+    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis   # as the original code has it
+    ticks = np.linspace(margin, 1 - margin, phis)          # float64: k = 2 of 10 is a near tie
+    return [int(np.argmin(np.abs(ticks - k / max(K - 1, 1)))) for k in range(K)]
+
+
+def resize_matrix(n_in, n_out, mode):
+    """Resizing is linear: column i is what becomes of the i-th unit vector. -> (n_out, n_in)
+    Two small products per map take less time than F.interpolate."""
+    eye = torch.eye(n_in, device="cpu")[None, None]        # a real one, also in a model on "meta"
+    return F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous()
 
 
 # -- Ordinary convolutions (VQGAN) -----------------------------------------------------------------
