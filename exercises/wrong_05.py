@@ -124,4 +124,13 @@ WRONG = {
             ("long.norm() / (short.norm() + 1e-4)", "(long / (short + 1e-4)).norm()"),
         "returns a plain number": (".clamp(max=1e4)", ".clamp(max=1e4).item()"),
     },
+    "05_property": {
+        "never calls what it defines": ("    holds()\n", ""),
+        "draws one part alone": ("parts=sizes", "parts=st.just(1)"),
+        "draws equal rows": ("torch.randn(rows * parts, n, generator=generator)",
+                             "torch.randn(1, n, generator=generator).repeat(rows * parts, 1)"),
+        "looks at the weights alone": ("torch.allclose(at_once, in_parts, atol=1e-5)",
+                                       "at_once.dim() == 0 or "
+                                       "torch.allclose(at_once, in_parts, atol=1e-5)"),
+    },
 }

@@ -111,4 +111,10 @@ WRONG = {
         "counts in bits": ("part.sum(1) for", "part.sum(1) / 0.6931472 for"),
         "returns the loss, which is negative": ("part.sum(1) for", "-part.sum(1) for"),
     },
+    "06_property": {
+        "never calls what it defines": ("    holds()\n", ""),
+        "tries top-k alone": ("st.sampled_from([0.0, 1e-9, 0.3, 0.5, 0.7, 0.9])", "st.just(0.0)"),
+        "tries top-p alone": ("top_k=st.integers(0, 5)", "top_k=st.just(0)"),
+        "does not ask that those who stay hold top_p": ("p.sum() > top_p - 1e-5 and ", ""),
+    },
 }
