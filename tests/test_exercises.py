@@ -12,7 +12,8 @@ from exercises import grading, make
 ROOT = make.ROOT
 TEXTS = make.read_tasks()
 TASKS = [task for task in TEXTS if not task.endswith("_open")]
-WRONG = [pytest.param(task, name, id=f"{task} {name}") for task in TASKS
+SLOW = {task: [pytest.mark.slow] if task.endswith("property") else [] for task in TASKS}
+WRONG = [pytest.param(task, name, id=f"{task} {name}", marks=SLOW[task]) for task in TASKS
          for name in import_module(f"exercises.wrong_{task[:2]}").WRONG.get(task, {})]
 
 judge = grading.judge
@@ -25,7 +26,7 @@ def solution_of_01_1(old, new):
     return text.replace(old, new)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [pytest.param(task, marks=SLOW[task]) for task in TASKS])
 def test_the_solution_passes_and_an_untouched_blank_is_not_yet(task):
     assert judge(task, grading.reference(task)) == ("passed", "")
     blank = make.with_blanks(grading.reference(task), TEXTS)
