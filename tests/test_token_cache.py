@@ -178,6 +178,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(made):
     assert not list(made.folder.path.iterdir())
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_rows_are_counted_through_all_views_and_keep_their_labels(on_gpu):
+    tokens, labels = np.arange(24, dtype=np.int32).reshape(2, 3, 4), np.array([7, 8, 9])
+    given = [torch.from_numpy(x) if on_gpu else x for x in (tokens, labels)]
+    rows, classes = token_cache.cached_rows(*given, np.array([0, 2, 3, 5]), torch.device("cpu"))
+    assert rows.tolist() == [tokens[view, i].tolist() for view in (0, 1) for i in (0, 2)]
+    assert classes.tolist() == [7, 9, 7, 9] and rows.dtype == classes.dtype == torch.int64
+
+
 def test_a_token_cache_that_is_larger_than_the_memory_stays_on_the_disk(tmp_path):
     """68 MB that take no room: a sparse file, whose rows are all zero."""
     np.lib.format.open_memmap(tmp_path / "tokens.npy", "w+", np.uint16, (1, 50_000, 680))
