@@ -62,6 +62,8 @@ def test_a_seam_by_hand():
         assert editing.seam(picture, mask) == pytest.approx(6 / 3)
     first = torch.arange(6).expand(2, 6) < 1               # steps [1] 2: nothing before the first
     assert editing.seam(image, first) == pytest.approx(1 / 2)
+    last = torch.arange(6).expand(2, 6) < 5                # steps 4 [1]: nothing after the last
+    assert editing.seam(image, last) == pytest.approx(1 / 4)
 
 
 def test_l2_normalised_codes_compare_directions_and_stay_on_the_sphere():
