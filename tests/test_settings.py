@@ -43,8 +43,9 @@ def test_an_image_size_brings_the_layout_that_fits_it(name):
         _, config, _ = m5.read_settings(["--dataset", name, "--image-size", str(side)])
         assert (config.image_size, config.unshuffle) == (side, 4)
         assert config.scales[-1] in (8, 16, 32)
-    typed = "--image-size 48 --set scales=1,4,12 multipliers=1 unshuffle=4".split()
-    assert m5.read_settings(["--dataset", name, *typed])[1].scales == (1, 4, 12)
+    for side in (48, 64):                                  # without a layout, and against it
+        typed = f"--image-size {side} --set scales=1,{side // 4} multipliers=1 unshuffle=4".split()
+        assert m5.read_settings(["--dataset", name, *typed])[1].scales == (1, side // 4)
 
 
 @pytest.mark.parametrize("depth, side, batch, epochs, base, last_decay, final", [
