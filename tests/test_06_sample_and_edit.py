@@ -233,7 +233,7 @@ def test_keeping_everything_is_the_tokenizers_reconstruction_and_nothing_plain_s
     image, labels, keep = noise_image(count=3), torch.tensor([0, 1, 2]), torch.ones(16, 16).bool()
     alone = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(image)) + 1) / 2
     assert torch.allclose(m6.edit(tokenizer, var, image, keep, labels), alone, atol=1e-4)
-    how = dict(cfg=2.0, top_k=9, temperature=0.7)
+    how = dict(cfg=2.0, top_k=9, top_p=0.8, temperature=0.7)
     edited = m6.edit(tokenizer, var, image, ~keep, labels, **how, generator=seeded(4))
     assert torch.equal(edited, m6.generate(tokenizer, var, labels, **how, generator=seeded(4)))
 
