@@ -306,6 +306,7 @@ def test_a_new_quantizer_is_one_class_and_one_line(monkeypatch):
     monkeypatch.setitem(vq.QUANTIZERS, "halves", Halves)
     torch.manual_seed(0)
     tokenizer = tiny((1, 2, 4), quantizer="halves", vocab_size=2).train()
+    assert isinstance(tokenizer.quantizer, Halves)
     optimizer = torch.optim.SGD(tokenizer.parameters(), lr=0.1)
     _, image = some(tokenizer)
     first = tokenizer(image)[2]
