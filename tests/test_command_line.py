@@ -121,7 +121,8 @@ def test_real_images_of_other_classes_are_matched_by_name_or_refused(monkeypatch
         job.real_images("test")
 
 
-def test_images_to_edit_come_with_the_code_unless_a_folder_is_named_and_classes_take_turns():
+def test_images_to_edit_come_with_the_code_unless_a_folder_is_named_and_classes_take_turns(
+        tmp_path):
     job = make_job()
     job.dataset, job.side, job.var = "cifar10", 32, None
     job.names, job.classes = ["horse", "ship"], [1, 0]
@@ -131,7 +132,7 @@ def test_images_to_edit_come_with_the_code_unless_a_folder_is_named_and_classes_
     for found, wanted in zip(image, (ships[0], horses[0], ships[1], horses[1], ships[2])):
         assert torch.equal(found, torch.from_numpy(wanted).permute(2, 0, 1).float() / 127.5 - 1)
     assert len(job.images_to_edit(99)[1]) == 8, "all that there are"
-    job.args.data_dir = "nosuch"
+    job.args.data_dir = str(tmp_path / "nosuch")
     with pytest.raises(BadInput, match="nosuch"):
         job.images_to_edit(5)
 
