@@ -320,7 +320,7 @@ def test_a_new_quantizer_is_one_class_and_one_line(monkeypatch):
     (dict(scales=(1, 2, 3)), "last scale"),
     (dict(image_size=48), "last scale"),
     (dict(multipliers=(1, 2, 2)), "last scale"),
-    (dict(scales=(1, 4, 2, 8)), "grow"),
+    (dict(scales=()), "1 or more"), (dict(scales=(1, 4, 2, 8)), "grow"),
     (dict(scales=(1, 2, 2, 8)), "grow"),
     (dict(scales=(0, 2, 8)), "1 or more"),
     (dict(quantizer="lfq", latent_dim=8, vocab_size=512), "256"),
