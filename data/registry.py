@@ -16,13 +16,16 @@ class Dataset:
     """load(split, *, data_dir, size) -> (images uint8 (N, size, size, 3), labels int64 (N,), class
     names). Images are in memory, or read on demand as those of data/folder.py are."""
     load: Callable
-    judge_steps: int = 2000     # how long the judge of its samples is trained
+    judge_steps: int = 2000     # how long the judge of its samples is trained (report/judge.py)
+    judge_width: int = 24       # and channels of its first layers
+    mirrored: bool = False      # an image and its mirror image are of one class
     examples: Callable | None = None    # a few held-out images that come with the code, as of load
 
 
 DATASETS = {
     "shapes": Dataset(shapes.load, judge_steps=100),
-    "cifar10": Dataset(cifar10.load, examples=cifar10.examples),
+    "cifar10": Dataset(cifar10.load, 6000, judge_width=48, mirrored=True,
+                       examples=cifar10.examples),
     "imagenet": Dataset(imagenet.load),
 }
 

@@ -54,33 +54,35 @@ class Judge(nn.Module):
 def judge_of(dataset, images, labels, num_classes, device="cpu", log=print):
     """The judge of a data set, trained when it is first asked for (see train_judge) and kept in
     out/. A file that is damaged or of another model is replaced."""
-    steps = dataset_named(dataset).judge_steps
+    facts = dataset_named(dataset)
+    steps, width = facts.judge_steps, facts.judge_width
     path = Path("out") / f"judge_{Path(dataset).name}_{steps}_{image_fingerprint(images)}.pt"
-    judge = Judge(num_classes, len(images[0]))
+    judge = Judge(num_classes, len(images[0]), width)
     try:
         judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception:
-        judge = train_judge(images, labels, num_classes, steps=steps, device=device, log=log).cpu()
+        judge = train_judge(images, labels, num_classes, steps=steps, width=width,
+                            mirrored=facts.mirrored, device=device, log=log).cpu()
         save_atomically(judge.state_dict(), path)
     return judge.to(device, memory_format=torch.channels_last).eval()
 
 
-def train_judge(images, labels, num_classes, *, steps, seed=0, device="cpu", batch_size=128,
-                log=print):
+def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, seed=0,
+                device="cpu", batch_size=128, log=print):
     """Train a judge on images (uint8 (N, H, W, 3), or read on demand) and int64 labels (N,).
     -> judge in eval mode. For the shapes 100 steps are enough: 13 to 20 s on one CPU core, and none
     of 4,000 test images misnamed (seed 0)."""
     labels = torch.as_tensor(labels)
     generator = torch.Generator().manual_seed(seed)
     torch.default_generator.manual_seed(seed)              # torch.manual_seed resets the GPU's too
-    judge = Judge(num_classes, len(images[0]))
+    judge = Judge(num_classes, len(images[0]), width)
     judge = judge.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(steps, 2))
     # Workers read ahead, so all random numbers of a step are drawn with its rows: the same ones in
     # the same order, however many workers there are.
     ahead, now = itertools.tee((torch.randint(len(labels), (batch_size,), generator=generator),
-                                random_changes(batch_size, len(images[0]), generator))
+                                random_changes(batch_size, len(images[0]), generator, mirrored))
                                for _ in range(steps))
     batches, start = middles(images, (rows for rows, _ in ahead)), time.time()
     for step, (batch, (rows, changes)) in enumerate(zip(batches, now), 1):
@@ -96,9 +98,10 @@ def train_judge(images, labels, num_classes, *, steps, seed=0, device="cpu", bat
     return judge.eval()
 
 
-def random_changes(count, side, generator):
+def random_changes(count, side, generator, mirrored=False):
     """The random numbers of augment() for `count` images: shifts (2, N, 1) in pixels; how much to
-    soften, scale, add and speckle, each (N, 1, 1, 1); noise (N, 3, side, side)"""
+    soften, scale, add and speckle, each (N, 1, 1, 1); noise (N, 3, side, side); which images to
+    mirror (N, 1) bool"""
     reach = max(1, side // 16)
 
     def uniform():
@@ -107,17 +110,21 @@ def random_changes(count, side, generator):
     soften = uniform() * (uniform() < 0.5)
     scale, add = 0.85 + 0.3 * uniform(), 0.1 * (uniform() - 0.5)
     noise = torch.randn(count, 3, side, side, generator=generator)
-    return shift, soften, scale, add, 0.04 * uniform(), noise
+    speckle = 0.04 * uniform()
+    mirror = uniform()[:, :, 0, 0] < 0.5 if mirrored else torch.zeros(count, 1, dtype=torch.bool)
+    return shift, soften, scale, add, speckle, noise, mirror
 
 
 def augment(images, changes):
     """Shift, soften, dim and speckle a little, each image on its own: (N, 3, H, W) -> same.
 
     Reconstructions are soft and slightly off in colour; a judge that only ever saw crisp images
-    would blame them for that. No mirroring: in some data sets left and right are the label."""
-    shift, soften, scale, add, speckle, noise = changes
+    would blame them for that. Mirroring is for some data sets: in others left and right are the
+    label."""
+    shift, soften, scale, add, speckle, noise, mirror = changes
     count, side = len(images), images.shape[-1]
     rows, columns = (torch.arange(side) + shift).clamp(0, side - 1)     # (N, side), edge repeated
+    columns = torch.where(mirror, columns.flip(1), columns)
     images = images[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     images = images.permute(0, 3, 1, 2)                                 # (N, 3, side, side) again
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)

@@ -1,6 +1,5 @@
 """The judge: what it learns, how it reads images, and what is measured with its features."""
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
 
 from data import shapes
+from data.registry import Dataset
 from engine import BadInput
 from report import command_line, gallery, judge
 
@@ -88,13 +88,32 @@ def test_the_judge_learns():
     assert judge.accuracy(logits, held_labels) > 0.9
 
 
+def test_half_of_the_images_are_mirrored_where_that_keeps_their_class():
+    """The other changes are the same; about half of the images are mirrored, each whole."""
+    images = torch.rand(40, 3, 8, 8, generator=seeded())
+
+    def augmented(images, mirrored):
+        *changes, speckle, noise, mirror = judge.random_changes(40, 8, seeded(1), mirrored)
+        changes[0] = torch.zeros_like(changes[0])                        # no shift
+        return judge.augment(images, (*changes, 0 * speckle, noise, mirror)), mirror[:, 0]
+    plain, none = augmented(images, False)
+    found, mirror = augmented(images, True)
+    assert not none.any() and 10 < mirror.sum() < 30
+    assert torch.equal(found[~mirror], plain[~mirror])
+    assert torch.equal(found[mirror], augmented(images.flip(3), False)[0][mirror])
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    network = judge.train_judge(images, [0, 1, 0, 1], 2, steps=1, width=5,
+                                mirrored=True, log=len)
+    assert network.head.in_features == 5
+
+
 def test_a_judge_is_kept_for_its_images_and_is_the_same_from_memory_and_from_files(
         tmp_path, monkeypatch):
     """It leaves the caller's random numbers alone, and a damaged file is replaced."""
     images, labels, _ = shapes.load("train", count=40, size=16)
     lines, before = [], torch.random.get_rng_state()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(judge, "dataset_named", lambda name: SimpleNamespace(judge_steps=2))
+    monkeypatch.setattr(judge, "dataset_named", lambda name: Dataset(None, 2))
 
     def weights(images):
         network = judge.judge_of("some/shapes", images, labels, 10, log=lines.append)
