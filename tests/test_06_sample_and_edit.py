@@ -107,6 +107,8 @@ def test_tokens_are_drawn_as_often_as_the_likelihood_says():
     place = 2 ** torch.arange(4, -1, -1)
     for label in (1, NOBODY):
         p = m6.log_likelihood(tokenizer, var, maps.split([1, 4], 1), torch.full((32,), label))
+        # Summed over all that may follow, an image is as likely as its first token alone.
+        assert torch.allclose(p.sum(1).view(2, 16).logsumexp(1), p[::16, 0], atol=1e-4)
         p = p.sum(1).exp() * count
         drawn = m6.sample_tokens(tokenizer, var, torch.full((count,), label), generator=seeded(9))
         seen = torch.bincount((torch.cat(drawn, 1) * place).sum(1), minlength=32).float()
