@@ -1,6 +1,8 @@
 """Optimizers and their schedule: AdamW, and Muon for the matrices inside the blocks."""
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -28,27 +30,36 @@ def set_schedule(optimizers, progress, final_lr, final_decay=None):
 
 def parameter_groups(model, optimizer):
     """Weights of linear layers and convolutions decay; biases, embeddings, gains and the q/k
-    temperature do not. With "muon", the weights inside the blocks go to Muon.
-    -> {"muon", "decay", "plain": parameters}"""
+    temperature do not. optimizer: a name in OPTIMIZERS
+    -> {"inside": weights inside the blocks that it trains, "decay", "plain": the rest, AdamW's}"""
+    own = OPTIMIZERS[optimizer].make is not None
     decayed = {id(m.weight) for m in model.modules()
                if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    groups = {"muon": [], "decay": [], "plain": []}
+    groups = {"inside": [], "decay": [], "plain": []}
     for name, p in model.named_parameters():
-        inside = optimizer == "muon" and re.search(INSIDE_BLOCKS, name)
-        groups["plain" if id(p) not in decayed else "muon" if inside else "decay"].append(p)
+        inside = own and re.search(INSIDE_BLOCKS, name)
+        groups["plain" if id(p) not in decayed else "inside" if inside else "decay"].append(p)
     return groups
 
 
 def make_optimizers(model, lr, weight_decay, settings):
-    """-> [AdamW] or [AdamW, Muon]; the settings say which, and Muon's rate and precision"""
+    """-> [AdamW], then the optimizer of the weights inside the blocks if it is another"""
     groups = parameter_groups(model, settings.optimizer)
     optimizers = [torch.optim.AdamW(
         [dict(params=groups["decay"], weight_decay=weight_decay),
          dict(params=groups["plain"], weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)]
-    if groups["muon"]:
-        optimizers.append(Muon(groups["muon"], lr=settings.muon_lr, weight_decay=weight_decay,
-                               dtype=getattr(torch, settings.precision)))
+    if groups["inside"]:
+        make = OPTIMIZERS[settings.optimizer].make
+        optimizers.append(make(groups["inside"], weight_decay, settings))
     return optimizers
+
+
+def optimizer_bytes(model, optimizer):
+    """What the optimizers of a model keep in memory. optimizer: a name in OPTIMIZERS"""
+    groups = parameter_groups(model, optimizer)
+    inside = sum(p.numel() for p in groups["inside"])
+    rest = sum(p.numel() for p in groups["decay"] + groups["plain"])
+    return OPTIMIZERS[optimizer].bytes * inside + OPTIMIZERS["adamw"].bytes * rest
 
 
 class Muon(torch.optim.Optimizer):
@@ -98,3 +109,24 @@ def orthogonal(g, dtype=torch.float32):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return (x.mT if tall else x).to(g.dtype)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What trains the weights inside the blocks; AdamW trains the rest.
+
+    make(weights, weight_decay, settings) -> a torch optimizer, or None: AdamW trains these, too.
+    Its step() must change nothing where its attribute `found_inf`, a tensor (), is not 0."""
+    make: Callable | None
+    bytes: int                  # that it keeps for each float32 weight
+    works_on_shards: bool       # or does it need whole matrices?
+
+
+def make_muon(weights, weight_decay, settings):
+    return Muon(weights, lr=settings.muon_lr, weight_decay=weight_decay,
+                dtype=getattr(torch, settings.precision))
+
+
+# What --optimizer may name: Muon keeps one moment of every weight, AdamW two.
+OPTIMIZERS = {"muon": Kind(make_muon, bytes=4, works_on_shards=False),
+              "adamw": Kind(None, bytes=8, works_on_shards=True)}

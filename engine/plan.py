@@ -2,7 +2,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.optimizers import parameter_groups
+from engine.optimizers import optimizer_bytes
 
 
 def flops(forward):
@@ -11,11 +11,6 @@ def flops(forward):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         forward().sum().backward()
     return counter.get_total_flops()
-
-
-def optimizer_bytes(groups):
-    """AdamW keeps two float32 moments of every weight, Muon one. groups: {kind: parameters}"""
-    return sum((4 if kind == "muon" else 8) * p.numel() for kind in groups for p in groups[kind])
 
 
 def show(settings, tokenizer, var):
@@ -44,6 +39,6 @@ def show(settings, tokenizer, var):
 def line(name, model, forward, batch, steps, optimizer):
     """Print one line about a stage. forward: see `flops`, of one image"""
     count, work = sum(p.numel() for p in model.parameters()), batch * flops(forward)
-    kept = optimizer_bytes(parameter_groups(model, optimizer))
+    kept = optimizer_bytes(model, optimizer)
     print(f"{name:<12}{count / 1e6:>9,.1f} M{batch:>7}{steps:>12}{work / 1e12:>11,.3f}"
           f"{4 * count / 1e9:>9.3f}{4 * count / 1e9:>10.3f}{kept / 1e9:>10.3f}")

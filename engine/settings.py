@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine import BadInput
 from engine.devices import loading_workers
+from engine.optimizers import OPTIMIZERS
 from engine.options import option
 
 
@@ -55,7 +56,7 @@ class SharedSettings:
     precision: str = option("auto", "auto is bfloat16 where it is fast, on older GPUs float16",
                             choices=("auto", "float32", "bfloat16", "float16"))
     optimizer: str = option("muon", "of the block matrices; the rest is always adamw",
-                            choices=("muon", "adamw"))
+                            choices=tuple(OPTIMIZERS))
     muon_lr: float = 0.02                 # peak learning rate of muon
     clip: float = 2.0                     # largest gradient norm
 
@@ -108,8 +109,9 @@ def check(settings, image_size):
             parts = f", {settings.accumulate} parts each" if settings.accumulate > 1 else ""
             raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
                            f"divided among {processes} processes{parts}")
-    if settings.shard and settings.optimizer == "muon":
-        raise BadInput("--shard needs --optimizer adamw: muon works on whole matrices")
+    if settings.shard and not OPTIMIZERS[settings.optimizer].works_on_shards:
+        raise BadInput(f"--shard needs --optimizer adamw: {settings.optimizer} works on whole "
+                       "matrices")
     if settings.shard and processes == 1:
         raise BadInput("--shard spreads weights over processes: give --gpus 2 or more")
     if (settings.vgg_file or settings.lpips_file) and not settings.perceptual:

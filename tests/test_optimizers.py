@@ -9,7 +9,7 @@ from conftest import same, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import optimizers, plan
+from engine import optimizers
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m5 = import_module("05_train")
@@ -22,7 +22,7 @@ def made(model, kind):
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group for optimizer in found for group in optimizer.param_groups]
     owner = {names[id(p)]: group for group in groups for p in group["params"]}
-    assert sorted(owner) == sorted(names.values()) and len(found) == (2 if kind == "muon" else 1)
+    assert sorted(owner) == sorted(names.values()) and len(found) == (1 if kind == "adamw" else 2)
     inside = {name for name in owner for optimizer in found[1:]
               if owner[name] in optimizer.param_groups}
     return found, owner, {name for name in owner if owner[name]["weight_decay"] > 0}, inside
@@ -45,7 +45,7 @@ def test_what_decays_what_goes_to_muon_and_the_bytes_they_keep(kind, shared):
         optimizer.step()
     kept = sum(value.nbytes for optimizer in found for state in optimizer.state.values()
                for name, value in state.items() if name != "step")
-    assert plan.optimizer_bytes(optimizers.parameter_groups(model, kind)) == kept
+    assert optimizers.optimizer_bytes(model, kind) == kept
 
 
 def test_convolutions_of_the_tokenizers_blocks_go_to_muon_and_the_codebook_does_not_decay():
@@ -137,3 +137,16 @@ def test_an_optimizer_that_is_told_of_infinities_changes_nothing_at_all(make):
             assert torch.equal(before, p) == bool(bad)
         left.append([p.detach(), optimizer.state_dict()["state"]])
     assert same(left[0], left[1]) and same(left[0], left[2])
+
+
+def test_a_new_optimizer_is_one_line_in_the_table(monkeypatch):
+    """It gets the weights inside the blocks, its bytes count, and it decides about shards."""
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "plain", optimizers.Kind(
+        lambda weights, decay, settings: torch.optim.SGD(weights, settings.lr, weight_decay=decay),
+        bytes=0, works_on_shards=True))
+    model = m4.VAR(m4.VARConfig(depth=2, width=32, heads=2))
+    found, *_, inside = made(model, "plain")
+    assert isinstance(found[1], torch.optim.SGD) and inside == made(model, "muon")[-1]
+    whole, some = (optimizers.optimizer_bytes(model, kind) for kind in ("adamw", "plain"))
+    assert whole - some == 8 * sum(p.numel() for p in found[1].param_groups[0]["params"])
+    m5.check(m5.Settings(optimizer="plain", shard=True, gpus=2), 32)
