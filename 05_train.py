@@ -37,13 +37,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine import BadInput, perceptual, plan, released
+from engine import BadInput, checkpoints, perceptual, plan, released
 from report import health
 from data.batches import batch_indices, picture_batches, rows_of, sample_of, to_float
 from data.registry import load_data, load_splits
 from data.views import Views
-from engine.checkpoints import (begin, check_identity, export, keep, load_checkpoint, load_part,
-                                model_fingerprint, save, whole)
+from engine.checkpoints import load_checkpoint, load_part, model_fingerprint
 from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
                             move_small_arrays_to_gpu, peak_memory, reset_peak_memory, to_device)
 from engine.guard import SkippedInARow, clip_gradients, step_unless
@@ -54,8 +53,8 @@ from engine.presets import TOKENIZER_OPTIONS, TRANSFORMER_OPTIONS, fill_in
 from engine.processes import Processes, relaunch, sync_gradients
 from engine.progress import Stopwatch, clock
 from engine.run_folder import RunFolder
-from engine.settings import (Settings, TokenizerSettings, TransformerSettings, announce, check,
-                             follow_recipe, identity)
+from engine.settings import (Settings, TokenizerSettings, TransformerSettings, announce,
+                             check_settings, fields_of, follow_recipe)
 from engine.stop import StopSignal
 from engine.token_cache import cache_tokens, cached_rows
 
@@ -72,7 +71,7 @@ def read_settings(argv=None):
     values = fill_in(read_options(argv, __doc__.splitlines()[0], options))
     picked = [{f.name: values[f.name] for f in fields(cls) if f.name in values} for cls in options]
     settings, config = Settings(**picked[0]), vqvae.TokenizerConfig(**picked[1])
-    check(settings, config.image_size)
+    check_settings(settings, config.image_size)
     transformer.VARConfig(**picked[2])                     # sizes that cannot be: say so at once
     return settings, config, picked[2]
 
@@ -130,7 +129,7 @@ def train(stage, folder, stop, everything):
       about               what else the checkpoint says; its "settings" must stay the same
     everything: dict of all settings, for settings.json"""
     settings, processes, total = stage.settings, stage.processes, stage.steps
-    start = begin(stage, folder, everything)
+    start = checkpoints.begin(stage, folder, everything)
     if start >= total:
         return processes.say(f"{stage.name}: trained for {start} steps")
     model, results = processes.wrap(stage.model, settings.compile), []
@@ -157,7 +156,7 @@ def train(stage, folder, stop, everything):
                 folder.log(dict(stage=stage.name, step=step, held_out=numbers))
             stopping = stop.agreed(step)
             if step % settings.save_every == 0 or step == total or stopping:
-                save(folder.checkpoint(stage.name), stage, step)
+                checkpoints.save(folder.checkpoint(stage.name), stage, step)
             if stopping:
                 stop.leave(f"and saved at step {step} of the {stage.name}")
     processes.say(f"{stage.name}: steps {start} to {total} in {since_start.seconds():.0f} s"
@@ -205,7 +204,7 @@ class TokenizerStage:
             self.modules["critic"] = self.critic.network
             self.optimizers.append(self.critic.optimizer)
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
-                          settings={**identity(settings, TokenizerSettings), **asdict(config)})
+                          settings={**fields_of(settings, TokenizerSettings), **asdict(config)})
 
     @functools.cached_property
     def perceptual(self):
@@ -227,14 +226,15 @@ class TokenizerStage:
             image = torch.where(mirrored, image.flip(3), image)
         with self.autocast():
             rebuilt, tokens, losses = model(image)
-            picture = losses["reconstruction"]
+            image_loss = losses["reconstruction"]
             if settings.picture_loss == "l1":
-                picture = F.l1_loss(rebuilt.float(), image)
+                image_loss = F.l1_loss(rebuilt.float(), image)
             if settings.perceptual:
-                picture = picture + settings.perceptual * self.perceptual(rebuilt, image).mean()
-        loss = picture + settings.vq_weight * (losses["vq"] + losses["extra"])
+                distance = self.perceptual(rebuilt, image).mean()
+                image_loss = image_loss + settings.perceptual * distance
+        loss = image_loss + settings.vq_weight * (losses["vq"] + losses["extra"])
         if share := settings.adversarial * perceptual.start_late(progress):
-            loss = loss + share * self.critic.criticise(image, rebuilt, picture)
+            loss = loss + share * self.critic.loss(image, rebuilt, image_loss)
         return loss, (losses["reconstruction"].detach(), tokens)
 
     def step_without_gradients(self, accepted):
@@ -250,9 +250,9 @@ class TokenizerStage:
         return text, dict(psnr=db, **numbers)
 
     def evaluate(self):
-        picture = self.folder.path / "reconstructions.png" if self.folder.writes else None
+        sheet = self.folder.path / "reconstructions.png" if self.folder.writes else None
         return health.check_up(self.model, self.held_out, self.processes.device, self.autocast,
-                               picture)
+                               sheet)
 
 
 # -- Stage 2: the transformer ----------------------------------------------------------------------
@@ -286,7 +286,7 @@ class TransformerStage:
     @staticmethod
     def identity(settings, tokenizer, config):
         """What must be the same when the stage is resumed."""
-        return {**identity(settings, TransformerSettings), **asdict(config),
+        return {**fields_of(settings, TransformerSettings), **asdict(config),
                 "tokenizer": model_fingerprint(tokenizer)}
 
     def rows(self, split, indices):
@@ -327,7 +327,8 @@ class TransformerStage:
         numbers = dict(per_scale=scales, right=right)
         # Half precision cannot tell products apart that are multiplied by much: 100 is the most.
         if self.settings.precision != "float32" and self.model.config.qk_norm:
-            factors = [whole(block.attention.log_scale.detach()) for block in self.model.blocks]
+            factors = [checkpoints.whole(block.attention.log_scale.detach())
+                       for block in self.model.blocks]
             numbers["qk_factor"] = min(math.exp(max(float(x.max()) for x in factors)), 100.0)
             text += f" | qk {numbers['qk_factor']:.0f}"
         return text, numbers
@@ -434,7 +435,7 @@ def train_all(settings, config, var_fields):
             if settings.stage == "all":
                 tokenizer, _ = load_tokenizer(folder.checkpoint("tokenizer"))
             elif not about:
-                keep(folder, tokenizer, class_names, settings.dataset)
+                checkpoints.adopt_tokenizer(folder, tokenizer, class_names, settings.dataset)
             elif about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
                 processes.say(f"note: the tokenizer was trained for {about['step']} steps of "
                               f"{planned}")
@@ -442,7 +443,7 @@ def train_all(settings, config, var_fields):
             train(on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_names),
                   folder, stop, everything)
             if processes.rank == 0 and settings.export:
-                export(folder.path, settings.export)
+                checkpoints.export(folder.path, settings.export)
 
 
 def on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_names):
@@ -454,8 +455,8 @@ def on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_n
     if settings.fresh:
         folder.remove(path.name)
     elif path.exists():
-        check_identity(path, load_checkpoint(path), "transformer",
-                       TransformerStage.identity(settings, tokenizer, sizes))
+        checkpoints.check_identity(path, load_checkpoint(path), "transformer",
+                                   TransformerStage.identity(settings, tokenizer, sizes))
     processes.barrier()
     tokens = {}
     for split, (images, labels) in data.items():

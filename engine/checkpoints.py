@@ -65,7 +65,7 @@ def export(folder, path):
     save_atomically(both, path)
 
 
-def keep(folder, tokenizer, class_names, dataset):
+def adopt_tokenizer(folder, tokenizer, class_names, dataset):
     """Save a tokenizer that was trained elsewhere as the run's own. To resume the run or to sample
     from it, the file that it came from is no longer needed."""
     if folder.writes:
@@ -77,10 +77,10 @@ def keep(folder, tokenizer, class_names, dataset):
 def save(path, stage, step):
     """Write the checkpoint of a stage after `step` steps. Every process must call this; rank 0
     writes."""
-    keep = stage.processes.rank == 0
-    weights = {name: gather(module.state_dict(), keep) for name, module in stage.modules.items()}
-    optimizers = [gather(optimizer.state_dict(), keep) for optimizer in stage.optimizers]
-    if keep:
+    writes = stage.processes.rank == 0
+    weights = {name: gather(module.state_dict(), writes) for name, module in stage.modules.items()}
+    optimizers = [gather(optimizer.state_dict(), writes) for optimizer in stage.optimizers]
+    if writes:
         save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
     stage.processes.barrier()
 
@@ -138,17 +138,17 @@ def check_identity(path, state, name, new):
                        "(with --stage transformer only stage 2)")
 
 
-def gather(state, keep):
+def gather(state, wanted):
     """A state dict whose sharded tensors are whole, on the CPU. Every process must call this. Only
-    those with `keep` get the tensors, the others None."""
+    those with `wanted` get the tensors, the others None."""
     if isinstance(state, dict):
-        return {key: gather(value, keep) for key, value in state.items()}
+        return {key: gather(value, wanted) for key, value in state.items()}
     if isinstance(state, list):
-        return [gather(value, keep) for value in state]
+        return [gather(value, wanted) for value in state]
     if not hasattr(state, "full_tensor"):
         return state
     full = whole(state)
-    return full.cpu() if keep else None
+    return full.cpu() if wanted else None
 
 
 def whole(tensor):

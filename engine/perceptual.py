@@ -6,12 +6,12 @@ least. Two terms ask for more, as in the paper's
     loss = L2 + commitment + lambda_P * perceptual + lambda_G * adversarial
 
   perceptual   LPIPS (Zhang et al. 2018, eq. 1): squared distance between the features a VGG-16
-               finds in both pictures, each position's features scaled to length 1 first
+               finds in both images, each position's features scaled to length 1 first
   adversarial  a PatchGAN (Isola et al. 2017) learns, by the hinge loss, to tell real patches from
                rebuilt ones; the decoder learns to please it. Its weight is set in every step so
-               that its gradient is as long as that of the picture's (Esser et al. 2021, eq. 7)
+               that its gradient is as long as that of the image loss (Esser et al. 2021, eq. 7)
 
-Shapes: pictures (B, 3, H, W) in [-1, 1]; the critic's scores (B, 1, h, w), one per patch.
+Shapes: images (B, 3, H, W) in [-1, 1]; the critic's scores (B, 1, h, w), one per patch.
 """
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,8 @@ class Perceptual(nn.Module):
                 layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
                 c_in = c
         self.features = nn.Sequential(*layers)             # numbered as torchvision's
-        self.weigh = nn.ParameterList(torch.zeros(group[-1]) for group in GROUPS)
-        # What VGG's pictures looked like: mean and spread of ImageNet's colours, for [-1, 1].
+        self.weights = nn.ParameterList(torch.zeros(group[-1]) for group in GROUPS)
+        # What VGG was trained on: mean and spread of ImageNet's colours, for [-1, 1].
         self.register_buffer("mean", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1))
         self.register_buffer("spread", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
@@ -57,14 +57,14 @@ class Perceptual(nn.Module):
         try:
             self.features.load_state_dict({name.removeprefix("features."): value for name, value
                                            in vgg.items() if name.startswith("features.")})
-            for k, weigh in enumerate(self.weigh):
-                weigh.copy_(lpips[f"lin{k}.model.1.weight"].view_as(weigh))
+            for k, weights in enumerate(self.weights):
+                weights.copy_(lpips[f"lin{k}.model.1.weight"].view_as(weights))
         except (KeyError, RuntimeError, AttributeError) as error:
             reason = str(error).splitlines()[-1].strip()[:80]
             raise BadInput(f"these are not the weights of VGG-16 and of LPIPS ({reason})") from None
         return self
 
-    def looks(self, x):
+    def unit_features(self, x):
         """x (B, 3, H, W) -> features after each group, every position's scaled to length 1."""
         x, found = (x - self.mean) / self.spread, []
         for layer in self.features:
@@ -75,9 +75,9 @@ class Perceptual(nn.Module):
                 for x in (*found, x)]
 
     def forward(self, x, y):
-        """Equation 1: weighed squared differences, averaged over positions, summed over groups."""
+        """Equation 1: weighted squared differences, averaged over positions, summed over groups."""
         return sum(((a - b).square() * w.view(1, -1, 1, 1)).sum(1).mean((1, 2))
-                   for a, b, w in zip(self.looks(x), self.looks(y), self.weigh))
+                   for a, b, w in zip(self.unit_features(x), self.unit_features(y), self.weights))
 
 
 def load_perceptual(vgg_file="", lpips_file=""):
@@ -131,19 +131,20 @@ class Critic:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), betas=(0.5, 0.9), fused=True,
                                            lr=min(settings.tokenizer_lr, 3e-4))
 
-    def criticise(self, image, rebuilt, picture):
+    def loss(self, image, rebuilt, image_loss):
         """Gives the network its gradient; its optimizer steps together with the tokenizer's.
-        -> the loss () that makes the tokenizer please the critic, weighed to equal `picture`, the
-        loss of the picture"""
+        -> the loss () that makes the tokenizer please the critic, weighted so that its gradient is
+        as long as that of `image_loss`"""
         with self.autocast():
             scores = self.model(torch.cat([image, rebuilt.detach()]))
         scale = self.loss_scale.scale
         scale(hinge(*scores.float().chunk(2)) / self.parts).backward()
         self.network.requires_grad_(False)                 # the next pass must not teach it
         with self.autocast():
-            displeased = -self.network(rebuilt).float().mean()
+            generator_loss = -self.network(rebuilt).float().mean()
         self.network.requires_grad_(True)
-        return adaptive_weight(scale(picture), scale(displeased), self.last.weight) * displeased
+        weight = adaptive_weight(scale(image_loss), scale(generator_loss), self.last.weight)
+        return weight * generator_loss
 
 
 def hinge(real, fake):
@@ -162,6 +163,6 @@ def adaptive_weight(other, adversarial, weight):
 
 
 def start_late(progress, start=0.2, warm_up=0.2):
-    """Share of the adversarial weight at this share of the training: 0 until pictures are worth
+    """Share of the adversarial weight at this share of the training: 0 until images are worth
     criticising, then rising slowly, as the critic too has to learn first."""
     return min(max(0.0, (progress - start) / warm_up), 1.0)

@@ -70,7 +70,7 @@ class TokenizerSettings(SharedSettings):
     flip: bool = option(False, "stage 1 mirrors half of the images")
     perceptual: float = option(0.0, "weight of the perceptual loss (LPIPS); 0: off")
     adversarial: float = option(0.0, "weight of the adversarial loss (PatchGAN); 0: off")
-    vq_weight: float = 0.25               # weight of the quantization loss against the picture loss
+    vq_weight: float = 0.25               # weight of the quantization loss against the image loss
     picture_loss: str = field(default="l2", metadata=dict(choices=("l1", "l2")))
 
 
@@ -101,7 +101,7 @@ class Settings(RunSettings, TransformerSettings, TokenizerSettings):
             self.lr = self.lr_per_256 * self.batch_size / 256
 
 
-def check(settings, image_size):
+def check_settings(settings, image_size):
     """Settings that cannot work together. Raises BadInput."""
     processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
     for size in ("tokenizer_batch_size", "batch_size"):
@@ -146,6 +146,6 @@ def announce(processes, everything, recipe, train, held_out):
         processes.say(recipe)
 
 
-def identity(settings, cls):
-    """What must be the same when a stage is resumed: every field of the stage's class."""
+def fields_of(settings, cls):
+    """{name: value} of the fields that `cls`, a base class of Settings, has."""
     return {f.name: getattr(settings, f.name) for f in fields(cls)}

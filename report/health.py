@@ -67,14 +67,14 @@ def examine(tokenizer, batches, autocast):
     return dict(psnr=db[-1], **usage(counts), left=(left / energy).tolist(), psnr_after=db)
 
 
-def check_up(tokenizer, held_out, device, autocast, picture=None):
-    """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and save the `picture` of
-    ten. autocast: as in `examine`. -> the report as text, what `examine` found"""
+def check_up(tokenizer, held_out, device, autocast, path=None):
+    """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and draw ten of them
+    into the file `path`. autocast: as in `examine`. -> the report as text, what `examine` found"""
     images = (to_float(part.to(device)) for part in held_out.split(per_pass(held_out.shape[1])))
     numbers = examine(tokenizer, images, autocast)
-    if picture:
+    if path:
         some = held_out[::max(1, len(held_out) // 10)][:10]      # test sets are sorted by class
-        save_picture(picture, tokenizer, to_float(some.to(device)))
+        save_picture(path, tokenizer, to_float(some.to(device)))
     return describe(tokenizer, numbers, len(held_out)), numbers
 
 

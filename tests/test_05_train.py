@@ -163,7 +163,7 @@ def test_the_loss_of_stage_1_and_half_of_its_images_mirrored_if_asked(flip, kind
     stage, seen = stage_of("tokenizer", flip=flip, picture_loss=kind, vq_weight=0.5, perceptual=3.0,
                            adversarial=0.25), []
     stage.perceptual = lambda rebuilt, image: torch.tensor([6.0, 8.0])
-    stage.critic = SimpleNamespace(criticise=lambda image, rebuilt, picture: 100 * picture)
+    stage.critic = SimpleNamespace(loss=lambda image, rebuilt, image_loss: 100 * image_loss)
 
     def model(image):
         seen.append(image)

@@ -133,7 +133,7 @@ def test_the_critic_learns_from_the_hinge_alone_and_the_tokenizer_pleases_it(par
     wanted = torch.autograd.grad(hinge, list(critic.parameters()), retain_graph=True)
     long, short = (torch.autograd.grad(value, last.weight, retain_graph=True)[0].norm()
                    for value in (picture, fake.mean()))
-    added = stage.critic.criticise(image, rebuilt, picture)
+    added = stage.critic.loss(image, rebuilt, picture)
     assert all(p.grad is None for p in stage.model.parameters()), "a lesson for the critic only"
     assert added.item() == pytest.approx(-(long / (short + 1e-4) * fake.mean()).item(), rel=1e-4)
     (picture + added).backward()
