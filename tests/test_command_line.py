@@ -132,8 +132,9 @@ def test_images_to_edit_come_with_the_code_unless_a_folder_is_named_and_classes_
     for found, wanted in zip(image, (ships[0], horses[0], ships[1], horses[1], ships[2])):
         assert torch.equal(found, torch.from_numpy(wanted).permute(2, 0, 1).float() / 127.5 - 1)
     assert len(job.images_to_edit(99)[1]) == 8, "all that there are"
-    job.args.data_dir = str(tmp_path / "nosuch")
-    with pytest.raises(BadInput, match="nosuch"):
+    job.args.data_dir = tmp_path
+    (tmp_path / "test_batch.bin").write_bytes(b"not the records")
+    with pytest.raises(BadInput, match="test_batch.bin"):
         job.images_to_edit(5)
 
 
