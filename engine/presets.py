@@ -27,9 +27,9 @@ PRESETS = {
     "shapes": dict(image_size=32, depth=4, width=128, heads=4, drop_path=0.0, cfg=0.5),
     # Meant for about ten minutes on one H100, not measured: 64 epochs of stage 1, and ten of stage
     # 2 over 16 views (mirrored and shifted versions) of every image.
-    "cifar10": dict(image_size=32, vocab_size=1024, channels=96, flip=True, views=16,
-                    adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6,
-                    width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
+    "cifar10": dict(dataset="cifar10", image_size=32, vocab_size=1024, channels=96, flip=True,
+                    views=16, adversarial=0.2, tokenizer_steps=25_000, tokenizer_batch_size=128,
+                    depth=6, width=256, heads=4, shared_adaln=True, drop_path=0.1, steps=30_000,
                     batch_size=256, cfg=2.0, top_p=0.9, held_out=10_000, log_every=200,
                     save_every=1000),
     "cifar10-cpu": dict(dataset="cifar10", classes=("automobile", "horse", "ship"), image_size=32,
@@ -41,15 +41,16 @@ PRESETS = {
                    steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
                    heads=6),
     "imagenet": dict(released.TOKENIZER, layouts=RELEASED_LAYOUTS, recipe=released.imagenet_recipe,
-                     num_classes=1000, learn="ema", views=8, tokenizer_steps=250_000,
-                     tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
-                     optimizer="adamw", depth=16, save_every=1000, cfg=1.5, top_k=900, top_p=0.96),
+                     dataset="imagenet", num_classes=1000, learn="ema", views=8,
+                     tokenizer_steps=250_000, tokenizer_batch_size=256, tokenizer_lr=1e-4,
+                     perceptual=1.0, adversarial=0.5, optimizer="adamw", depth=16, save_every=1000,
+                     cfg=1.5, top_k=900, top_p=0.96),
 }
 
 
 def fill_in(typed):
-    """{setting: typed value} -> the same, filled in with the preset of the data set, the recipe of
-    its transformer's depth and the layout of its image size. What is typed wins."""
+    """{setting: typed value} -> the same, filled in. Of several values for a setting the first of
+    these wins: typed, layout of the image size, recipe of the depth, preset, default."""
     if "num_classes" in typed:
         raise BadInput("num_classes is known from the data and cannot be set")
     name = typed.get("preset") or typed.get("dataset", "shapes")

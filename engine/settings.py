@@ -51,7 +51,8 @@ class RunSettings:
 @dataclass
 class SharedSettings:
     """Settings that both stages depend on."""
-    dataset: str = option("shapes", "shapes, cifar10, imagenet, or the path of a folder")
+    dataset: str = option("shapes", "a name in data/registry.py (shapes, cifar10, imagenet, ...), "
+                          "or the path of a folder")
     seed: int = option(0, "same seed, same run", low=0)
     precision: str = option("auto", "auto is bfloat16 where it is fast, on older GPUs float16",
                             choices=("auto", "float32", "bfloat16", "float16"))

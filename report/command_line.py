@@ -181,7 +181,9 @@ class Job:
         if names == self.names:
             return images, labels
         if set(self.names) < set(names):
-            return subset(images, labels, [names.index(name) for name in self.names])
+            known = sorted(map(names.index, self.names))
+            images, labels = subset(images, labels, known)
+            names = [names[c] for c in known]
         for name in names:                                 # a subset of the classes, say
             if self.names.count(name) != 1:
                 raise BadInput(f"these images have a class {name!r}, of which this model knows "

@@ -135,6 +135,7 @@ def decoded(tokenizer, tokens):
             for f_hat in tokenizer.pyramid(tokens)]
 
 
+@torch.no_grad()
 def save_picture(path, tokenizer, image):
     """One sheet: real images, what is decoded after each scale, and where the last one errs.
     image (B, 3, H, W) in [-1, 1]; of large ones only the first few are shown."""

@@ -109,6 +109,7 @@ def test_real_images_of_other_classes_are_matched_by_name_or_refused(monkeypatch
     all_names = ["ant", "crane", "bee", "crane", "cat"]
     for job.names, names, wanted in (
             (all_names, ["ant", "bee", "cat"], [0, 2, 2, 4]), (all_names, all_names, [0, 1, 1, 2]),
+            (["cat", "bee"], ["ant", "bee", "cat"], [1, 1, 0]),          # their own order
             (["bee", "cat"], ["ant", "bee", "cat"], [0, 0, 1])):         # trained with --classes
         assert job.real_images("test")[1].tolist() == wanted
     assert job.labels_in(names, [0, 0, 1]).tolist() == [1, 1, 2]

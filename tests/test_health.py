@@ -110,8 +110,12 @@ def test_the_sheet_shows_every_scale_and_where_the_last_one_errs(monkeypatch):
     model, images = tokenizer_and_images("three", 3)
     monkeypatch.setattr(plots, "save_grid", lambda *args, **labels: shown.update(
         images=args[1].split(args[2]), **labels))
+    graphs, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda x: graphs.append(encode(x)) or graphs[-1])
     shown = {}
-    health.save_picture("x.png", model, images)
+    health.save_picture("x.png", model.requires_grad_(), images)
+    assert not any(row.requires_grad for row in graphs), "gradients would take memory"
+    model.requires_grad_(False)
     steps = model.pyramid(model.image_to_tokens(images))
     rows = [images, *(model.decode(f_hat).clamp(-1, 1) for f_hat in steps)]
     error = plots.heat_maps((rows[-1] - images).abs().mean(1) / 2, 0, 0.2)

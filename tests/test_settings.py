@@ -35,6 +35,10 @@ def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
     shown, config, _ = m5.read_settings("--preset cifar10-cpu --steps 9".split())
     assert (shown.dataset, shown.out, shown.steps) == ("cifar10", str(Path("out/cifar10-cpu")), 9)
     assert shown.classes == ("automobile", "horse", "ship") and config.vocab_size == 512
+    for name in ("shapes", "cifar10", "imagenet"):         # a preset brings its data set along
+        assert m5.read_settings(["--preset", name])[0].dataset == name
+    shown = m5.read_settings("--preset cifar10 --dataset imagenet --set classes=ant,bee".split())[0]
+    assert (shown.dataset, shown.classes) == ("imagenet", ("ant", "bee"))
 
 
 @pytest.mark.parametrize("name", ["shapes", "cifar10", "/some/folder"])
