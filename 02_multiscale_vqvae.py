@@ -25,7 +25,8 @@ worse on CIFAR-10, experiments/README.md). Each scale quantizes what coarser sca
 every scale quantized f itself, fine tokens would repeat what coarse ones say (1.4 dB worse).
 
 Differs from the original VAR code: it can be trained, with other quantizers and independent scales
-as settings; a plain VQ-VAE is scales=(8,).
+as settings; a plain VQ-VAE is scales=(8,). In the loss each coarse f_hat counts 0.2 and the last
+f_hat the rest; the original counts all alike.
 
     python 02_multiscale_vqvae.py      trains for seconds, shows images after 1..K scales
 """
@@ -69,7 +70,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)
-        check(self)
+        check_sizes(self)
 
 
 # -- The tokenizer ---------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class MultiScaleVQVAE(nn.Module):
         h = self.embed(k, tokens_k)
         return f_hat + h if self.config.residual else h
 
-    def _rounds(self, f):
+    def rounds(self, f):
         """Algorithm 1, one scale at a time: yields (the vectors to quantize (B, h_k*w_k, C),
         tokens_k, f_hat). Each scale sees only what the coarser ones left over."""
         f_hat = torch.zeros_like(f)
@@ -144,7 +145,7 @@ class MultiScaleVQVAE(nn.Module):
     def quantize(self, f):
         """Algorithm 1. f (B, C, h, w) -> tokens"""
         with torch.autocast(f.device.type, enabled=False):  # the nearest code needs float32
-            return [tokens_k for _, tokens_k, _ in self._rounds(f.float())]
+            return [tokens_k for _, tokens_k, _ in self.rounds(f.float())]
 
     def pyramid(self, tokens):
         """f_hat after 1..K scales, coarse to fine. tokens -> list of K (B, C, h, w)"""
@@ -180,7 +181,7 @@ class MultiScaleVQVAE(nn.Module):
         if self.training and not self.quantizer.started:
             self.quantizer.start_on_data(self._unquantized(f.detach()))
         groups, tokens, loss, extra = [], [], 0, 0
-        for k, (x, tokens_k, f_hat) in enumerate(self._rounds(f)):
+        for k, (x, tokens_k, f_hat) in enumerate(self.rounds(f)):
             groups.append(x)
             tokens.append(tokens_k)
             # Equation 5 asks this of the last f_hat alone, the original code of every f_hat alike.
@@ -204,8 +205,6 @@ class MultiScaleVQVAE(nn.Module):
             groups.append(self.downsample_to(f - f_hat if self.config.residual else f, k))
             f_hat = f_hat + self.upsample_from(groups[-1], k)
         return groups
-
-    # -- The autoencoder around it
 
     def encode(self, image):
         """image (B, 3, H, W) in [-1, 1] -> f (B, C, h, w)"""
@@ -248,7 +247,8 @@ def phi_of_scale(K, phis):
 def resize_matrix(n_in, n_out, mode):
     """Resizing is linear: column i is what becomes of the i-th unit vector. -> (n_out, n_in)
     Two small products per map take less time than F.interpolate."""
-    eye = torch.eye(n_in, device="cpu")[None, None]        # a real one, also in a model on "meta"
+    # Made on the CPU even while the model is built without memory.
+    eye = torch.eye(n_in, device="cpu")[None, None]
     return F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous()
 
 
@@ -342,7 +342,7 @@ def make_decoder(cfg):
                  shuffle=nn.PixelShuffle(cfg.unshuffle))
 
 
-def check(cfg):
+def check_sizes(cfg):
     """Raises BadInput for settings that do not fit together."""
     if cfg.quantizer not in vq.QUANTIZERS:
         raise BadInput(f"quantizer must be {' or '.join(vq.QUANTIZERS)}, not {cfg.quantizer}")
@@ -391,7 +391,7 @@ def main():
     f = tokenizer.encode(shown)
     before, missing, rows, labels = torch.zeros_like(f), [], [shown], ["original"]
     print("scale   f missing with exact vectors   with codes   PSNR, dB")
-    for k, (x, tokens_k, f_hat) in enumerate(tokenizer._rounds(f)):
+    for k, (x, tokens_k, f_hat) in enumerate(tokenizer.rounds(f)):
         exact = before + tokenizer.upsample_from(x, k)     # resized, but not rounded
         lost = [float((f - g).square().mean() / f.square().mean()) for g in (exact, f_hat)]
         rows.append(tokenizer.decode(f_hat).clamp(-1, 1))

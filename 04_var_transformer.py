@@ -29,6 +29,7 @@ same class is a raster next-token transformer, whose inputs embed one earlier to
 import math
 from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -70,6 +71,13 @@ class VARConfig:
             raise BadInput(f"mlp_ratio {self.mlp_ratio} leaves the MLP no hidden unit")
         if self.width % self.heads:
             raise BadInput(f"width {self.width} must be a multiple of heads {self.heads}")
+
+
+class Conditioning(NamedTuple):
+    """All that depends on the class alone, computed once per image."""
+    row: torch.Tensor                            # (B, 1, D), what the first map starts from
+    blocks: list                                 # AdaLN of each block, (B, 1, 6, D)
+    head: torch.Tensor                           # AdaLN of the head, (B, 1, 2, D)
 
 
 class LinearOfBias(nn.Linear):
@@ -154,8 +162,8 @@ class Block(nn.Module):
         else:
             self.modulation = nn.Linear(D, 6 * D)
 
-    def forward(self, x, modulation, mask=None, cache=None):         # x (B, n, D)
-        gate1, gate2, scale_by1, scale_by2, shift1, shift2 = modulation.unbind(2)  # (B, 1, D) each
+    def forward(self, x, adaln, mask=None, cache=None):              # x (B, n, D)
+        gate1, gate2, scale_by1, scale_by2, shift1, shift2 = adaln.unbind(2)       # (B, 1, D) each
         # Exercise 04_2
         h = self.attention(self.norm(x) * (1 + scale_by1) + shift1, mask, cache)   # (B, n, D)
         x = x + self.drop_path(h * gate1)                                          # (B, n, D)
@@ -188,9 +196,8 @@ class VAR(nn.Module):
         self.scale_embed = nn.Embedding(self.K, D)
         self.position = nn.Parameter(torch.empty(1, self.L, D))
         # 2. Who belongs to which map and may look at whom: no part of the checkpoint.
-        for name, table in (("scale_of_token", masking.scale_of_token(cfg.scales)),
-                            ("mask", masking.block_causal_mask(cfg.scales))):
-            self.register_buffer(name, table, persistent=False)
+        self.register_buffer("scale_of_token", masking.scale_of_token(cfg.scales), persistent=False)
+        self.register_buffer("mask", masking.block_causal_mask(cfg.scales), persistent=False)
         # 3. The blocks; drop-path grows linearly from none in the first.
         self.shared_modulation = nn.Linear(D, 6 * D) if cfg.shared_adaln else None
         rates = [cfg.drop_path * i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
@@ -234,8 +241,7 @@ class VAR(nn.Module):
         self.head_modulation.weight.mul_(0.5)
 
     def conditioning(self, labels):
-        """All that depends on the class alone, computed once per image. labels (B,) ->
-        (class row (B, 1, D), modulation of each block [(B, 1, 6, D)], of the head (B, 1, 2, D))"""
+        """labels (B,) -> Conditioning"""
         row = self.class_embed(labels)[:, None]                      # (B, 1, D)
         c = F.silu(row)
         if self.config.shared_adaln:
@@ -243,10 +249,10 @@ class VAR(nn.Module):
             blocks = [shared + block.modulation_offset for block in self.blocks]
         else:
             blocks = [block.modulation(c).unflatten(2, (6, -1)) for block in self.blocks]
-        return row, blocks, self.head_modulation(c).unflatten(2, (2, -1))
+        return Conditioning(row, blocks, self.head_modulation(c).unflatten(2, (2, -1)))
 
     def predict(self, x, conditioning):                              # (B, n, D) -> (B, n, V)
-        scale_by, shift = conditioning[2].unbind(2)                  # (B, 1, D) each
+        scale_by, shift = conditioning.head.unbind(2)                # (B, 1, D) each
         return self.head(self.head_norm(x) * (1 + scale_by) + shift)
 
     def forward(self, labels, teacher_inputs):
@@ -256,14 +262,14 @@ class VAR(nn.Module):
             hidden = torch.rand(len(labels), device=labels.device) < self.config.label_dropout
             labels = torch.where(hidden, self.config.num_classes, labels)
         conditioning = self.conditioning(labels)
-        start = conditioning[0] + self.start                              # (B, first, D)
+        start = conditioning.row + self.start                             # (B, first, D)
         x = torch.cat([start, self.word_embed(teacher_inputs)], 1)        # (B, L, D)
         x = x + self.scale_embed(self.scale_of_token) + self.position     # (B, L, D)
-        for block, modulation in zip(self.blocks, conditioning[1]):
+        for block, adaln in zip(self.blocks, conditioning.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, self.mask, use_reentrant=False)
+                x = checkpoint(block, x, adaln, self.mask, use_reentrant=False)
             else:
-                x = block(x, modulation, self.mask)                       # (B, L, D)
+                x = block(x, adaln, self.mask)                            # (B, L, D)
         return self.predict(x, conditioning)                              # (B, L, V)
 
     def new_cache(self):
@@ -276,18 +282,17 @@ class VAR(nn.Module):
         # Exercise 04_3
         begin = sum(side * side for side in self.config.scales[:k])
         end = begin + self.config.scales[k] ** 2
-        x = conditioning[0] + self.start if k == 0 else self.word_embed(inputs)
+        x = conditioning.row + self.start if k == 0 else self.word_embed(inputs)
         x = x + self.scale_embed.weight[k] + self.position[:, begin:end]  # (B, h_k*w_k, D)
-        for block, modulation, block_cache in zip(self.blocks, conditioning[1], cache):
-            x = block(x, modulation, cache=block_cache)
+        for block, adaln, block_cache in zip(self.blocks, conditioning.blocks, cache):
+            x = block(x, adaln, cache=block_cache)
         return self.predict(x, conditioning)                              # (B, h_k*w_k, V)
 
 
 # -- Demo ------------------------------------------------------------------------------------------
 
 def show_influence(var):
-    """How far does each output move when one input at a time is changed? The mask, measured from
-    outside."""
+    """How far does each output move when one input is changed? The mask, measured from outside."""
     labels = torch.zeros(var.L + 1, dtype=torch.long)
     inputs = torch.randn(1, var.L - 1, var.config.latent_dim).repeat(var.L + 1, 1, 1)
     labels[0] = 1                                          # the first input is the class

@@ -17,12 +17,9 @@ Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); im
 Sources: VAR (Tian et al. 2024), sections 3 and 5 (zero-shot editing); classifier-free guidance (Ho
 and Salimans 2022); top-p sampling (Holtzman et al. 2020); FID (Heusel et al. 2017).
 
-Differs from the original VAR code: hidden pixels are replaced before encoding (there the encoder
-sees the whole image, so hidden pixels leak into the tokens that are kept); the 1x1 token is not
-always kept; kept tokens are quantized again as f_hat grows, not replayed; an edit takes several
-passes; the likelihood, which training maximizes, can be asked for.
-
-Options are in report/command_line.py; report/ also writes the images and tables.
+Differs from the original VAR code: hidden pixels are replaced before encoding (there they leak into
+the kept tokens through the encoder); the 1x1 token is not always kept; kept tokens are quantized
+again as f_hat grows, not replayed; an edit takes several passes; likelihoods are computed, too.
 
     python 06_sample_and_edit.py                        newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
@@ -104,7 +101,7 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
     for k in range(K):
         progress = k / max(K - 1, 1)                       # 0 at the first scale, 1 at the last
         if inputs is not None:
-            inputs = inputs.to(conditioning[0].dtype).repeat(2 if cfg > 0 else 1, 1, 1)
+            inputs = inputs.to(conditioning.row.dtype).repeat(2 if cfg > 0 else 1, 1, 1)
         logits = var.step(k, inputs, conditioning, cache).float()                 # (B or 2B, n, V)
         if cfg > 0:
             # Exercise 06_2
@@ -292,7 +289,7 @@ def window_starts(before, after, step):
                   + [before + n for n in distances(after)])
 
 
-# -- Models, and what the command line asks for ----------------------------------------------------
+# -- Models, and what the command line asks for (report/command_line.py) ---------------------------
 
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
     """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
@@ -344,6 +341,7 @@ def show_samples(job, task):
         rows = {cfg: torch.cat(list(draw_images(job, [c] * 8, cfg=cfg)))
                 for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, job.sampling["cfg"]})}
         return gallery.guidance(job.out, rows, names[c], job.sampling["cfg"])
+    show_claims(job)
     gallery.samples(job.out, draw_images(job, [c for c in names for _ in range(n)]), n, names)
     tokens = sample_tokens(job.tokenizer, job.var, torch.tensor(job.classes[:5], device=job.device),
                            generator=job.generator(), **job.sampling)
@@ -391,8 +389,8 @@ def measure(job, task):
     """Likelihoods, a judge's verdict, or samples for another evaluator."""
     among = job.classes if job.asked else job.every_class
     if task == "density":
-        weigh = partial(log_likelihood, job.tokenizer, job.var)
-        density(job.out, job.tokenizer, weigh, *job.images_to_weigh(among), among, job.names)
+        density(job.out, job.tokenizer, partial(log_likelihood, job.tokenizer, job.var),
+                *job.images_to_weigh(among), among, job.names)
     elif task == "evaluate":
         (real, labels), (test, test_labels) = job.real_images("train"), job.real_images("test")
         wanted = judge.labels_to_draw(job.n or 1000, labels, test_labels)
@@ -412,8 +410,6 @@ def main():
     job = command_line.Job(args, *load_models(args))
     other = {"sample": show_samples, "guidance": show_samples, "density": measure,
              "evaluate": measure, "export": measure}
-    if "sample" in job.tasks:
-        show_claims(job)
     for task in job.tasks:
         other.get(task, show_edits)(job, task)
 

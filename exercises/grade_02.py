@@ -79,16 +79,16 @@ def test_02_2(chapter):
     tokenizer = random_tokenizer(chapter)
     f = torch.randn(3, 7, 5, 5, requires_grad=True)
     before = f.detach().clone()
-    yielded, wanted, rounds = tokenizer._rounds(f), algorithm_1(tokenizer, f), []
+    yielded, wanted, rounds = tokenizer.rounds(f), algorithm_1(tokenizer, f), []
     if not isinstance(yielded, GeneratorType):
-        raise Wrong(f"_rounds(f) is {describe(yielded)}; it must yield one round after the other")
+        raise Wrong(f"rounds(f) is {describe(yielded)}; it must yield one round after the other")
     for k, (want, got) in enumerate(zip(wanted, yielded)):
         expect(f"the number of things that round {k} yields", len(got), 3)
         for name, *pair in zip(("x", "tokens_k", "f_hat"), got, want):
             expect(f"{name} of round {k}", *pair, 1e-4)
         rounds.append(got)
     expect("the number of rounds", len(rounds) + len(list(yielded)), len(SCALES))
-    expect("f after _rounds(f)", f, before)
+    expect("f after rounds(f)", f, before)
     for k in range(len(SCALES)):
         name = f"f_hat of round {k}, looked at after the last round (does += change it?)"
         expect(name, rounds[k][2], wanted[k][2], 1e-4)

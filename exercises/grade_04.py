@@ -63,12 +63,12 @@ class Branch(torch.nn.Module):
         return x @ self.matrix
 
 
-def block_by_hand(block, x, modulation, kept=1.0):
+def block_by_hand(block, x, adaln, kept=1.0):
     """x (B, n, D), image by image -> (what attention sees, what the MLP sees, the result).
     kept: the factor of drop-path on both branches"""
     D = x.shape[-1]
     rows = []
-    for image, (gate1, gate2, scale1, scale2, shift1, shift2) in zip(x, modulation[:, 0]):
+    for image, (gate1, gate2, scale1, scale2, shift1, shift2) in zip(x, adaln[:, 0]):
         normed = torch.nn.functional.layer_norm(image, (D,), eps=1e-6)
         first = normed + normed * scale1 + shift1
         image = image + kept * (first @ block.attention.matrix) * gate1
@@ -81,7 +81,7 @@ def block_by_hand(block, x, modulation, kept=1.0):
 def test_04_2(chapter):
     torch.manual_seed(0)
     config = chapter.VARConfig(depth=2, width=6, heads=3)
-    x, modulation = torch.randn(2, 5, 6).double(), torch.randn(2, 1, 6, 6).double()
+    x, adaln = torch.randn(2, 5, 6).double(), torch.randn(2, 1, 6, 6).double()
     mask, cache = object(), object()                     # only passed on, so anything will do
     for name, kept, changes in (
             ("Block.forward with all gates 0", 1.0, {0: 0.0, 1: 0.0}),
@@ -95,12 +95,12 @@ def test_04_2(chapter):
         block.attention, block.mlp = Branch(6), Branch(6)
         if kept != 1:
             block.drop_path = lambda h: h * kept
-        table, given = modulation.clone(), x.clone()
+        table, given = adaln.clone(), x.clone()
         for i, number in changes.items():
             table[:, :, i] = number
         first, second, want = block_by_hand(block, x, table, kept)
         got = block(given, table, mask, cache)
-        shapes = dict(x=(2, 5, 6), modulation=(2, 1, 6, 6))
+        shapes = dict(x=(2, 5, 6), adaln=(2, 1, 6, 6))
         for part, calls, seen in (("attention", block.attention.calls, first),
                                   ("the MLP", block.mlp.calls, second)):
             assert len(calls) == 1, f"{name}: {part} ran {len(calls)} times, expected once"
@@ -119,19 +119,19 @@ def test_04_2(chapter):
     block.attention, block.mlp = Branch(6), Branch(6)
     grads = []
     for function in (block, lambda *given: block_by_hand(block, *given)[2]):
-        given = [tensor.clone().requires_grad_() for tensor in (x, modulation)]
+        given = [tensor.clone().requires_grad_() for tensor in (x, adaln)]
         grads.append(gradients("Block.forward", function(*given) ** 2, *given))
-    for name, got, want in zip(("x", "modulation"), *grads):
+    for name, got, want in zip(("x", "adaln"), *grads):
         expect(f"gradient of the sum of squares of Block.forward at {name}", got, want, 1e-9)
 
     # In training drop-path leaves out a branch of an image, not of a token or a number.
     block = chapter.Block(config, drop_rate=0.5).double().train()
     block.attention, block.mlp = Branch(6), Branch(6)
-    modulation = modulation.clone()
-    modulation[:, :, 1] = 0
+    adaln = adaln.clone()
+    adaln[:, :, 1] = 0
     many = torch.randn(1, 5, 6).double().expand(60, 5, 6)
-    got = block(many, modulation[:1].expand(60, 1, 6, 6))
-    whole = block_by_hand(block, many[:1], modulation[:1], 2.0)[2][0]
+    got = block(many, adaln[:1].expand(60, 1, 6, 6))
+    whole = block_by_hand(block, many[:1], adaln[:1], 2.0)[2][0]
     left_out = torch.stack([(row - many[0]).abs().amax() < 1e-9 for row in got])
     full = torch.stack([(row - whole).abs().amax() < 1e-9 for row in got])
     assert (left_out | full).all() and left_out.any() and full.any(), (

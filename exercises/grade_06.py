@@ -77,8 +77,9 @@ def guided_logits(chapter, logits, cfg, B):
     tokenizer = SimpleNamespace(K=len(logits), next_input=lambda k, f_hat, tokens_k: (
         f_hat, torch.zeros(B, 1, 1)))
     var = SimpleNamespace(
-        config=SimpleNamespace(num_classes=4), conditioning=lambda labels: [torch.zeros(1)],
-        new_cache=list, step=lambda k, inputs, conditioning, cache: logits[k].clone())
+        config=SimpleNamespace(num_classes=4), new_cache=list,
+        conditioning=lambda labels: SimpleNamespace(row=torch.zeros(1)),
+        step=lambda k, inputs, conditioning, cache: logits[k].clone())
     chapter.sample_tokens(tokenizer, var, torch.arange(B), cfg=cfg)
     return seen
 

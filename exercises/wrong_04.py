@@ -66,12 +66,12 @@ return x + self.drop_path(self.mlp(x * (1 + scale_by2) + shift2) * gate2)
         "forgets the positions": (" + self.position[:, begin:end]", ""),
         "takes the embedding of the scale before": (
             "scale_embed.weight[k]", "scale_embed.weight[max(k - 1, 0)]"),
-        "forgets the class in the start": ("conditioning[0] + self.start", (
-            "0 * conditioning[0] + self.start")),
-        "forgets the start": ("conditioning[0] + self.start", (
-            "conditioning[0] + 0 * self.start")),
+        "forgets the class in the start": ("conditioning.row + self.start", (
+            "0 * conditioning.row + self.start")),
+        "forgets the start": ("conditioning.row + self.start", (
+            "conditioning.row + 0 * self.start")),
         "adds the class to the inputs of every scale": (
-            "else self.word_embed(inputs)", "else self.word_embed(inputs) + conditioning[0]"),
+            "else self.word_embed(inputs)", "else self.word_embed(inputs) + conditioning.row"),
         "counts the side instead of its square": (
             "sum(side * side for side in self.config.scales[:k])", "sum(self.config.scales[:k])"),
         "takes the first scale for a single token": (
@@ -80,9 +80,9 @@ return x + self.drop_path(self.mlp(x * (1 + scale_by2) + shift2) * gate2)
         "uses no cache": ("cache=block_cache", ""),
         "gives all blocks the cache of the first": ("cache=block_cache", "cache=cache[0]"),
         "makes a new cache at every scale": (
-            "conditioning[1], cache)", "conditioning[1], self.new_cache())"),
+            "conditioning.blocks, cache)", "conditioning.blocks, self.new_cache())"),
         "gives all blocks the modulation of the first": (
-            "x = block(x, modulation,", "x = block(x, conditioning[1][0],"),
+            "x = block(x, adaln,", "x = block(x, conditioning.blocks[0],"),
         "leaves the class out of the head": (
             "return self.predict(x, conditioning)", "return self.head(self.head_norm(x))"),
         "returns the hidden vectors instead of logits": (

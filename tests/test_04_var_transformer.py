@@ -116,7 +116,7 @@ def test_drop_path_leaves_out_whole_branches_of_images_and_keeps_the_mean():
     assert torch.allclose(each[each > 0], torch.tensor(1 / 0.6))
     assert float(each.mean()) == pytest.approx(1, abs=0.05)
     block.drop_rate = 1 - 1e-7                             # both branches out: the identity
-    x, modulation = torch.randn(3, var.L, 16), var.conditioning(torch.tensor([0, 1, 2]))[1][1]
+    x, modulation = torch.randn(3, var.L, 16), var.conditioning(torch.tensor([0, 1, 2])).blocks[1]
     assert torch.equal(block(x, modulation), x)
     assert not torch.allclose(block.eval()(x, modulation), x, atol=1e-3)
 
@@ -131,7 +131,7 @@ def test_at_first_the_loss_is_ln_v_and_every_block_nearly_the_identity(shared_ad
     labels, shown = batch(var, 20)
     loss = F.cross_entropy(var(labels, shown).flatten(0, 1), torch.randint(100, (20 * var.L,)))
     assert float(loss) == pytest.approx(math.log(100), rel=0.01)
-    for block, modulation in zip(var.blocks, var.conditioning(labels)[1]):
+    for block, modulation in zip(var.blocks, var.conditioning(labels).blocks):
         x = torch.randn(20, var.L, 64)
         assert (block(x, modulation) - x).abs().max() < 0.01 * x.abs().max()
 
