@@ -156,16 +156,6 @@ class VectorQuantizer(Quantizer):
         return F.embedding(idx, self.codebook)
 
     @torch.no_grad()
-    def start_on_data(self, groups):
-        """Place the codes on vectors of the first batch: a code far from all data would never be
-        used."""
-        self.started = True
-        if bool(self.initialised):           # the codes come from a checkpoint
-            return
-        self.codebook.copy_(self._draw(groups))
-        self.sums.copy_(self.codebook)
-
-    @torch.no_grad()
     def observe(self, groups, indices):
         x = torch.cat([g.reshape(-1, self.dim) for g in groups]).float()
         idx = torch.cat([i.reshape(-1) for i in indices])
@@ -179,9 +169,10 @@ class VectorQuantizer(Quantizer):
         """VQ-VAE, appendix A.1: hits = decay hits + (1 - decay) count, sums = decay sums +
         (1 - decay) total, code = sums / hits. A step that was not accepted, as its loss or gradient
         is not finite, leaves no trace."""
-        if dist.is_initialized():            # all processes need the statistics of all of them, or
-            dist.all_reduce(self.count)      # their codebooks drift apart
-            dist.all_reduce(self.total)
+        # Sums over all processes: each of them sees a part of the batch.
+        over_all_processes(dist.all_reduce, self.count)
+        over_all_processes(dist.all_reduce, self.total)
+        # Not `if good:`, which would make Python wait for a GPU: torch.where chooses.
         good = self.total.isfinite().all() & accepted
         # Exercise 01_3
         self.hits.lerp_(torch.where(good, self.count, self.hits), 1 - self.decay)
@@ -192,35 +183,58 @@ class VectorQuantizer(Quantizer):
             self.codebook.copy_(torch.where(alive[:, None], mean, self.codebook))
         # End of exercise
         if self.revive:
-            # Codes used less than a tenth as often as the average (and less than once a step) move
-            # onto vectors of this batch. Their statistics move along: stale ones would carry the
-            # code straight back in the next update.
-            dead = good & (self.hits < (0.1 * self.hits.mean()).clamp(max=1.0))
-            self.codebook.copy_(torch.where(dead[:, None], self.fresh, self.codebook))
-            self.sums.copy_(torch.where(dead[:, None], self.fresh, self.sums))
-            self.hits.masked_fill_(dead, 1.0)
+            self._move_unused_codes(good)
         self.count.zero_()
         self.total.zero_()
         self.initialised.logical_or_(good)
         if not self.settled:                 # if not accepted, the next step places the codes again
             self.started = self.settled = bool(self.initialised)
 
+    def _move_unused_codes(self, good):
+        """Codes used less than a tenth as often as the average (and less than once a step) move
+        onto vectors of this batch. Their statistics move along: stale ones would carry the code
+        straight back in the next update."""
+        dead = good & (self.hits < (0.1 * self.hits.mean()).clamp(max=1.0))
+        self.codebook.copy_(torch.where(dead[:, None], self.fresh, self.codebook))
+        self.sums.copy_(torch.where(dead[:, None], self.fresh, self.sums))
+        self.hits.masked_fill_(dead, 1.0)
+
+    @torch.no_grad()
+    def start_on_data(self, groups):
+        """Place the codes on vectors of the first batch: a code far from all data would never be
+        used."""
+        self.started = True
+        if bool(self.initialised):           # the codes come from a checkpoint
+            return
+        self.codebook.copy_(self._draw(groups))
+        self.sums.copy_(self.codebook)
+
     def _draw(self, groups):
         """V vectors drawn at random, those of small groups with a larger chance each: the coarse
         scales of chapter 2 have few vectors and need codes all the same. -> (V, C)"""
         flat = [g.detach().reshape(-1, self.dim).float() for g in groups]
         weight = torch.cat([f.new_full((len(f),), 1 / len(f)) for f in flat])
-        if self.vocab_size > len(weight):
-            rows = torch.multinomial(weight, self.vocab_size, replacement=True)
-        else:
-            # Without replacement multinomial computes just this, but makes a GPU wait.
-            rows = (weight / torch.empty_like(weight).exponential_()).topk(self.vocab_size).indices
-        drawn = torch.cat(flat)[rows]
+        drawn = torch.cat(flat)[draw_rows(weight, self.vocab_size)]
         # The same vector twice would waste a code: noise of 1 % lets the two move apart.
         drawn = drawn + 0.01 * drawn.square().mean().sqrt() * torch.randn_like(drawn)
-        if dist.is_initialized():
-            dist.broadcast(drawn, 0)
+        over_all_processes(dist.broadcast, drawn, 0)                     # process 0 decides
         return drawn
+
+
+def draw_rows(weight, count):
+    """Random rows, each with a chance in proportion to its weight (N,), and none twice if there
+    are enough. -> (count,)"""
+    if count > len(weight):
+        return torch.multinomial(weight, count, replacement=True)
+    # Without replacement multinomial computes just this, but makes a GPU wait.
+    return (weight / torch.empty_like(weight).exponential_()).topk(count).indices
+
+
+def over_all_processes(operation, tensor, *more):
+    """Where several processes train (chapter 5), make the tensor the same in all of them, in place:
+    otherwise their codebooks drift apart. operation: of torch.distributed"""
+    if dist.is_initialized():
+        operation(tensor, *more)
 
 
 # -- Signs: a codebook for free --------------------------------------------------------------------
