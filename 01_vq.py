@@ -3,7 +3,7 @@
 A transformer ends in a softmax over a finite list of symbols, so an image must become symbols
 first. Quantizing does that: each number (or vector) is replaced by the nearest entry of a short
 list, and only the entry's index is kept. This chapter quantizes colours, chapter 2 whole feature
-maps, and chapter 4 predicts the indices.
+maps, and chapter 4 predicts the indices. (Ignore `# Exercise`: it marks what a course blanks out.)
 
     scalar    -0.37 ------------------> bucket 3 of 8 ------> -0.375
     vector    (0.9, 0.1, 0.2) --------> code 17 of 64 ------> (0.8, 0.1, 0.3)
@@ -249,7 +249,8 @@ class LookupFreeQuantizer(Quantizer):
     def __init__(self, bits, entropy=0.1):
         super().__init__()
         if not 1 <= bits <= 24:
-            raise ValueError(f"lfq has one bit per channel and allows 1 to 24, not {bits}")
+            raise ValueError(f"lfq has one bit per channel and allows 1 to 24, not {bits}: "
+                             "give --set latent_dim=9 --vocab-size 512, say")
         self.dim, self.vocab_size = bits, 2 ** bits
         self.entropy, self.size = entropy, 1 / math.sqrt(bits)
         self.register_buffer("powers", 2 ** torch.arange(bits), persistent=False)

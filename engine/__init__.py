@@ -1,4 +1,4 @@
-"""What runs a training and is no idea of VAR: options, processes, files, checkpoints."""
+"""What runs a training: options, processes, files, checkpoints, presets. It calls no chapter."""
 
 
 class BadInput(ValueError):

@@ -135,7 +135,7 @@ def autocast(device, precision):
 class GroupNorm(torch.nn.GroupNorm):
     """In the precision of x, also under autocast. Its own rule for CUDA is float32, which doubles
     the bytes and copies every activation twice; the kernel sums in float32 in any case."""
-    mixed = ("cpu",)                                       # accept half x with float32 weights
+    mixed = ("cpu",)       # devices whose kernel takes half-precision x with float32 weights
 
     def __init__(self, channels, groups):
         super().__init__(groups, channels, eps=1e-6)

@@ -1,5 +1,6 @@
 """Options of the command line made from dataclasses, and one-line errors."""
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -94,8 +95,9 @@ def assignment(*classes):
     def parse(text):
         name, equals, value = text.partition("=")
         if not equals or name not in known:
+            near = difflib.get_close_matches(name[:40], known, n=5, cutoff=0)
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not NAME=VALUE with the name of a "
-                                             f"field of {', '.join(c.__name__ for c in classes)}")
+                                             f"setting; the nearest are {', '.join(near)}")
         read = value_of(known[name])
         if "nargs" in known[name].metadata:                # of several words
             return name, tuple(map(read, value.split(",")))

@@ -102,7 +102,8 @@ class Processes:
         pass averages the gradients."""
         if compile:
             import torch._functorch.config as functorch
-            functorch.donated_buffer = False               # an adaptive weight goes back twice more
+            # The adaptive weight of the critic runs backward twice more through the same graph.
+            functorch.donated_buffer = False
             model = torch.compile(model)
         if self.world > 1 and not is_sharded(model):
             # Buffers need no copy from rank 0, because the quantizer keeps them equal. torch 2.13

@@ -19,7 +19,7 @@ class RunFolder:
 
     def __enter__(self):
         if self.writes:
-            self.is_new = not self.path.exists()
+            self.made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a")
             self.take_lock()
@@ -28,9 +28,11 @@ class RunFolder:
     def __exit__(self, *error):
         if self.writes:
             self.lock.close()
-            if self.is_new and [path.name for path in self.path.iterdir()] == [".lock"]:
+            if self.made and [path.name for path in self.path.iterdir()] == [".lock"]:
                 (self.path / ".lock").unlink()
-                self.path.rmdir()
+                with contextlib.suppress(OSError):         # another run may have come into out/
+                    for path in self.made:
+                        path.rmdir()
 
     def take_lock(self):
         """The operating system releases the lock when this process ends, also when it is killed.

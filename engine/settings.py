@@ -105,11 +105,12 @@ class Settings(RunSettings, TransformerSettings, TokenizerSettings):
 def check_settings(settings, image_size):
     """Settings that cannot work together. Raises BadInput."""
     processes = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1)))
-    for size in ("tokenizer_batch_size", "batch_size"):
-        if getattr(settings, size) % (processes * settings.accumulate):
-            parts = f", {settings.accumulate} parts each" if settings.accumulate > 1 else ""
-            raise BadInput(f"--{size.replace('_', '-')} {getattr(settings, size)} cannot be "
-                           f"divided among {processes} processes{parts}")
+    parts = processes * settings.accumulate
+    for name in ("tokenizer_batch_size", "batch_size"):
+        if getattr(settings, name) % parts:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)} must be a "
+                           f"multiple of {parts} = {processes} (processes) x "
+                           f"{settings.accumulate} (--accumulate)")
     if settings.shard and not OPTIMIZERS[settings.optimizer].works_on_shards:
         raise BadInput(f"--shard needs --optimizer adamw: {settings.optimizer} works on whole "
                        "matrices")

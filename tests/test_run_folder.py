@@ -53,11 +53,11 @@ def test_a_folder_belongs_to_one_run_until_it_ends_however_it_ends(refused, tiny
 def test_a_refused_command_leaves_no_new_folder_and_an_old_one_as_it_was(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "mine.txt").write_text("keep")
-    for name in ("new", "old"):
+    for name in ("new/below", "old", "old/below"):
         with pytest.raises(BadInput):
             with RunFolder(tmp_path / name):
                 raise BadInput("no")
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and not (tmp_path / "old" / "below").exists()
     assert (tmp_path / "old" / "mine.txt").read_text() == "keep"
 
 

@@ -127,8 +127,10 @@ def test_every_field_of_a_stages_settings_counts_and_no_other(cls):
     ("--image-size 33", "scale"), ("--set nothing=3", "'nothing=3'"), ("--set flip=x", "'x'"),
     ("--set picture_loss=l3", "l1, l2"), ("--set num_classes=3", "num_classes"),
     ("--num-classes 3", "num-classes"), ("--set channels=0", "1 or more"),
-    ("--batch-size 5 --gpus 2", "2 processes"), ("--tokenizer-batch-size 5 --gpus 2", "2 proc"),
-    ("--accumulate 3", "3 parts"), ("--set heads=3 width=16", "heads"),
+    ("--batch-size 5 --gpus 2", "multiple of 2"), ("--set stps=3", " steps"),
+    ("--tokenizer-batch-size 5 --gpus 2", "tokenizer-batch-size 5"),
+    ("--accumulate 3", "multiple of 3"), ("--quantizer lfq --set latent_dim=32", "latent_dim=9"),
+    ("--set heads=3 width=16", "heads"),
     ("--quantizer lfq --set latent_dim=5", "lfq"),
     ("--vgg-file x.pth", "--perceptual"), ("--tokenizer-file x.pth", "--stage transformer"),
     ("--perceptual 1 --image-size 8 --set multipliers=1", "16 pixels"), ("--shard", "adamw"),
@@ -145,4 +147,4 @@ def test_a_wrong_option_is_one_line_and_leaves_no_trace(refused, picture_folder,
 
 def test_the_batch_is_divided_among_the_processes_of_torchrun_too(monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 processes" in refused(SCRIPT, *TINY)
+    assert "multiple of 3" in refused(SCRIPT, *TINY)
