@@ -28,7 +28,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -65,15 +65,14 @@ transformer = import_module("04_var_transformer")
 # -- Settings --------------------------------------------------------------------------------------
 
 def read_settings(argv=None):
-    """Command line -> (Settings, TokenizerConfig, dict of VARConfig fields)"""
+    """Command line -> (Settings, TokenizerConfig, VARConfig as far as known before the data)"""
     options = {Settings: {}, vqvae.TokenizerConfig: TOKENIZER_OPTIONS,
                transformer.VARConfig: TRANSFORMER_OPTIONS}
     values = fill_in(read_options(argv, __doc__.splitlines()[0], options))
     picked = [{f.name: values[f.name] for f in fields(cls) if f.name in values} for cls in options]
-    settings, config = Settings(**picked[0]), vqvae.TokenizerConfig(**picked[1])
+    settings, config, var_config = [cls(**sizes) for cls, sizes in zip(options, picked)]
     check_settings(settings, config.image_size)
-    transformer.VARConfig(**picked[2])                     # sizes that cannot be: say so at once
-    return settings, config, picked[2]
+    return settings, config, var_config
 
 
 # -- The training loop, shared by both stages ------------------------------------------------------
@@ -401,14 +400,13 @@ def open_run_tokenizer(settings, folder, scales):
 
 # -- The whole road --------------------------------------------------------------------------------
 
-def var_sizes(var_fields, config, num_classes):
+def var_sizes(var_config, config, num_classes):
     """-> VARConfig: some sizes follow from the tokenizer and from the data."""
-    return transformer.VARConfig(**{**var_fields, "num_classes": num_classes,
-                                    "scales": config.scales, "vocab_size": config.vocab_size,
-                                    "latent_dim": config.latent_dim})
+    return replace(var_config, num_classes=num_classes, scales=config.scales,
+                   vocab_size=config.vocab_size, latent_dim=config.latent_dim)
 
 
-def train_all(settings, config, var_fields):
+def train_all(settings, config, var_config):
     """Both stages, or the one of --stage. On return nothing of them is left in memory."""
     again = "the same command" + " without --fresh" * settings.fresh
     with (Processes(settings.device) as processes,
@@ -424,8 +422,8 @@ def train_all(settings, config, var_fields):
             load_splits, settings.dataset, config.image_size, settings.data_dir, settings.classes))
         settings.classes = tuple(class_names) if settings.classes else ()    # however asked for
         recipe = follow_recipe(settings, len(data["train"][0]))
-        everything = {**asdict(settings), **asdict(config), **var_fields,
-                      "num_classes": len(class_names)}
+        sizes = var_sizes(var_config, config, len(class_names))
+        everything = {**asdict(settings), **asdict(config), **asdict(sizes)}
         announce(processes, everything, recipe, *[len(images) for images, _ in data.values()])
         if settings.stage != "transformer":
             train(TokenizerStage(settings, processes, folder, config, all_data["train"][0],
@@ -439,7 +437,6 @@ def train_all(settings, config, var_fields):
             elif about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
                 processes.say(f"note: the tokenizer was trained for {about['step']} steps of "
                               f"{planned}")
-            sizes = var_sizes(var_fields, config, len(class_names))
             train(on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_names),
                   folder, stop, everything)
             if processes.rank == 0 and settings.export:
@@ -474,22 +471,22 @@ def draw_samples(settings):
                             settings.data_dir])
 
 
-def dry_run(settings, config, var_fields):
+def dry_run(settings, config, var_config):
     """Print what a training takes. Nothing is read, written or trained."""
     with torch.device("meta"):                             # tensors with shapes but no memory
         tokenizer = vqvae.MultiScaleVQVAE(config)
-        var = transformer.VAR(var_sizes(var_fields, config, var_fields.get("num_classes", 10)))
+        var = transformer.VAR(var_sizes(var_config, config, var_config.num_classes))
     plan.show(settings, tokenizer, var)
 
 
 def main():
-    settings, config, var_fields = read_settings()
+    settings, config, var_config = read_settings()
     if settings.dry_run:
-        return dry_run(settings, config, var_fields)
+        return dry_run(settings, config, var_config)
     if settings.gpus > 1 and "RANK" not in os.environ:
         load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
         return relaunch(settings.gpus, settings.device)
-    train_all(settings, config, var_fields)
+    train_all(settings, config, var_config)
     free_gpu_memory()                                      # chapter 6 needs it
     if settings.stage != "tokenizer" and settings.steps and os.environ.get("RANK", "0") == "0":
         return draw_samples(settings)

@@ -158,8 +158,8 @@ def steps(device, repeats, presets=("shapes", "cifar10")):
     large = [f"imagenet --batch-size 64 --depth {depth}" for depth in (16, 30)]
     for preset in (*presets, *(large if device == "cuda" else ())):
         options = f"--dataset {preset} --device {device}"
-        settings, config, var_fields = training.read_settings(options.split())
-        stage, tokens = stage_2(options, config, training.var_sizes(var_fields, config, 10),
+        settings, config, var_config = training.read_settings(options.split())
+        stage, tokens = stage_2(options, config, training.var_sizes(var_config, config, 10),
                                 settings.batch_size)
         work = [(stage, tokens)]
         if config.image_size == 32:

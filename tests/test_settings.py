@@ -25,11 +25,11 @@ def test_each_data_set_has_its_preset_and_typed_values_win_over_it():
     shown, config, var = m5.read_settings([])
     assert (shown.dataset, shown.out, config.image_size) == ("shapes", str(Path("out/shapes")), 32)
     shown, config, var = m5.read_settings(["--dataset", "cifar10"])
-    assert config.vocab_size == 1024 and shown.flip and var["depth"] == 6
+    assert config.vocab_size == 1024 and shown.flip and var.depth == 6
     shown, config, var = m5.read_settings("--dataset cifar10 --depth 3 --no-flip --out x --set "
                                           "cfg=3 shared_adaln=false".split())
-    assert (var["depth"], shown.flip, shown.out, config.vocab_size) == (3, False, "x", 1024)
-    assert (shown.cfg, shown.top_p, var["shared_adaln"], var["width"]) == (3, 0.9, False, 256)
+    assert (var.depth, shown.flip, shown.out, config.vocab_size) == (3, False, "x", 1024)
+    assert (shown.cfg, shown.top_p, var.shared_adaln, var.width) == (3, 0.9, False, 256)
     shown, config, _ = m5.read_settings(["--dataset", "/some/where/cats"])
     assert shown.out == str(Path("out/cats")) and config.image_size == 64
     shown, config, _ = m5.read_settings("--preset cifar10-cpu --steps 9".split())
@@ -71,7 +71,7 @@ def test_the_imagenet_recipe_is_that_of_the_original(depth, side, batch, epochs,
         assert all(word in text for word in (f"{epochs} epochs", f"{shown.steps:,} steps",
                                              f"rate {shown.lr:.3g}"))
         assert (config.image_size, config.scales) == (side, SIDES[side])
-        assert (var["depth"], var.get("shared_adaln", False)) == (depth, depth == 36)
+        assert (var.depth, var.shared_adaln) == (depth, depth == 36)
 
 
 def test_what_is_typed_wins_over_the_recipe():
@@ -86,7 +86,7 @@ def test_what_is_typed_wins_over_the_recipe():
             f"--dataset imagenet --depth 36 --image-size {side} --set shared_adaln=false "
             "weight_decay=0.1".split())
         assert {name: getattr(config, name) for name in RELEASED} == RELEASED
-        assert (config.image_size, config.scales, var["shared_adaln"]) == (side, SIDES[side], False)
+        assert (config.image_size, config.scales, var.shared_adaln) == (side, SIDES[side], False)
     assert (shown.weight_decay, shown.final_weight_decay, shown.batch_size) == (0.1, None, 768)
 
 
