@@ -23,13 +23,12 @@ matrix learn as fast as strong ones (engine/optimizers.py). All randomness of st
 Differs from the original VAR code: stage 1 exists, with the losses of VQGAN (engine/perceptual.py)
 and a health check of every scale (report/health.py); images are tokenized once, not in every step.
 """
-import functools
 import math
 import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -170,7 +169,8 @@ def report(stage, step, results, seconds, folder):
     text, numbers = stage.summary([part for result in good for part in result.metrics])
     lr, norm = stage.optimizers[0].param_groups[0]["lr"], float(good[-1].norm)
     if any(skipped):
-        text, numbers["skipped"] = f"{text} | skipped {sum(skipped)}", sum(skipped)
+        numbers["skipped"] = sum(skipped)
+        text += f" | skipped {sum(skipped)}"
     stage.processes.say(
         f"{stage.name} {step}/{stage.steps} ({100 * step // stage.steps}%) | loss {loss:.4g} | "
         f"{text} | lr {lr:.1e} | grad {norm:.2f} | {stage.batch_size / seconds:.0f} img/s | "
@@ -185,13 +185,12 @@ class TokenizerStage:
     fresh_removes = "tokenizer.pt", "transformer.pt"       # the latter is of other tokens
     final_lr, final_decay = 0.0, None
 
-    def __init__(self, settings, processes, folder, config, train_images, test_images,
-                 class_names):
+    def __init__(self, settings, processes, folder, config, images, test_images, class_names):
         self.settings, self.processes, self.folder = settings, processes, folder
         self.steps, self.batch_size = settings.tokenizer_steps, settings.tokenizer_batch_size
         self.autocast = partial(autocast, processes.device, settings.precision)
         torch.manual_seed(settings.seed)
-        self.images, = move_small_arrays_to_gpu((train_images,), processes.device)
+        self.images, = move_small_arrays_to_gpu((images,), processes.device)
         self.held_out = sample_of(test_images, settings.held_out)
         self.model = lay_out(vqvae.MultiScaleVQVAE(config), processes.device, settings.precision)
         self.loss_scale = LossScale(settings.precision).to(processes.device)
@@ -205,18 +204,21 @@ class TokenizerStage:
         self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
                           settings={**fields_of(settings, TokenizerSettings), **asdict(config)})
 
-    @functools.cached_property
+    @cached_property
     def perceptual(self):
         """LPIPS, loaded at the first step. A finished tokenizer does not need it."""
         weights = self.settings.vgg_file, self.settings.lpips_file
         return perceptual.load_perceptual(*weights).to(self.processes.device)
 
     def batches(self, start):
-        seed = self.settings.seed
-        wanted = ([(int(i), seed * 10 ** 9 + step) for i in self.processes.share(
-                    batch_indices(step, len(self.images), self.batch_size, seed))]
-                for step in range(start, self.steps))
+        wanted = map(self.share_of, range(start, self.steps))
         return zip(picture_batches(self.images, wanted, self.settings.workers))      # tuples of one
+
+    def share_of(self, step):
+        """This process's images of a step. -> [(index, seed of the image's random crop)]"""
+        seed = self.settings.seed
+        indices = batch_indices(step, len(self.images), self.batch_size, seed)
+        return [(int(i), seed * 10 ** 9 + step) for i in self.processes.share(indices)]
 
     def loss(self, model, batch, progress):
         settings, image = self.settings, to_float(to_device(batch[0], self.processes.device))
@@ -326,9 +328,9 @@ class TransformerStage:
         numbers = dict(per_scale=scales, right=right)
         # Half precision cannot tell products apart that are multiplied by much: 100 is the most.
         if self.settings.precision != "float32" and self.model.config.qk_norm:
-            factors = [checkpoints.whole(block.attention.log_scale.detach())
-                       for block in self.model.blocks]
-            numbers["qk_factor"] = min(math.exp(max(float(x.max()) for x in factors)), 100.0)
+            factors = [block.attention.log_scale.detach() for block in self.model.blocks]
+            largest = max(float(checkpoints.whole(factor).max()) for factor in factors)
+            numbers["qk_factor"] = min(math.exp(largest), 100.0)
             text += f" | qk {numbers['qk_factor']:.0f}"
         return text, numbers
 
@@ -458,8 +460,8 @@ def on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_n
     tokens = {}
     for split, (images, labels) in data.items():
         views = Views(images, settings.views if split == "train" else 1, settings.workers)
-        tokens[split] = cache_tokens(settings, processes, folder, stop, tokenizer, views,
-                                     split), labels
+        found = cache_tokens(settings, processes, folder, stop, tokenizer, views, split)
+        tokens[split] = found, labels
     return TransformerStage(settings, processes, tokenizer, sizes, tokens, class_names)
 
 
