@@ -51,8 +51,8 @@ def download(url, path, sha256=""):
                 receive(url, path, sha256)
         lock.unlink(missing_ok=True)
     except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
-        raise BadInput(f"could not download {url} ({error or type(error).__name__}): the same "
-                       f"command goes on from there, or put the file at {path}") from None
+        raise BadInput(f"could not download {url} ({error or type(error).__name__}): run the "
+                       f"same command again, or put the file at {path}") from None
 
 
 def receive(url, path, sha256):
@@ -70,7 +70,9 @@ def receive(url, path, sha256):
     with answer, open(part, "ab") as file:
         if answer.status != 206:                # the server sends all of it
             file.truncate(have := 0)
-        total = have + int(answer.headers.get("Content-Length", 0))
+        if "Content-Length" not in answer.headers:
+            raise OSError("the server does not say how long it is")
+        total = have + int(answer.headers["Content-Length"])
         print(f"downloading {url} to {path}, {total / 1e6:.0f} MB"
               + f", {have / 1e6:.0f} MB of it are here" * (have > 0), flush=True)
         for chunk in progress(iter(lambda: answer.read(1 << 20), b""), total - have, "bytes"):

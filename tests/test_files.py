@@ -20,8 +20,8 @@ from engine import BadInput, files, released
 
 class Hub(http.server.ThreadingHTTPServer):
     """A web server on this machine. .files: name -> bytes; .seen: (name, Range or None) of every
-    request; .sent: bytes; .ranges: does it know them? .cut: how many bytes it sends before it hangs
-    up."""
+    request; .sent: bytes; .ranges: does it know them? .tells: does it tell a length? .cut: how many
+    bytes it sends before it hangs up."""
 
     daemon_threads = False               # closing it waits until the last answer has been counted
 
@@ -29,6 +29,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.files, self.seen, self.sent, self.ranges, self.cut = {}, [], 0, True, None
+        self.tells = True
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
 
@@ -42,7 +43,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if begin:
             status = 206 if begin < len(body) else 416
         self.send_response(status)
-        self.send_header("Content-Length", str(max(0, len(body) - begin)))
+        if hub.tells:
+            self.send_header("Content-Length", str(max(0, len(body) - begin)))
         self.end_headers()
         with contextlib.suppress(OSError):                 # the other side may hang up
             hub.sent += self.wfile.write(body[begin:][:hub.cut])
@@ -113,6 +115,8 @@ def test_every_answer_ends_in_the_right_file(hub, ranges, part, damaged, request
 
 def test_a_failed_download_says_where_to_put_the_file(hub):
     assert "404" in refused(hub.url + "a.pth", hub.folder / "a.pth")
+    hub.files["a.pth"], hub.tells = some_bytes(1000), False
+    assert "how long" in refused(hub.url + "a.pth", hub.folder / "a.pth")
     assert "refused" in refused("http://127.0.0.1:9/a.pth", hub.folder / "a.pth")
     (hub.folder / "file").write_text("a file")
     assert "File exists" in refused(hub.url + "a.pth", hub.folder / "file" / "a.pth")
