@@ -58,14 +58,14 @@ def read_arguments(description):
     add("--seed", type=number(int, 0), default=0)
     add("--out", help="folder for the results; default: out/NAME")
     args = p.parse_args()
-    check(args)
+    check_options(args)
     for path in filter(None, (args.image, args.mask)):
         read(path)                                         # fail before anything is loaded or drawn
     args.device = devices.pick_device(args.device)
     return args
 
 
-def check(args):
+def check_options(args):
     """Raise BadInput for options that contradict each other or are out of range."""
     x0, y0, x1, y1 = args.box or (0, 0, 1, 1)
     files = bool(args.tokenizer_file) + bool(args.var_file)
