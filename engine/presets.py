@@ -36,7 +36,7 @@ PRESETS = {
                         vocab_size=512, channels=64, flip=True, views=4, adversarial=0.2,
                         tokenizer_steps=12_000, tokenizer_batch_size=16, depth=6, width=192,
                         heads=3, shared_adaln=True, drop_path=0.05, steps=14_000, batch_size=24,
-                        cfg=2.5, top_p=0.92, log_every=200),
+                        cfg=3.0, top_p=0.8, log_every=200),
     "folder": dict(image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
                    steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
                    heads=6),

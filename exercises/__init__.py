@@ -1,0 +1,1 @@
+"""The course: blanks in the chapters, their texts, graders and wrong answers."""
