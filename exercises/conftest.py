@@ -44,10 +44,10 @@ def chapter():
 def pytest_pyfunc_call(pyfuncitem):
     config, task = pyfuncitem.config, pyfuncitem.name.removeprefix("test_")
     path = config.getoption("--student") / grading.source_of(task)
-    if path.exists():
+    if path.is_file():
         result = grading.judge(task, path.read_text(encoding="utf-8-sig", errors="replace"))
     else:
-        result = grading.Result("error", f"there is no {path}")
+        result = grading.Result("error", f"there is no file {path}")
     config.stash[RESULTS][task] = result
     if result.status != "passed":
         pytest.fail(f"{result.status}: {result.why}", pytrace=False)

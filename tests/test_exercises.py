@@ -67,6 +67,10 @@ def test_mistakes_outside_a_blank_are_judged_at_their_own_task():
     ("idx = round_to(x, centres)", "idx = round_to(x, middle)", "error",
      "idx = round_to(x, middle): NameError: name 'middle' is not defined"),
     ("idx = round_to(x, centres)", "raise SystemExit(3)", "error", "SystemExit: 3"),
+    ("idx = round_to(x, centres)", "raise GeneratorExit", "error", "GeneratorExit"),
+    ("idx = round_to(x, centres)", "raise KeyboardInterrupt", "error", "KeyboardInterrupt"),
+    ("idx = round_to(x, centres)", "__import__('pytest').skip('no time')", "error",
+     "Skipped: no time"),
     ("return centres", "return None", "wrong", "lloyd_levels is None, expected a tensor of shape"),
     ("return centres", "return centres[:-1]", "wrong", "shape (1,), expected (2,)"),
     ("return centres", "return centres.double()", "wrong",
@@ -80,6 +84,18 @@ def test_a_mistake_is_met_with_a_hint(old, new, status, why):
     if status == "error":
         number = 1 + text.split(new)[0].count("\n")
         assert f"line {number}" in result.why
+
+
+def test_a_property_that_skips_is_an_error_and_ctrl_c_stops_the_grading(monkeypatch):
+    skips = grading.with_mistake("01_property", None, "__import__('pytest').skip('no time')")
+    result = judge("01_property", skips)
+    assert result.status == "error" and "Skipped: no time" in result.why
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(grading, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judge("01_1", grading.reference("01_1"))
 
 
 def test_a_wrong_value_is_shown_with_the_input():
@@ -130,7 +146,9 @@ def test_a_copy_runs_without_the_repository_and_is_graded_as_a_table(tmp_path):
     assert run("05_train.py", "--help")[0] == run("06_sample_and_edit.py", "--help")[0] == 0
     right = grading.reference("01_1").replace("# Exercise 01_2", "# Exercise 01_2\n    1 / 0")
     (student / "01_vq.py").write_text(right)
-    code, out = run("-m", "pytest", "exercises", "--student", str(student), "-k", "01_1 or 01_2",
-                    "--junitxml", str(marks), cwd=ROOT)
-    assert code == 1 and "1 of 2 tasks passed" in out
-    assert "ZeroDivisionError" in out and 'failures="1"' in marks.read_text()
+    (student / "03_block_causal_mask.py").unlink()
+    (student / "03_block_causal_mask.py").mkdir()
+    code, out = run("-m", "pytest", "exercises", "--student", str(student), "-k",
+                    "01_1 or 01_2 or 03_1", "--junitxml", str(marks), cwd=ROOT)
+    assert code == 1 and "1 of 3 tasks passed" in out
+    assert "ZeroDivisionError" in out and 'failures="2"' in marks.read_text()
