@@ -74,7 +74,7 @@ def test_03_2(chapter):
             factor = 1 / math.sqrt(5) if qk_factor is None else qk_factor
             name = f"attention with {'a' if given is not None else 'no'} mask"
             expect(name, chapter.attention(*qkv, given, qk_factor),
-                   attention_by_loops(*copies, used, factor), tolerance=1e-9,
+                   attention_by_loops(*copies, used, factor),
                    q=(2, 3, 4, 5), k=(2, 3, 7, 5), qk_factor=qk_factor)
             for letter, x, copy in zip("qkv", qkv, copies):
                 assert torch.equal(x, copy), f"attention: the caller's {letter} was changed"
@@ -82,7 +82,7 @@ def test_03_2(chapter):
         q, k, v = random_qkv(queries, keys, seed=1)
         used = torch.ones(queries, keys, dtype=torch.bool)
         expect("attention with no mask", chapter.attention(q, k, v),
-               attention_by_loops(q, k, v, used, 1 / math.sqrt(5)), tolerance=1e-9,
+               attention_by_loops(q, k, v, used, 1 / math.sqrt(5)),
                q=tuple(q.shape), k=tuple(k.shape))
 
     # However large the score of a hidden key: it must get a weight of 0, and the rest must add
@@ -100,7 +100,7 @@ def test_03_2(chapter):
     got = gradients_of(lambda q, k, v: chapter.attention(q, k, v, mask, 0.7), (4, 7))
     want = gradients_of(lambda q, k, v: attention_by_loops(q, k, v, mask, 0.7), (4, 7))
     for letter, found, expected in zip("qkv", got, want):
-        expect(f"gradient of the sum of squares of attention at {letter}", found, expected, 1e-9)
+        expect(f"gradient of the sum of squares of attention at {letter}", found, expected)
 
 
 def test_03_3(chapter):
@@ -118,7 +118,7 @@ def test_03_3(chapter):
                 factor = 1 / math.sqrt(5) if qk_factor is None else qk_factor
                 got = chapter.block_causal_attention(q, k, v, scales, given, qk_factor)
                 expect("block_causal_attention", got,
-                       attention_by_loops(q, k, v, mask, factor), tolerance=1e-9, scales=scales,
+                       attention_by_loops(q, k, v, mask, factor), scales=scales,
                        mask="None" if given is None else "given", qk_factor=qk_factor)
 
     # What is hidden must not be computed either: not-a-number in the last map would spread through
@@ -137,7 +137,7 @@ def test_03_3(chapter):
     want = gradients_of(lambda q, k, v: attention_by_loops(q, k, v, mask, 5 ** -0.5), (14, 14))
     for letter, found, expected in zip("qkv", got, want):
         expect(f"gradient of the sum of squares of block_causal_attention at {letter}",
-               found, expected, tolerance=1e-9, scales=scales)
+               found, expected, scales=scales)
 
 
 def test_03_property(chapter):

@@ -72,7 +72,10 @@ def expect_values(name, got, want, tolerance, given):
         return
     place = (~same).nonzero()[0].tolist()
     at = f" at {place}" if place else ""
-    one, other = show(got[tuple(place)]), show(want[tuple(place)])
+    pair = got[tuple(place)], want[tuple(place)]
+    one, other = map(show, pair)
+    if one == other:                                     # they differ in later digits
+        one, other = (repr(number.item()) for number in pair)
     text = f"{name} is wrong{at}: got {one}, expected {other}"
     if 1 < want.numel() <= SMALL:
         text += f"\n    got      {show(got)}\n    expected {show(want)}"

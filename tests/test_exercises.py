@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
 from exercises import grading, make
 
@@ -102,6 +103,20 @@ def test_a_wrong_value_is_shown_with_the_input():
     text = grading.wrong_answers("01_1")["lets an unused level jump to 0"]
     why = judge("01_1", text).why
     assert "at [1]: got 0, expected 1" in why and "x = [1, 1, 1, 1, 1, 6]" in why
+
+
+def test_numbers_that_differ_late_are_shown_with_all_digits():
+    with pytest.raises(grading.Wrong, match="got 1.00005, expected 1.0$"):
+        grading.expect("x", torch.tensor([1.00005], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+
+
+def test_an_answer_that_rounds_to_float32_passes():
+    text = grading.with_mistake("03_2", None, (
+        "factor = q.shape[-1] ** -0.5 if qk_factor is None else qk_factor\n"
+        "scores = factor * q @ k.transpose(-2, -1)\n"
+        "scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)\n"
+        "return scores.float().softmax(-1).to(q.dtype) @ v\n"))
+    assert judge("03_2", text) == ("passed", "")
 
 
 @pytest.mark.parametrize("loop", ["while True:\n            pass",
