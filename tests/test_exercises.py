@@ -106,7 +106,7 @@ def test_a_wrong_value_is_shown_with_the_input():
 
 
 def test_numbers_that_differ_late_are_shown_with_all_digits():
-    with pytest.raises(grading.Wrong, match="got 1.00005.*, expected 1.0$"):
+    with pytest.raises(grading.Wrong, match="got 1.00004.*, expected 1.0$"):
         grading.expect("x", torch.tensor([1 + 5e-5]).double(), torch.ones(1).double())
 
 
