@@ -79,8 +79,8 @@ def property_03(chapter):
     def masked(q, k, v, scales):
         return chapter.attention(q, k, v, chapter.block_causal_mask(scales))
 
-    # Side 10 fills a group of its own.
-    @check
+    # Side 10 fills a group of its own. Lists with a group before it or after it are rare.
+    @settings(check, max_examples=100)
     @given(scales=st.lists(st.sampled_from([1, 2, 3, 10]), min_size=1, max_size=4), data=st.data())
     def holds(scales, data):
         torch.manual_seed(data.draw(seeds))
