@@ -59,7 +59,8 @@ def attention(q, k, v, mask=None, qk_factor=None):
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=qk_factor)
     # In bfloat16 on a CPU the fused kernel is slower than the formula.
-    scores = (q * (qk_factor or q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
+    qk_factor = q.shape[-1] ** -0.5 if qk_factor is None else qk_factor
+    scores = qk_factor * q @ k.transpose(-2, -1)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
 

@@ -69,13 +69,13 @@ def test_03_2(chapter):
                          [True, True, True, True, True, True, True]])
     all_keys = torch.ones_like(mask)
     for given, used in ((None, all_keys), (mask, mask)):
-        for qk_factor in (None, 0.3, 1.0, 2.5):
+        for qk_factor in (None, 0, 0.3, 1.0, 2.5):
             qkv, copies = random_qkv(4, 7), random_qkv(4, 7)
             factor = 1 / math.sqrt(5) if qk_factor is None else qk_factor
             name = f"attention with {'a' if given is not None else 'no'} mask"
             expect(name, chapter.attention(*qkv, given, qk_factor),
                    attention_by_loops(*copies, used, factor),
-                   q=(2, 3, 4, 5), k=(2, 3, 7, 5), qk_factor=qk_factor)
+                   q=qkv[0], k=qkv[1], qk_factor=qk_factor)
             for letter, x, copy in zip("qkv", qkv, copies):
                 assert torch.equal(x, copy), f"attention: the caller's {letter} was changed"
     for queries, keys in ((7, 7), (1, 4)):               # training; the first token of a cache
@@ -83,7 +83,7 @@ def test_03_2(chapter):
         used = torch.ones(queries, keys, dtype=torch.bool)
         expect("attention with no mask", chapter.attention(q, k, v),
                attention_by_loops(q, k, v, used, 1 / math.sqrt(5)),
-               q=tuple(q.shape), k=tuple(k.shape))
+               q=q, k=k)
 
     # However large the score of a hidden key: it must get a weight of 0, and the rest must add
     # up to 1. A softmax over all keys, cleaned up afterwards, has nothing left to divide.
@@ -94,8 +94,10 @@ def test_03_2(chapter):
            chapter.attention(q, k, v, mask, 1.0), want, tolerance=1e-4)
     # bfloat16 keeps 8 bits.
     halves = [x.bfloat16() for x in random_qkv(4, 7)]
-    want = attention_by_loops(*[x.double() for x in halves], mask, 0.7).bfloat16()
-    expect("attention in bfloat16", chapter.attention(*halves, mask, 0.7), want, tolerance=0.03)
+    for qk_factor in (0, 0.7):
+        want = attention_by_loops(*[x.double() for x in halves], mask, qk_factor).bfloat16()
+        expect("attention in bfloat16", chapter.attention(*halves, mask, qk_factor), want,
+               tolerance=0.03, qk_factor=qk_factor)
     # The gradient tells whether something was cut off from it.
     got = gradients_of(lambda q, k, v: chapter.attention(q, k, v, mask, 0.7), (4, 7))
     want = gradients_of(lambda q, k, v: attention_by_loops(q, k, v, mask, 0.7), (4, 7))
@@ -138,10 +140,28 @@ def test_03_3(chapter):
     for letter, found, expected in zip("qkv", got, want):
         expect(f"gradient of the sum of squares of block_causal_attention at {letter}",
                found, expected, scales=scales)
+    expect_few_products(chapter, (1, 2, 3, 4, 6, 8))
+
+
+def expect_few_products(chapter, scales):
+    """No more products of queries and keys than one look of all tokens at all."""
+    L, attention, products = len(scale_of_each(scales)), chapter.attention, []
+
+    def counted(q, k, *others, **named):
+        products.append(q.shape[2] * k.shape[2])
+        return attention(q, k, *others, **named)
+
+    chapter.attention = counted
+    chapter.block_causal_attention(*random_qkv(L, L), scales)
+    assert sum(products) <= L * L, (
+        f"block_causal_attention computes {sum(products):,} products of queries and keys, more "
+        f"than {L * L:,}, all tokens with all. Are queries of earlier scales computed again? "
+        f"(scales = {scales})")
 
 
 def test_03_property(chapter):
     judge_property(chapter.property_03, "03_1")
-    # The first is right in every number, the second as long as nobody passes a factor.
+    # The first two are right in every number, the third as long as nobody passes a factor.
     judge_property(chapter.property_03, "03_3", unseen=(
-        "computes what the mask then hides", "drops the caller's factor"))
+        "computes what the mask then hides", "computes the queries of earlier scales again",
+        "drops the caller's factor"))

@@ -59,6 +59,12 @@ scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 * (qk_factor or 1.0)
 scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 return scores.softmax(-1) @ v
 """),
+        "takes a factor of 0 for none": (None, """
+factor = qk_factor or q.shape[-1] ** -0.5
+scores = factor * q @ k.transpose(-2, -1)
+scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+return scores.softmax(-1) @ v
+"""),
         "takes the softmax over the queries": (None, """
 factor = q.shape[-1] ** -0.5 if qk_factor is None else qk_factor
 scores = factor * q @ k.transpose(-2, -1)
@@ -113,6 +119,15 @@ return torch.cat(outputs, dim=2)
 """),
         "computes what the mask then hides": (None, """
 return attention(q, k, v, block_causal_mask(scales), qk_factor)
+"""),
+        "computes the queries of earlier scales again": (None, """
+outputs, begin = [], 0
+for side in scales:
+    end = begin + side * side
+    rows = attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], qk_factor=qk_factor)
+    outputs.append(rows[:, :, begin:])
+    begin = end
+return torch.cat(outputs, dim=2)
 """),
         "counts the side instead of its square": (None, """
 outputs, begin = [], 0
