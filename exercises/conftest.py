@@ -12,7 +12,7 @@ from hypothesis import Phase, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from exercises import grading, make  # noqa: E402
+from exercises import make  # noqa: E402
 
 RESULTS = pytest.StashKey()
 
@@ -31,8 +31,13 @@ def pytest_configure(config):
     settings.register_profile("grading", deadline=None, derandomize=True, database=None,
                               phases=(Phase.explicit, Phase.generate, Phase.shrink))
     settings.load_profile("grading")
-    # The table says it all: no tracebacks, no list of failures, no list of the slowest.
-    config.option.tbstyle, config.option.reportchars, config.option.durations = "no", "", None
+    # The table says it all: no list of failures, no list of the slowest.
+    config.option.reportchars, config.option.durations = "", None
+
+
+def pytest_collection_finish(session):
+    if not session.testsfailed:              # else what could not be read is shown
+        session.config.option.tbstyle = "no"
 
 
 @pytest.fixture
@@ -42,6 +47,7 @@ def chapter():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
+    from exercises import grading            # takes seconds: not before --student is checked
     config, task = pyfuncitem.config, pyfuncitem.name.removeprefix("test_")
     path = config.getoption("--student") / grading.source_of(task)
     if path.is_file():
@@ -56,6 +62,11 @@ def pytest_pyfunc_call(pyfuncitem):
 
 def pytest_terminal_summary(terminalreporter, config):
     results, tasks, write = config.stash[RESULTS], make.read_tasks(), terminalreporter.write_line
+    if not results:
+        graded = ", ".join(task for task in tasks if not task.endswith("_open"))
+        write(f"no task was graded; -k takes one of {graded}")
+        return
+    results = {task: results[task] for task in tasks if task in results}
     write(f"\n{'task':<13}{'title':<40}{'minutes':>7}  {'result':<9} why")
     for name, (status, why) in results.items():
         task = tasks[name]

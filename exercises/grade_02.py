@@ -80,24 +80,35 @@ def test_02_2(chapter):
     f = torch.randn(3, 7, 5, 5, requires_grad=True)
     before = f.detach().clone()
     yielded, wanted, rounds = tokenizer.rounds(f), algorithm_1(tokenizer, f), []
+    given = dict(scales=SCALES, phi_index=tokenizer.phi_index)
     if not isinstance(yielded, GeneratorType):
         raise Wrong(f"rounds(f) is {describe(yielded)}; it must yield one round after the other")
     for k, (want, got) in enumerate(zip(wanted, yielded)):
         expect(f"the number of things that round {k} yields", len(got), 3)
         for name, *pair in zip(("x", "tokens_k", "f_hat"), got, want):
-            expect(f"{name} of round {k}", *pair, 1e-4)
+            expect(f"{name} of round {k}", *pair, 1e-4, **given)
         rounds.append(got)
     expect("the number of rounds", len(rounds) + len(list(yielded)), len(SCALES))
     expect("f after rounds(f)", f, before)
     for k in range(len(SCALES)):
         name = f"f_hat of round {k}, looked at after the last round (does += change it?)"
-        expect(name, rounds[k][2], wanted[k][2], 1e-4)
+        expect(name, rounds[k][2], wanted[k][2], 1e-4, **given)
         # Of what is left over, f may learn, and phi must not; of f_hat, phi learns.
         for i, name in ((0, "x"), (2, "f_hat")):
             inputs = f, tokenizer.phis[0].weight
-            found, right = (gradients(name, r[k][i], *inputs) for r in (rounds, wanted))
+            found, right = (gradients(f"{name} of round {k}", r[k][i], *inputs) for r in (rounds, wanted))
             for at, got, want in zip(("f", "the weights of phi 0"), found, right):
-                expect(f"the gradient of {name}.sum() of round {k} at {at}", got, want, 1e-3)
+                expect_reach(f"round {k}, counted from 0: the gradient of {name}", at, got, want)
+                expect(f"round {k}: the gradient of {name}.sum() at {at} (phi learns through the "
+                       "sums f_hat of all rounds, not through x)", got, want, 1e-3, **given)
+
+
+def expect_reach(name, at, got, want):
+    """A gradient must be nowhere but where one is wanted."""
+    if want.any() and not got.any():
+        raise Wrong(f"{name} does not reach {at}: what was detached on the way?")
+    if got.any() and not want.any():
+        raise Wrong(f"{name} reaches {at}, which must not learn from it: what was not detached?")
 
 
 def test_02_3(chapter):

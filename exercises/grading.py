@@ -224,8 +224,9 @@ def judge(task, text, limit=10):
         torch.manual_seed(0)
         with time_limit(limit), torch.enable_grad():
             grader(build(task, text))
-    except TooSlow:
-        return Result("too slow", f"stopped after {limit} s: does a loop never end?")
+    except TooSlow as error:
+        where = student_line(error, source_of(task))
+        return Result("too slow", f"{where}stopped after {limit} s: does a loop never end?")
     except Wrong as error:
         return Result("wrong", str(error))
     except SyntaxError as error:

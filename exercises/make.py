@@ -76,6 +76,9 @@ def write_copy(folder, solutions):
                             ignore=shutil.ignore_patterns("__pycache__", "downloads"))
         else:
             shutil.copy(ROOT / name, folder / name)
+    (folder / "exercises").mkdir()
+    for path in ROOT.glob("exercises/0*.md"):
+        shutil.copy(path, folder / "exercises")
     tasks = read_tasks()
     for name in SOURCES:
         text = (ROOT / name).read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Properties: what must hold for every input. Hypothesis looks for an input that breaks them.
 
-    python exercises/properties.py 01       tries property_01 on 01_vq.py
+    python exercises/properties.py 01       tries property_01 on 01_vq.py, once that is filled
 
 A property is a function of a chapter (the module). It raises an AssertionError if the chapter
 violates it. It is graded by accepting the reference solution and noticing the wrong ones.
@@ -217,7 +217,10 @@ def main():
     number = parser.parse_args().number
     sys.path.insert(0, str(ROOT))
     chapter = import_module(next(ROOT.glob(f"{number}_*.py")).stem)
-    globals()[f"property_{number}"](chapter)
+    try:
+        globals()[f"property_{number}"](chapter)
+    except NotImplementedError as error:     # its first word is the task whose blank was met
+        sys.exit(f"fill {str(error).split()[0]} first" if str(error) else "NotImplementedError")
     print(f"property_{number} holds")
 
 
