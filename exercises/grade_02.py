@@ -96,7 +96,8 @@ def test_02_2(chapter):
         # Of what is left over, f may learn, and phi must not; of f_hat, phi learns.
         for i, name in ((0, "x"), (2, "f_hat")):
             inputs = f, tokenizer.phis[0].weight
-            found, right = (gradients(f"{name} of round {k}", r[k][i], *inputs) for r in (rounds, wanted))
+            found, right = (gradients(f"{name} of round {k}", r[k][i], *inputs)
+                            for r in (rounds, wanted))
             for at, got, want in zip(("f", "the weights of phi 0"), found, right):
                 expect_reach(f"round {k}, counted from 0: the gradient of {name}", at, got, want)
                 expect(f"round {k}: the gradient of {name}.sum() at {at} (phi learns through the "

@@ -82,8 +82,7 @@ def test_03_2(chapter):
         q, k, v = random_qkv(queries, keys, seed=1)
         used = torch.ones(queries, keys, dtype=torch.bool)
         expect("attention with no mask", chapter.attention(q, k, v),
-               attention_by_loops(q, k, v, used, 1 / math.sqrt(5)),
-               q=q, k=k)
+               attention_by_loops(q, k, v, used, 1 / math.sqrt(5)), q=q, k=k)
 
     # However large the score of a hidden key: it must get a weight of 0, and the rest must add
     # up to 1. A softmax over all keys, cleaned up afterwards, has nothing left to divide.
