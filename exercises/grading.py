@@ -2,7 +2,8 @@
 
 A mistake in one task must not spoil another. So the module to judge is the student's file in which
 the functions of all *other* tasks are replaced by the reference's. Whatever it imports, chapters
-and support code, is the reference's too. Helpers and imports that a student adds are kept.
+and support code, is the reference's too. Helpers and imports that a student adds are kept. So a
+mistake costs one task, unless the file is not Python or fails while it is imported.
 """
 import ast
 import linecache
