@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     student = config.getoption("--student")
     if not student.is_dir():
-        raise pytest.UsageError(f"--student {student}: there is no such folder")
+        raise pytest.UsageError(f"--student {student} is not a folder")
     config.stash[RESULTS] = {}
     # For a property without properties.check: explaining an example takes seconds.
     settings.register_profile("grading", deadline=None, derandomize=True, database=None,

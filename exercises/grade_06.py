@@ -134,6 +134,8 @@ def test_06_3(chapter):
     expect_kind("log_likelihood", got, wanted)
     check_sum(chapter, *random_models((1, 2), 3))
     expect("log_likelihood", got, wanted, 1e-4, labels=labels)
+    half = chapter.log_likelihood(tokenizer, var.bfloat16(), tokens, labels)
+    expect("log_likelihood of a model in bfloat16", half, wanted, 0.05, labels=labels)
 
 
 def check_sum(chapter, tokenizer, var):

@@ -93,7 +93,9 @@ def main(arguments=None):
     parser.add_argument("--solutions", action="store_true", help="leave the solutions in")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+    if file := next(filter(Path.is_file, (folder, *folder.parents)), None):
+        parser.error(f"{file} is a file, not a folder")
+    if folder.is_dir() and any(folder.iterdir()):
         parser.error(f"{folder} is not empty: nothing was written")
     if any(folder.is_relative_to(ROOT / name) for name in NEEDED):
         parser.error(f"{folder} lies in a folder that is copied")

@@ -25,6 +25,7 @@ WRONG = {
         "swaps U and its transpose": ("U.t() @ x @ U", "U @ x @ U.t()"),
     },
     "02_2": {
+        "yields nothing": (None, "yield"),
         "quantizes f at every scale": ("f - f_hat.detach() if self.config.residual else f", "f"),
         "takes away the codes without phi":
             ("self._add(k, f_hat, tokens_k)",

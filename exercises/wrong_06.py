@@ -75,6 +75,8 @@ WRONG = {
                   "logits = torch.cat([(1 + t) * c - t * u, u])\n"),
     },
     "06_3": {
+        "hands float32 to a model in half precision": (".to(var.start.dtype)", ""),
+        "stays in half precision": (".float()", ""),
         "averages over positions": ("part.sum(1)", "part.mean(1)"),
         "adds up raw logits": ("logits.log_softmax(-1)", "logits"),
         "normalises over positions": ("log_softmax(-1)", "log_softmax(1)"),

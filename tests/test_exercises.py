@@ -115,6 +115,11 @@ def test_a_wrong_value_is_shown_with_the_input():
     assert "at [1]: got 0, expected 1" in why and "x = [1, 1, 1, 1, 1, 6]" in why
 
 
+def test_a_bare_yield_is_told_what_to_yield():
+    result = judge("02_2", grading.wrong_answers("02_2")["yields nothing"])
+    assert result == ("wrong", "round 0 yields None, expected x, tokens_k and f_hat")
+
+
 def test_numbers_that_differ_late_are_shown_with_all_digits():
     with pytest.raises(grading.Wrong, match="got 1.00004.*, expected 1.0$"):
         grading.expect("x", torch.tensor([1 + 5e-5]).double(), torch.ones(1).double())
@@ -154,6 +159,9 @@ def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys
         make.main([str(tmp_path / "student")])
     assert "is not empty" in capsys.readouterr().err
     assert (tmp_path / "student" / "01_vq.py").read_text() == "my work"
+    with pytest.raises(SystemExit):
+        make.main([str(tmp_path / "student" / "01_vq.py" / "below")])
+    assert "01_vq.py is a file, not a folder" in capsys.readouterr().err
     make.main([str(tmp_path / "solutions"), "--solutions"])
     for name in make.SOURCES:
         assert (tmp_path / "solutions" / name).read_bytes() == (ROOT / name).read_bytes()
