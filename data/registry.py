@@ -26,7 +26,7 @@ class Dataset:
 
 DATASETS = {
     "shapes": Dataset(shapes.load, judge_steps=100),
-    "cifar10": Dataset(cifar10.load, 6000, judge_width=48, mirrored=True,
+    "cifar10": Dataset(cifar10.load, 9000, judge_width=48, mirrored=True,
                        examples=cifar10.examples),
     "imagenet": Dataset(imagenet.load),
 }
