@@ -149,4 +149,4 @@ def test_a_new_optimizer_is_one_line_in_the_table(monkeypatch):
     assert isinstance(found[1], torch.optim.SGD) and inside == made(model, "muon")[-1]
     whole, some = (optimizers.optimizer_bytes(model, kind) for kind in ("adamw", "plain"))
     assert whole - some == 8 * sum(p.numel() for p in found[1].param_groups[0]["params"])
-    m5.check(m5.Settings(optimizer="plain", shard=True, gpus=2), 32)
+    m5.check_settings(m5.Settings(optimizer="plain", shard=True, gpus=2), 32)
