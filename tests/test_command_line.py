@@ -1,6 +1,8 @@
 """The command line of chapter 6: options, runs, classes, masks, and images to work on."""
+import re
 import shutil
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +139,17 @@ def test_images_to_edit_come_with_the_code_unless_a_folder_is_named_and_classes_
     (tmp_path / "test_batch.bin").write_bytes(b"not the records")
     with pytest.raises(BadInput, match="test_batch.bin"):
         job.images_to_edit(5)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_of_real_images_edits_them_without_a_download(cli, monkeypatch):
+    path = command_line.SHIPPED / "cifar10.pt"
+    monkeypatch.setattr(cifar10.files, "download", lambda *_: pytest.fail("it was asked for"))
+    result = cli("06_sample_and_edit.py", "--run", path, "--task", "inpaint", "--device", "cpu",
+                 "--classes", "ship", "--out", "made")
+    assert result.status == 0 and path.stat().st_size < 12e6
+    assert float(re.search("kept region ([\\d.]+) dB", result.out)[1]) > 25
+    assert (Path("made") / "inpaint.png").exists()
 
 
 def test_a_mask_keeps_what_is_not_white_and_a_box_what_lies_outside(tmp_path):
