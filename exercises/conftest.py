@@ -63,8 +63,9 @@ def pytest_pyfunc_call(pyfuncitem):
 def pytest_terminal_summary(terminalreporter, config):
     results, tasks, write = config.stash[RESULTS], make.read_tasks(), terminalreporter.write_line
     if not results:
-        graded = ", ".join(task for task in tasks if not task.endswith("_open"))
-        write(f"no task was graded; -k takes one of {graded}")
+        if not terminalreporter.stats.get("error"):
+            graded = ", ".join(task for task in tasks if not task.endswith("_open"))
+            write(f"no task was graded; -k takes one of {graded}")
         return
     results = {task: results[task] for task in tasks if task in results}
     write(f"\n{'task':<13}{'title':<40}{'minutes':>7}  {'result':<9} why")

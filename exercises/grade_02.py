@@ -101,8 +101,8 @@ def test_02_2(chapter):
                             for r in (rounds, wanted))
             for at, got, want in zip(("f", "the weights of phi 0"), found, right):
                 expect_reach(f"round {k}, counted from 0: the gradient of {name}", at, got, want)
-                expect(f"round {k}: the gradient of {name}.sum() at {at} (phi learns through the "
-                       "sums f_hat of all rounds, not through x)", got, want, 1e-3, **given)
+                expect(f"round {k}: the gradient of {name}.sum() at {at} (detach f_hat in what "
+                       "is left over, but not in the sum)", got, want, 1e-3, **given)
 
 
 def expect_reach(name, at, got, want):

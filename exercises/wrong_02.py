@@ -33,6 +33,8 @@ WRONG = {
         "takes away the last scale only": ("f_hat = self._add(k, f_hat, tokens_k)",
                                            "f_hat = self.embed(k, tokens_k)"),
         "lets gradients through what is left over": ("f - f_hat.detach()", "f - f_hat"),
+        "detaches the sum so far": ("self._add(k, f_hat, tokens_k)",
+                                    "self._add(k, f_hat.detach(), tokens_k)"),
         "detaches f as well": ("f - f_hat.detach()", "(f - f_hat).detach()"),
         "yields f_hat of the scale before":
             ("            f_hat = self._add(k, f_hat, tokens_k)\n"

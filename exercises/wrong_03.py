@@ -65,6 +65,7 @@ scores = factor * q @ k.transpose(-2, -1)
 scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 return scores.softmax(-1) @ v
 """),
+        "takes a factor of 0 for none in bfloat16": ("if qk_factor is None", "if not qk_factor"),
         "takes the softmax over the queries": (None, """
 factor = q.shape[-1] ** -0.5 if qk_factor is None else qk_factor
 scores = factor * q @ k.transpose(-2, -1)
