@@ -174,7 +174,7 @@ def test_a_folder_that_is_not_there_or_a_task_that_is_not_there_has_a_line(tmp_p
                               text=True, capture_output=True)
 
     refused = grade("--student", str(tmp_path / "nobody"))
-    assert refused.returncode == 4 and "there is no such folder" in refused.stderr
+    assert refused.returncode == 4 and "nobody is not a folder" in refused.stderr
     assert "no task was graded; -k takes one of 01_1, " in grade("-k", "09_9").stdout
 
 
