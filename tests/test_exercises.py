@@ -168,6 +168,7 @@ def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys
         assert (tmp_path / "solutions" / name).read_bytes() == (ROOT / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_there_or_a_task_that_is_not_there_has_a_line(tmp_path):
     def grade(*arguments):
         return subprocess.run([sys.executable, "-m", "pytest", "exercises", *arguments], cwd=ROOT,
