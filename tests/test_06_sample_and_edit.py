@@ -2,6 +2,7 @@
 import math
 from importlib import import_module
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from hypothesis import example, given
 from hypothesis import settings as few
 from hypothesis import strategies as st
 
+from data import batches, shapes
 from engine import BadInput
+from experiments import editing
+from report import command_line
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 m6, editing = import_module("06_sample_and_edit"), import_module("experiments.editing")
@@ -238,6 +242,23 @@ def test_keeping_everything_is_the_tokenizers_reconstruction_and_nothing_plain_s
     how = dict(cfg=2.0, top_k=9, top_p=0.8, temperature=0.7)
     edited = m6.edit(tokenizer, var, image, ~keep, labels, **how, generator=seeded(4))
     assert torch.equal(edited, m6.generate(tokenizer, var, labels, **how, generator=seeded(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["right half", "middle", "off the grid"])
+def test_the_kept_region_is_at_least_3_db_truer_than_when_tokens_are_replayed(mask):
+    """The shipped model; painting and settling passes each take their share."""
+    path = Path(m6.__file__).parent / "data" / "pretrained" / "shapes.pt"
+    (tokenizer, _), (var, _) = m6.training.load_tokenizer(path), m6.training.load_transformer(path)
+    image, labels = map(torch.from_numpy, shapes.draw(range(12), split="test"))
+    image, keep = batches.to_float(image), command_line.outside(editing.MASKS[mask], 32)
+
+    def db(way, **how):
+        result = way(tokenizer, var, image, keep, labels, cfg=1.5, generator=seeded(), **how)
+        return editing.kept_db(result, image, keep)
+    replayed, once, often, ours = (db(editing.replay), db(m6.edit, **editing.ONE),
+                                   db(m6.edit, **editing.SIX), db(m6.edit))
+    assert ours > replayed + 3 and often > once + 1 and ours > often + 0.3
 
 
 @pytest.mark.parametrize("labels", [[4], [-1], [0, 99], []])
