@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from data import batches, shapes
 from engine import BadInput
-from experiments import editing
 from report import command_line
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
