@@ -183,11 +183,9 @@ def launch(count):
                  for rank in range(count)]
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, pass_on)
-    while all(process.poll() in (None, 0) for process in processes):
-        if all(process.poll() == 0 for process in processes):
-            return 0
-        time.sleep(0.1)
-    failed = next(p for p in processes if p.poll() not in (None, 0))
+    failed = first_that_failed(processes)
+    if not failed:
+        return 0
     status = failed.returncode
     end = time.monotonic() + (60 if passed_on or status in (129, 130, 143) else 0.5)
     for process in processes:
@@ -200,3 +198,19 @@ def launch(count):
                        f"{-status} (9: out of memory?); the same command, without "
                        "--fresh, resumes from the last checkpoint")
     return 128 + passed_on[0] if status < 0 else status
+
+
+def first_that_failed(processes, patience=5):
+    """Wait until one has failed or all have ended well. -> subprocess.Popen, or None
+
+    A process that has lost another may abort before that other one has ended. So if one aborts,
+    another one may fail for `patience` seconds more, and is then the one that failed first."""
+    patient_until = None
+    while not all(process.poll() == 0 for process in processes):
+        failed = [process for process in processes if process.poll() not in (None, 0)]
+        others = [process for process in failed if process.returncode != -signal.SIGABRT]
+        if failed and patient_until is None:
+            patient_until = time.monotonic() + patience
+        if others or failed and time.monotonic() > patient_until:
+            return (others or failed)[0]
+        time.sleep(0.1)
