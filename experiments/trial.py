@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.registry import load_data, load_splits  # noqa: E402
 from data.views import Views  # noqa: E402
-from engine.checkpoints import load_checkpoint, model_fingerprint  # noqa: E402
+from engine.checkpoints import model_fingerprint  # noqa: E402
 from engine.devices import choose_precision  # noqa: E402
 from engine.files import write_atomically  # noqa: E402
 from engine.options import OneLineParser, number  # noqa: E402
