@@ -260,6 +260,7 @@ class TokenizerStage:
 
 class TransformerStage:
     name, fresh_removes = "transformer", ("transformer.pt",)
+    model_class = transformer.VAR
 
     def __init__(self, settings, processes, tokenizer, config, data, class_names):
         """data: {"train": (tokens (views, N, L), labels (N,)), "test": the same}"""
@@ -271,7 +272,7 @@ class TransformerStage:
         self.data = {split: move_small_arrays_to_gpu(arrays, processes.device)
                      for split, arrays in data.items()}
         self.final_lr, self.final_decay = settings.final_lr, settings.final_weight_decay
-        self.model = transformer.VAR(config)
+        self.model = self.model_class(config)
         self.model.activation_checkpointing = settings.activation_checkpointing
         if settings.shard:
             processes.shard(self.model, settings.precision)
