@@ -1,18 +1,24 @@
 """The experiments behind the tables: the right things are compared."""
+import math
 import re
 from importlib import import_module
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_models, seeded, stage_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
+from data.batches import to_float
 
 benchmark, cost = import_module("experiments.benchmark"), import_module("experiments.cost")
 masking = import_module("03_block_causal_mask")
 cifar, rows = import_module("experiments.cifar10"), import_module("experiments.tokenizer")
 judge = import_module("report.judge")
+correction = import_module("experiments.self_correction")
 SMALL = ("--dataset shapes --image-size 16 --set scales=1,2,3,4 multipliers=1,2 unshuffle=2 "
          "--vocab-size 16 --set latent_dim=4 channels=8 groups=4 --tokenizer-batch-size 2 "
          "--tokenizer-steps 5 --set held_out=8 --device cpu --precision float32").split()
@@ -176,3 +182,130 @@ def test_a_wrong_option_of_the_cifar10_experiment_is_one_line(refused, monkeypat
 def test_the_cifar10_experiment_stops_where_a_chapter_does(refused, tmp_path):
     assert "05_train.py ended with exit status 2" in refused(
         "experiments.cifar10.py", "--data-dir", tmp_path, "--device", "cpu", "--out", tmp_path)
+
+
+def changed_at(tokenizer, last):
+    """A change of tokens: map `last` gets other codes, all others stay."""
+    return lambda k, tokens: (tokens + 1) % tokenizer.config.vocab_size if k == last else tokens
+
+
+@pytest.mark.parametrize("residual", (True, False))
+def test_labels_are_before_an_error_and_correct_those_before_inputs_are_after_it(residual):
+    tokenizer, _ = random_models(scales=(1, 2, 3, 4))
+    tokenizer.config.residual = residual
+    f, everything = torch.randn(3, 4, 4, 4), {}
+    for last in (None, 0, 1, 2, 3):
+        change = changed_at(tokenizer, last)
+        labels, inputs = correction.requantize(tokenizer, f, change)
+        shown = [change(k, tokens) for k, tokens in enumerate(labels)]
+        assert torch.equal(inputs, tokenizer.teacher_inputs(shown))
+        for k in range(4):                                 # what Algorithm 1 says of any prefix
+            missing = f - tokenizer.features(shown[:k]) if k and residual else f
+            nearest = tokenizer.quantizer.nearest(tokenizer.downsample_to(missing, k))
+            assert torch.equal(labels[k], nearest)
+        everything[last] = labels
+    tokens = tokenizer.quantize(f)
+    for last, labels in everything.items():
+        same = [torch.equal(a, b) for a, b in zip(labels, tokens)]
+        assert same == [not residual or last is None or k <= last for k in range(4)]
+    labels, inputs = correction.keep_labels(tokenizer, f, changed_at(tokenizer, 1))
+    wrong = [changed_at(tokenizer, 1)(k, part) for k, part in enumerate(tokens)]
+    assert all(map(torch.equal, labels, tokens))
+    assert torch.equal(inputs, tokenizer.teacher_inputs(wrong))
+
+
+def test_later_maps_undo_much_of_an_error_if_they_know_of_it():
+    tokenizer = import_module("05_train").load_tokenizer(ROOT / "data/pretrained/shapes.pt")[0]
+    images = import_module("data.shapes").draw(range(20))[0]
+    with torch.no_grad():
+        f = tokenizer.float().encode(to_float(torch.from_numpy(images)))
+    neighbours, errors = correction.neighbours_of(tokenizer.quantizer.codebook, 10), []
+    for method in (correction.requantize, correction.keep_labels):
+        torch.manual_seed(0)
+        shown = []
+        method(tokenizer, f, lambda k, tokens: shown.append(
+            correction.exchange(tokens, 0.3, neighbours)) or shown[-1])
+        errors.append((tokenizer.features(shown) - f).square().mean((1, 2, 3)))
+    assert (errors[0] < errors[1]).all() and errors[0].mean() < 0.5 * errors[1].mean()
+
+
+def test_tokens_are_exchanged_for_near_codes_at_the_rate_of_their_image():
+    codes = torch.tensor([[0.0], [1], [3], [7]])
+    assert correction.neighbours_of(codes, 1).tolist() == [[1], [0], [1], [2]]
+    assert [set(row) for row in correction.neighbours_of(codes, 2).tolist()] == [
+        {1, 2}, {0, 2}, {0, 1}, {1, 2}]
+    torch.manual_seed(0)
+    tokens, rate = torch.randint(4, (3, 5000)), torch.tensor([[0.0], [0.3], [1.0]])
+    near = correction.neighbours_of(codes, 2)
+    found = correction.exchange(tokens, rate, near)
+    assert (found != tokens).float().mean(1).tolist() == pytest.approx([0, 0.3, 1], abs=0.02)
+    seen = set(zip(tokens[2].tolist(), found[2].tolist()))
+    assert seen == {(a, b) for a in range(4) for b in near[a].tolist()}
+
+
+def test_a_corrupting_stage_trains_on_errors_and_is_evaluated_without():
+    torch.manual_seed(1)
+    f, losses = torch.randn(32, 4, 4, 4), {}
+    for strength, correct in ((0, True), (0, False), (1, True), (1, False)):
+        stage = stage_of("transformer")
+        for p in stage.model.parameters():
+            p.data += 0.1 * torch.randn(p.shape, generator=seeded())
+        neighbours = correction.neighbours_of(stage.tokenizer.quantizer.codebook, 3)
+        stage.model.eval()                                 # no dropout
+        before = stage.evaluate()[1]["loss"]
+        real = torch.cat(stage.tokenizer.quantize(f), 1)[:7], torch.arange(7) % 3
+        plain = stage.per_token(stage.model, *real)[0].mean().item()
+        stage.__class__ = correction.corrupting(lambda: f, strength, correct, neighbours)
+        batch = stage.rows("train", np.arange(7))
+        loss, (by_token, _) = stage.loss(stage.model, batch, 0.5)
+        assert by_token.mean().item() == pytest.approx(loss.item())
+        assert stage.evaluate()[1]["loss"] == before and loss.requires_grad
+        losses[strength, correct] = loss.item() - plain
+    assert losses.pop((0, True)) == losses.pop((0, False)) == pytest.approx(0, abs=1e-6)
+    assert all(abs(x) > 1e-4 for x in losses.values()) and len(set(losses.values())) == 2
+
+
+def test_features_are_in_the_order_of_the_token_cache():
+    tokenizer, n = random_models()[0], 6
+    images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+    trial = SimpleNamespace(options=["--views", "3"], data={"train": (images, None)},
+                            precision="float32", processes=SimpleNamespace(device="cpu"))
+    found = correction.features.__wrapped__(trial, tokenizer, "train")
+    assert found.shape == (3 * n, 4, 4, 4)
+    for row in range(3 * n):
+        image = to_float(torch.from_numpy(images[[row % n]]))
+        view = import_module("data.views").view_of(image, row // n, np.array([row % n]), n)
+        assert torch.allclose(found[row], tokenizer.encode(view)[0], atol=1e-5)
+
+
+def test_prefixes_without_an_error_cost_as_much_as_real_ones(monkeypatch):
+    """Nothing is exchanged, and the model draws the real tokens."""
+    tokenizer, var = random_models(noise=0.5)
+    f, classes = torch.randn(5, 4, 4, 4), torch.arange(5) % 3
+    neighbours = correction.neighbours_of(tokenizer.quantizer.codebook, 3)
+    torch.manual_seed(0)
+    found = correction.bits_by_prefix(tokenizer, var, f, classes, neighbours, 0.5)
+    real = correction.drawing.log_likelihood(tokenizer, var, tokenizer.quantize(f), classes)
+    assert torch.allclose(found["real"], -real / math.log(2), atol=1e-4)
+    assert torch.equal(found["drawn"][:, 0], found["real"][:, 0])
+    assert torch.equal(found["exchanged"][:, 0], found["real"][:, 0])
+    for name in ("exchanged", "drawn", "own"):
+        assert (found[name][:, 1:] != found["real"][:, 1:]).float().mean() > 0.5, name
+    tokens = iter(tokenizer.quantize(f) * 2)
+    monkeypatch.setattr(correction.drawing, "draw", lambda *_: next(tokens))
+    found = correction.bits_by_prefix(tokenizer, var, f, classes, neighbours, 0)
+    for name in ("exchanged", "drawn", "own"):
+        assert torch.allclose(found[name], found["real"], atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_self_correction_prints_a_row_for_each_training(cli, tmp_path):
+    first, again = (cli("experiments.self_correction.py", "--quick", "--seeds", 1, "--out", "o")
+                    for _ in range(2))
+    assert first.status == 0, first.err
+    head, *found, floor = table(first.out)
+    assert [row[0] for row in found] == list(correction.ROWS) and floor[1:5] == [""] * 4
+    held_out = re.findall(r"held out at step 3: loss ([\d.]+)", first.out)
+    assert len(held_out) == 4 and "held out" not in again.out
+    assert len({row[1] for row in found}) > 1 and table(again.out) == table(first.out)
+    assert len(list(tmp_path.glob("o/self_correction/*/self_correction.png"))) == 1
