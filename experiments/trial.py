@@ -26,6 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data.batches import to_float  # noqa: E402
 from data.registry import load_data, load_splits  # noqa: E402
 from data.views import Views  # noqa: E402
 from engine.checkpoints import model_fingerprint  # noqa: E402
@@ -35,7 +36,7 @@ from engine.options import OneLineParser, number  # noqa: E402
 from engine.processes import Processes  # noqa: E402
 from engine.run_folder import RunFolder  # noqa: E402
 from engine.stop import StopSignal  # noqa: E402
-from report import judge  # noqa: E402
+from report import health, judge  # noqa: E402
 
 training, drawing = import_module("05_train"), import_module("06_sample_and_edit")
 
@@ -48,8 +49,10 @@ BASES = {
 AT_ONCE = 100                                              # images drawn together
 
 
-def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, seeds=2, more=()):
-    """The options of an experiment. doc: its docstring; more: (name, options of add_argument)"""
+def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, seeds=2,
+                   tokenizer_steps=0, more=()):
+    """The options of an experiment. doc: its docstring; tokenizer_steps: above 0, if the experiment
+    trains tokenizers; more: (name, options of add_argument)"""
     parser = OneLineParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset", choices=BASES, default=dataset, help=f"[{dataset}]")
     parser.add_argument("--data-dir", default="", help="where CIFAR-10 lies, if not in data/")
@@ -57,6 +60,9 @@ def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, see
                         help="folder of all experiments [out/experiments]")
     parser.add_argument("--steps", type=number(int, 1), default=steps,
                         help=f"steps of stage 2 in each row [{steps}]")
+    if tokenizer_steps:
+        parser.add_argument("--tokenizer-steps", type=number(int, 1), default=tokenizer_steps,
+                            help=f"steps of stage 1 in each row [{tokenizer_steps}]")
     parser.add_argument("--n", type=number(int, 4), default=n, help=f"samples to judge [{n}]")
     parser.add_argument("--seeds", type=number(int, 1), default=seeds,
                         help=f"trainings of each row [{seeds}]")
@@ -67,6 +73,7 @@ def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, see
     args = parser.parse_args(argv)
     if args.quick:
         args.dataset, args.steps, args.n, args.seeds = "shapes", 3, 8, min(args.seeds, 2)
+        args.tokenizer_steps = 3
     return args
 
 
@@ -100,12 +107,13 @@ class Trial:
         path = path or ROOT / "data" / "pretrained" / f"{self.args.dataset}.pt"
         return training.load_tokenizer(path)[0].float()
 
-    def train_tokenizer(self, row, options=(), changes=()):
+    def train_tokenizer(self, row, seed, options=(), changes=()):
         """A tokenizer of its own, trained on all images of the data set. options: of 05_train.py;
         changes: functions that change the stage -> MultiScaleVQVAE, frozen"""
-        path = self.folder / row
+        path = self.folder / "tokenizers" / row / str(seed)
         settings, config, _ = training.read_settings(
-            [*self.options, "--stage", "tokenizer", *options, "--out", str(path)])
+            [*self.options, "--stage", "tokenizer", "--tokenizer-steps",
+             str(self.args.tokenizer_steps), *options, "--seed", str(seed), "--out", str(path)])
         settings.precision = self.precision
         images = [self.all[split][0] for split in ("train", "test")]
         with RunFolder(path) as folder, StopSignal(self.processes) as stop:
@@ -200,8 +208,11 @@ class Trial:
         return self.distance(judge.batches_of(*self.held_out()))
 
     def reconstructed(self, tokenizer):
-        """Reconstructions of held-out images measured as samples are."""
-        return self.distance(judge.rebuilt(tokenizer, *self.held_out()))
+        """Reconstructions of held-out images measured as samples are, and their PSNR in dB."""
+        rebuilt = list(judge.rebuilt(tokenizer, *self.held_out()))
+        db = [health.psnr(to_float(image), 2 * other - 1)
+              for image, other in zip(judge.batches_of(*self.held_out()), rebuilt)]
+        return dict(self.distance(rebuilt), psnr=float(torch.cat(db).mean()))
 
     def held_out(self):
         images = self.data["test"][0]
