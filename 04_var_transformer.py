@@ -288,6 +288,14 @@ class VAR(nn.Module):
             x = block(x, adaln, cache=block_cache)
         return self.predict(x, conditioning)                              # (B, h_k*w_k, V)
 
+    def keep_first(self, count, conditioning, cache):
+        """Continue with the first images of a batch alone: sampling drops the second half when no
+        later scale is guided. Changes the cache -> Conditioning"""
+        for block_cache in cache:
+            block_cache.k, block_cache.v = block_cache.k[:count], block_cache.v[:count]
+        row, blocks, head = conditioning
+        return Conditioning(row[:count], [adaln[:count] for adaln in blocks], head[:count])
+
 
 # -- Demo ------------------------------------------------------------------------------------------
 

@@ -78,41 +78,51 @@ def soften(logits, progress, codebook, generator=None):
     return ((logits * (1 + progress) + noise) / temperature).softmax(-1) @ codebook
 
 
+def strengths(cfg, K):
+    """Guidance t at each of K scales: the list cfg itself, or equal steps from 0 at the first to
+    the number cfg at the last, because coarse scales decide *what* is drawn: strong guidance there
+    costs variety, while at fine scales it only sharpens. -> K numbers"""
+    if not isinstance(cfg, (list, tuple)):
+        # Exercise 06_2
+        cfg = [cfg * (k / max(K - 1, 1)) for k in range(K)]
+        # End of exercise
+    if len(cfg) != K or not all(0 <= t < torch.inf for t in cfg):
+        raise BadInput(f"cfg {cfg}: one number of at least 0, or {K} of them, one for each scale")
+    return cfg
+
+
 @torch.no_grad()
 def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temperature=1.0,
                   smooth=False, generator=None, choose=None):
     """The loop. choose(k, drawn, f_hat) -> tokens may replace what is drawn. labels (B,) -> K token
     maps (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
-    cfg is 0 here, the model's own distribution; generate() and edit() take 1.5, as the original.
 
-    Guidance: cfg 0 is the plain prediction for the class; cfg > 0 moves beyond it, away from the
-    prediction without a class. The strength t (other code often counts w = 1 + t) grows in equal
-    steps from 0 at the first scale to cfg at the last, because coarse scales decide *what* is
-    drawn: strong guidance there costs variety, while at fine scales it only sharpens."""
-    if len(labels) == 0 or labels.min() < 0 or labels.max() > var.config.num_classes:
-        raise BadInput(f"labels must lie in 0..{var.config.num_classes - 1} "
-                       f"({var.config.num_classes}: no class)")
-    K, B = tokenizer.K, len(labels)
-    if cfg > 0:
+    Guidance: t = 0 is the plain prediction for the class; t > 0 moves beyond it, away from the
+    prediction without a class (other code often counts w = 1 + t). cfg, a number or a list, says
+    how far at each scale. It is 0 here; generate() and edit() take 1.5, as the original."""
+    K, B, nobody = tokenizer.K, len(labels), var.config.num_classes
+    if B == 0 or labels.min() < 0 or labels.max() > nobody:
+        raise BadInput(f"labels must lie in 0..{nobody - 1} ({nobody}: no class)")
+    t = strengths(cfg, K)
+    last_guided = max((k for k in range(K) if t[k] > 0), default=-1)
+    if last_guided >= 0:
         # The second half of the batch has no class: the row that label dropout trained.
-        labels = torch.cat([labels, torch.full_like(labels, var.config.num_classes)])
+        labels = torch.cat([labels, torch.full_like(labels, nobody)])
     conditioning, cache = var.conditioning(labels), var.new_cache()
     f_hat, inputs, tokens = 0, None, []
     for k in range(K):
-        progress = k / max(K - 1, 1)                       # 0 at the first scale, 1 at the last
         if inputs is not None:
-            inputs = inputs.to(conditioning.row.dtype).repeat(2 if cfg > 0 else 1, 1, 1)
+            inputs = inputs.to(conditioning.row.dtype).repeat(2 if k <= last_guided else 1, 1, 1)
         logits = var.step(k, inputs, conditioning, cache).float()                 # (B or 2B, n, V)
-        if cfg > 0:
+        if k <= last_guided:
             # Exercise 06_2
-            t = cfg * progress
-            logits = (1 + t) * logits[:B] - t * logits[B:]
+            logits = (1 + t[k]) * logits[:B] - t[k] * logits[B:]
             # End of exercise
+        if k == last_guided:                               # finer scales cost half as much
+            conditioning = var.keep_first(B, conditioning, cache)
         logits = keep_likely(logits / temperature, top_k, top_p)                  # (B, n, V)
-        if smooth:
-            tokens_k = soften(logits, progress, tokenizer.quantizer.codebook, generator)
-        else:
-            tokens_k = draw(logits, generator)                                    # (B, n)
+        tokens_k = (soften(logits, k / max(K - 1, 1), tokenizer.quantizer.codebook, generator)
+                    if smooth else draw(logits, generator))                       # (B, n[, C])
         if choose is not None:
             tokens_k = choose(k, tokens_k, f_hat)
         f_hat, inputs = tokenizer.next_input(k, f_hat, tokens_k)
@@ -177,12 +187,11 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
     """Repaint the part of an image where keep is False, as class labels (B,).
 
     image (B, 3, S, S) in [-1, 1], keep (S, S) bool -> (B, 3, S, S) in [0, 1]. Hidden pixels are
-    replaced before anything reads the image, so they cannot change the result.
+    replaced before anything reads the image and cannot change it. BadInput: wrong size or label.
     paint_passes: how often the hidden part is drawn, at least once
     settle_passes: how often the tokenizer alone then encodes and decodes the result
     soft: None: the kept part stays as the tokenizer renders it; 0: the kept pixels themselves are
-        put back; n: they are faded in over n pixels from the edge
-    Raises BadInput for a wrong size or label."""
+        put back; n: they are faded in over n pixels from the edge"""
     S, sizes = tokenizer.config.image_size, (tuple(image.shape[-2:]), tuple(keep.shape))
     if sizes != ((S, S), (S, S)):
         raise BadInput(f"image and mask must be {S}x{S}, not {sizes[0]} and {sizes[1]}")
@@ -193,8 +202,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         paint_passes, settle_passes = 1, 0                 # plain sampling: nothing has to agree
     # A cell of the last map is kept if half of its pixels are; hide() filled in its other pixels.
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
-    kept_cells = (share >= 0.5).to(image.dtype)            # (1, 1, h, w), 0 or 1
-    trusted_cells = kept_cells
+    kept_cells = trusted_cells = (share >= 0.5).to(image.dtype)          # (1, 1, h, w), 0 or 1
     composite = hide(image, keep)                          # (B, 3, S, S): kept pixels and a guess
     noise = generator.get_state()
     for _ in range(paint_passes):
@@ -207,8 +215,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, te
         composite = torch.where(keep, image, 2 * painted - 1)
         trusted_cells = torch.ones_like(kept_cells)        # drawn, no longer guessed: all count
     for _ in range(settle_passes):
-        tokens = tokenizer.image_to_tokens(composite)
-        painted = (tokenizer.tokens_to_image(tokens) + 1) / 2
+        painted = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(composite)) + 1) / 2
         composite = torch.where(keep, image, 2 * painted - 1)
     if soft is None:
         return painted

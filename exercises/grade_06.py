@@ -74,12 +74,15 @@ def guided_logits(chapter, logits, cfg, B):
         return torch.zeros(B, guided.shape[1], guided.shape[2])
 
     chapter.keep_likely = keep_likely
+    def first(count, conditioning, cache):
+        return SimpleNamespace(row=conditioning.row[:count])
+
     tokenizer = SimpleNamespace(K=len(logits), next_input=lambda k, f_hat, tokens_k: (
         f_hat, torch.zeros(B, 1, 1)))
     var = SimpleNamespace(
-        config=SimpleNamespace(num_classes=4), new_cache=list,
-        conditioning=lambda labels: SimpleNamespace(row=torch.zeros(1)),
-        step=lambda k, inputs, conditioning, cache: logits[k].clone())
+        config=SimpleNamespace(num_classes=4), new_cache=list, keep_first=first,
+        conditioning=lambda labels: SimpleNamespace(row=torch.zeros(len(labels))),
+        step=lambda k, inputs, conditioning, cache: logits[k][:len(conditioning.row)].clone())
     chapter.sample_tokens(tokenizer, var, torch.arange(B), cfg=cfg)
     return seen
 

@@ -52,27 +52,30 @@ WRONG = {
             "if k >= V and not 0 < top_p < 1:", "if k >= V:"),
     },
     "06_2": {
-        "guides every scale alike": ("t = cfg * progress", "t = cfg"),
-        "swaps the halves": (None, "t = cfg * progress\n"
-                                   "logits = (1 + t) * logits[B:] - t * logits[:B]\n"),
-        "counts as u + w (c - u)": (
-            None, "t = cfg * progress\n"
-                  "logits = logits[B:] + t * (logits[:B] - logits[B:])\n"),
+        "guides every scale alike": ("cfg * (k / max(K - 1, 1))", "cfg"),
+        "swaps the halves": ("(1 + t[k]) * logits[:B] - t[k] * logits[B:]",
+                             "(1 + t[k]) * logits[B:] - t[k] * logits[:B]"),
+        "counts as u + w (c - u)": ("(1 + t[k]) * logits[:B] - t[k] * logits[B:]",
+                                    "logits[B:] + t[k] * (logits[:B] - logits[B:])"),
         "moves towards the prediction without a class": (
-            "(1 + t) * logits[:B] - t * logits[B:]", "(1 - t) * logits[:B] + t * logits[B:]"),
-        "lets the strength fall": ("cfg * progress", "cfg * (1 - progress)"),
-        "reaches cfg one scale too late": ("cfg * progress", "cfg * k / K"),
-        "takes the last scale's strength at the first": ("cfg * progress", "cfg * (k + 1) / K"),
+            "(1 + t[k]) * logits[:B] - t[k] * logits[B:]",
+            "(1 - t[k]) * logits[:B] + t[k] * logits[B:]"),
+        "guides every scale as the last": ("t[k]) * logits[:B] - t[k]",
+                                           "t[-1]) * logits[:B] - t[-1]"),
+        "lets the strength fall": ("(k / max(K - 1, 1))", "(1 - k / max(K - 1, 1))"),
+        "reaches cfg one scale too late": ("(k / max(K - 1, 1))", "k / K"),
+        "takes the last scale's strength at the first": ("(k / max(K - 1, 1))", "(k + 1) / K"),
+        "divides by 0 at a single scale": ("max(K - 1, 1)", "(K - 1)"),
         "guides probabilities instead of logits": (
-            None, "t = cfg * progress\n"
-                  "c, u = logits.softmax(-1).chunk(2)\n"
-                  "logits = ((1 + t) * c - t * u).clamp(min=1e-9).log()\n"),
+            "(1 + t[k]) * logits[:B] - t[k] * logits[B:]",
+            "((1 + t[k]) * logits[:B].softmax(-1) - t[k] * logits[B:].softmax(-1))"
+            ".clamp(min=1e-9).log()"),
         "takes turns within the batch": (
-            "(1 + t) * logits[:B] - t * logits[B:]", "(1 + t) * logits[::2] - t * logits[1::2]"),
+            "(1 + t[k]) * logits[:B] - t[k] * logits[B:]",
+            "(1 + t[k]) * logits[::2] - t[k] * logits[1::2]"),
         "keeps both halves": (
-            None, "t = cfg * progress\n"
-                  "c, u = logits.chunk(2)\n"
-                  "logits = torch.cat([(1 + t) * c - t * u, u])\n"),
+            "(1 + t[k]) * logits[:B] - t[k] * logits[B:]",
+            "torch.cat([(1 + t[k]) * logits[:B] - t[k] * logits[B:], logits[B:]])"),
     },
     "06_3": {
         "hands float32 to a model in half precision": (".to(var.start.dtype)", ""),

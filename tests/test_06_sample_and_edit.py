@@ -74,6 +74,48 @@ def test_a_temperature_divides_the_logits_before_any_is_dropped(scales):
     assert torch.equal(hot, halved) and not torch.equal(hot, plain)
 
 
+@torch.no_grad()
+def slow_tokens(tokenizer, var, labels, t, seed):
+    """Every scale asks the whole model twice, for the class and without one; nothing is cached."""
+    generator, tokens, begin = seeded(seed), [], 0
+    for k, side in enumerate(tokenizer.scales):
+        finer = [torch.zeros(len(labels), s * s).long() for s in tokenizer.scales[k:]]
+        inputs, end = tokenizer.teacher_inputs(tokens + finer), begin + side * side
+        c, u = (var(who, inputs)[:, begin:end] for who in (labels, torch.full_like(labels, NOBODY)))
+        tokens.append(m6.draw(c + t[k] * (c - u), generator))
+        begin = end
+    return tokens
+
+
+@pytest.mark.parametrize("shared_adaln", [False, True])
+@pytest.mark.parametrize("t, doubled", [([0, 0, 0], 0), ([3, 0, 0], 1), ([1, 4, 0], 2),
+                                        ([0, 3, 0], 2), ([4, 0, 2], 3), ((0, 1, 2.5), 3), ([2], 1),
+                                        ([0], 0)])
+def test_guidance_that_ends_early_draws_the_same_tokens_with_half_the_work(t, doubled,
+                                                                           shared_adaln):
+    tokenizer, var = random_models((1, 2, 4)[-len(t):], shared_adaln=shared_adaln)
+    labels, rows = torch.tensor([2, 0, 1, 1]), []
+    wanted = slow_tokens(tokenizer, var, labels, t, seed=6)
+    var.head.register_forward_hook(lambda layer, given, logits: rows.append(len(logits)))
+    tokens = m6.sample_tokens(tokenizer, var, labels, cfg=t, generator=seeded(6))
+    assert all(map(torch.equal, tokens, wanted))
+    assert rows == [8] * doubled + [4] * (len(t) - doubled)
+
+
+def test_a_number_is_a_ramp_and_strengths_that_make_no_sense_are_refused(models):
+    assert m6.strengths(3.0, 4) == [0.0, 1.0, 2.0, 3.0] and m6.strengths(3.0, 1) == [0.0]
+    image, keep, labels = noise_image(1), box(8, 0, 16, 16), torch.tensor([1])
+    for way, *what in ((m6.generate, labels), (m6.edit, image, keep, labels),
+                       (m6.outpaint, image, (0, 0, 8, 0), labels)):
+        number, ramp, other = (way(*models, *what, cfg=cfg, generator=seeded(2))
+                               for cfg in (3.0, [0.0, 1.5, 3.0], [0.0, 9.0, 0.0]))
+        assert torch.equal(number, ramp) and not torch.equal(ramp, other)
+    for cfg in ([1.0, 1.0], [1.0] * 4, [], [1.0, -0.1, 0.0], [math.nan, 1.0, 1.0],
+                [0.0, 0.0, math.inf], -1.0, math.nan):
+        with pytest.raises(BadInput, match="one number of at least 0, or 3"):
+            m6.generate(*models, labels, cfg=cfg)
+
+
 def test_smooth_sampling_draws_mixtures_that_sharpen_with_the_scale(models):
     one, again, exact = (m6.generate(*models, torch.tensor([1]), smooth=smooth, generator=seeded(3))
                          for smooth in (True, True, False))
