@@ -72,7 +72,7 @@ def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, see
         parser.add_argument(name, **options)
     args = parser.parse_args(argv)
     if args.quick:
-        args.dataset, args.steps, args.n, args.seeds = "shapes", 3, 8, min(args.seeds, 2)
+        args.dataset, args.steps, args.n, args.seeds = "shapes", 3, 8, 1
         args.tokenizer_steps = 3
     return args
 
@@ -87,8 +87,9 @@ class Trial:
                         "transformer", "--steps", str(args.steps), "--device", "cpu"]
         if args.quick:
             self.options += ["--views", "1", "--depth", "2", "--set", "width=32", "heads=2",
-                             "--batch-size", "8", "--precision", "float32"]
-        settings = training.read_settings(self.options)[0]
+                             "--batch-size", "8", "--precision", "float32", "--tokenizer-steps",
+                             "3"]
+        self.settings = settings = training.read_settings(self.options)[0]
         self.all, self.data, self.names = load_splits(args.dataset, 32, args.data_dir,
                                                       settings.classes)
         if args.quick:

@@ -16,7 +16,10 @@ from PIL import Image
 from data.batches import to_float
 
 benchmark, cost = import_module("experiments.benchmark"), import_module("experiments.cost")
-masking = import_module("03_block_causal_mask")
+masking, models = import_module("03_block_causal_mask"), import_module("04_var_transformer")
+tokenizers, scaling = import_module("02_multiscale_vqvae"), import_module("experiments.scaling")
+ablation = import_module("experiments.ablation")
+weighing = import_module("experiments.loss_weights")
 cifar, rows = import_module("experiments.cifar10"), import_module("experiments.tokenizer")
 judge, infinity = import_module("report.judge"), import_module("experiments.infinity")
 correction = import_module("experiments.self_correction")
@@ -470,3 +473,106 @@ def test_the_infinity_experiment_prints_its_table(cli):
     assert possible == ("1,170", "1,170", "1,170", "2,080", "4,160", "2,080")
     assert all(0.9 * float(p.replace(",", "")) < float(bits) for bits, p in zip(spent, possible))
     assert len(set(spent)) == 6 and found[1][1] == found[2][1] != found[0][1]
+QUICK = ("--quick", "--out", "experiments")
+
+
+def quick_table(cli, script):
+    """The first table that an experiment prints with --quick. -> its head, its rows"""
+    result = cli(script, *QUICK)
+    assert result.status == 0, result.err
+    first = re.search(r"(^\|.*\|\n)+", result.out, re.M)[0].splitlines()
+    head, _, *found = [[cell.strip() for cell in line[1:-1].split("|")] for line in first]
+    assert all(len(row) == len(head) for row in found)
+    assert "wrote " in result.out
+    return head, found
+
+
+def test_weights_of_the_loss_have_mean_1_and_share_it_as_promised():
+    scales = (1, 2, 4)
+    token, side, scale = (weighing.weights(scales, power) for power in (0, 1, 2))
+    assert token.tolist() == [1.0] * 21
+    assert [float(part.sum()) for part in scale.split([1, 4, 16])] == pytest.approx([7, 7, 7])
+    assert side.split([1, 4, 16])[1][0] == pytest.approx(2 * side[-1])
+    assert side.mean() == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_rows_of_the_loss_weights_differ_and_are_kept(cli):
+    first, again = (quick_table(cli, "experiments.loss_weights.py") for _ in range(2))
+    assert first == again and [row[0] for row in first[1]][:3] == list(weighing.POWERS)
+    assert first[1][0][1] != first[1][2][1], "bits of two losses"
+
+
+def one_map(side, C=4):
+    torch.manual_seed(0)
+    config = tokenizers.TokenizerConfig(image_size=16, scales=(side,), vocab_size=16, latent_dim=C,
+                                        channels=8, groups=4)
+    return tokenizers.MultiScaleVQVAE(config).eval()
+
+
+def test_raster_order_is_shown_the_code_before_in_training_as_in_sampling():
+    """And the image is that of the one map."""
+    tokenizer = one_map(4)
+    raster = ablation.Raster(tokenizer)
+    whole = tokenizer.image_to_tokens(torch.rand(2, 3, 16, 16) * 2 - 1)
+    tokens = list(whole[0].split(1, 1))
+    shown, f_hat = raster.teacher_inputs(tokens), 0
+    for k, token in enumerate(tokens):
+        f_hat, after = raster.next_input(k, f_hat, token)
+        assert after is None if k == 15 else torch.equal(after[:, 0], shown[:, k])
+    assert torch.equal(shown[1, 6], tokenizer.quantizer.codebook[whole[0][1, 6]])
+    assert torch.equal(raster.tokens_to_image(tokens), tokenizer.tokens_to_image(whole))
+
+
+def test_of_a_class_token_later_tokens_learn_by_attention_alone():
+    """Without its row the class changes nothing; with AdaLN it still would."""
+    config = models.VARConfig(scales=(1,) * 4, vocab_size=8, latent_dim=4, depth=2, width=16,
+                              heads=2, shared_adaln=True, num_classes=3)
+    labels, inputs = torch.tensor([0, 1]), torch.randn(1, 3, 4).expand(2, -1, -1)
+    moved = []
+    for kind in (ablation.ClassToken, models.VAR):
+        torch.manual_seed(0)
+        var = kind(config).eval()
+        torch.nn.init.normal_(var.head.weight)
+        for p in var.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+        with torch.no_grad():
+            conditioning = var.conditioning(labels)
+            alike = conditioning._replace(row=conditioning.row[:1].expand(2, -1, -1))
+            for told in (conditioning, alike):
+                var.conditioning = lambda labels, told=told: told
+                logits = var(labels, inputs)
+                moved.append(float((logits[0] - logits[1]).abs().max()))
+    assert moved[0] > 1e-3 and moved[1] == 0 and moved[2] > 1e-3 and moved[3] > 1e-3
+
+
+@pytest.mark.slow
+def test_rows_of_the_ablation_and_which_of_them_share_a_training(cli):
+    head, found = quick_table(cli, "experiments.ablation.py")
+    bits = [row[head.index("bits an image")] for row in found]
+    assert len(found) == 10 and bits[2] == bits[3] == bits[4] and len(set(bits[:7])) == 5
+    assert float(bits[0].split()[0]) < 64 * 9 + 1 < float(bits[1].split()[0])
+
+
+def test_a_power_law_is_found_again():
+    x = [1.0, 2, 5, 10, 30]
+    a, half, correlation = scaling.power_law(x, [3 * n ** -0.25 for n in x])
+    assert a == pytest.approx(0.25) and half < 1e-6 and correlation == pytest.approx(-1)
+    # By hand: logarithms 0, 1, 2 and 0, -1, -1: slope -1/2, residuals 1/6, -1/3, 1/6.
+    e = 2.718281828459045
+    a, half, _ = scaling.power_law([1, e, e * e], [1, 1 / e, 1 / e])
+    assert a == pytest.approx(0.5) and half == pytest.approx(12.71 * (1 / 6 / 2) ** 0.5)
+
+
+def test_operations_are_counted_by_hand():
+    """One token, D = 4, V = 8, hidden 16: qkv 48, projection 16, MLP 128, head 32."""
+    var = models.VAR(models.VARConfig(scales=(1,), vocab_size=8, latent_dim=4, depth=1, width=4,
+                                      heads=1))
+    assert scaling.operations(var) == 6 * (48 + 16 + 128 + 32) + 12 * 4
+
+
+@pytest.mark.slow
+def test_more_parameters_are_more_arithmetic_and_another_loss(cli):
+    head, found = quick_table(cli, "experiments.scaling.py")
+    sizes, losses = [float(row[1]) for row in found], {row[3] for row in found}
+    assert len(found) == 4 and sizes == sorted(sizes) and len(losses) == 4
