@@ -549,9 +549,11 @@ def test_of_a_class_token_later_tokens_learn_by_attention_alone():
 @pytest.mark.slow
 def test_rows_of_the_ablation_and_which_of_them_share_a_training(cli):
     head, found = quick_table(cli, "experiments.ablation.py")
-    bits = [row[head.index("bits an image")] for row in found]
-    assert len(found) == 10 and bits[2] == bits[3] == bits[4] and len(set(bits[:7])) == 5
-    assert float(bits[0].split()[0]) < 64 * 9 + 1 < float(bits[1].split()[0])
+    sizes, bits = ([row[head.index(name)] for row in found]
+                   for name in ("parameters, M", "bits an image"))
+    assert len(found) == 10 and bits[2] == bits[3] == bits[4]
+    assert sizes[1] < sizes[2] and bits[5] > bits[6]
+    assert float(bits[0]) < 64 * 9 < float(bits[1]), "tokens of 9 bits"
 
 
 def test_a_power_law_is_found_again():
