@@ -84,7 +84,7 @@ class ClassTokenStage(training.TransformerStage):
 def rows_of(trial):
     """-> {row: (folder, tokenizer, options and stage of the training, options of sampling)}"""
     next_scale = trial.tokenizer()
-    one_map = Raster(trial.train_tokenizer("raster-tokenizer", ["--set", "scales=8"]))
+    one_map = Raster(trial.train_tokenizer("raster", 0, ["--set", "scales=8"]))
     steps = trial.args.steps * sum(side * side for side in next_scale.scales) // one_map.K
     plain, normed = ["--set", "shared_adaln=true", "qk_norm=false"], ["--set", "shared_adaln=true"]
     token, adaln = ClassTokenStage, training.TransformerStage

@@ -50,9 +50,9 @@ AT_ONCE = 100                                              # images drawn togeth
 
 
 def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, seeds=2,
-                   tokenizer_steps=0, more=()):
-    """The options of an experiment. doc: its docstring; tokenizer_steps: above 0, if the experiment
-    trains tokenizers; more: (name, options of add_argument)"""
+                   tokenizer_steps=None, more=()):
+    """The options of an experiment. doc: its docstring; tokenizer_steps: None, that of the data
+    set; more: (name, options of add_argument)"""
     parser = OneLineParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset", choices=BASES, default=dataset, help=f"[{dataset}]")
     parser.add_argument("--data-dir", default="", help="where CIFAR-10 lies, if not in data/")
@@ -60,9 +60,9 @@ def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, see
                         help="folder of all experiments [out/experiments]")
     parser.add_argument("--steps", type=number(int, 1), default=steps,
                         help=f"steps of stage 2 in each row [{steps}]")
-    if tokenizer_steps:
-        parser.add_argument("--tokenizer-steps", type=number(int, 1), default=tokenizer_steps,
-                            help=f"steps of stage 1 in each row [{tokenizer_steps}]")
+    parser.add_argument("--tokenizer-steps", type=number(int, 1), default=tokenizer_steps,
+                        help="steps of stage 1, where rows have tokenizers of their own "
+                        f"[{tokenizer_steps or 'those of the data set'}]")
     parser.add_argument("--n", type=number(int, 4), default=n, help=f"samples to judge [{n}]")
     parser.add_argument("--seeds", type=number(int, 1), default=seeds,
                         help=f"trainings of each row [{seeds}]")
@@ -85,10 +85,11 @@ class Trial:
         self.folder = args.out / name / (args.dataset + "-quick" * args.quick)
         self.options = [*BASES[args.dataset], "--data-dir", args.data_dir, "--stage",
                         "transformer", "--steps", str(args.steps), "--device", "cpu"]
+        if args.tokenizer_steps:
+            self.options += ["--tokenizer-steps", str(args.tokenizer_steps)]
         if args.quick:
             self.options += ["--views", "1", "--depth", "2", "--set", "width=32", "heads=2",
-                             "--batch-size", "8", "--precision", "float32", "--tokenizer-steps",
-                             "3"]
+                             "--batch-size", "8", "--precision", "float32"]
         self.settings = settings = training.read_settings(self.options)[0]
         self.all, self.data, self.names = load_splits(args.dataset, 32, args.data_dir,
                                                       settings.classes)
@@ -113,8 +114,8 @@ class Trial:
         changes: functions that change the stage -> MultiScaleVQVAE, frozen"""
         path = self.folder / "tokenizers" / row / str(seed)
         settings, config, _ = training.read_settings(
-            [*self.options, "--stage", "tokenizer", "--tokenizer-steps",
-             str(self.args.tokenizer_steps), *options, "--seed", str(seed), "--out", str(path)])
+            [*self.options, "--stage", "tokenizer", *options, "--seed", str(seed), "--out",
+             str(path)])
         settings.precision = self.precision
         images = [self.all[split][0] for split in ("train", "test")]
         with RunFolder(path) as folder, StopSignal(self.processes) as stop:
