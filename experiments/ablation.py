@@ -11,7 +11,7 @@
     + q/k norm      queries and keys of length 1
     larger          more blocks, and wider ones
 
-Every row has what the rows above it have. They are VAR's rows (Tian et al. 2024, section 5, table 3)
+Every row has what the rows above it have. They are the rows of VAR (Tian et al. 2024, section 5)
 at the size of a laptop. Raster order has about half as many tokens an image and is trained on as
 many more images, so all rows but the last take equal arithmetic. The class of a block (AdaLN) takes
 parameters, but arithmetic only once an image. Both tokenizers are trained alike; their PSNR and the
