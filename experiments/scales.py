@@ -123,7 +123,7 @@ def draw(path, found):
     for row in found:
         if row not in steps:
             curves[f"samples, {row.split(', ')[1]}"] = points([row], "frechet")
-    plots.save_curve(path, curves, title="Fréchet distance", x_label="K, number of scales",
+    plots.save_curve(path, curves, title="Frechet distance", x_label="K, number of scales",
                      log="y")
     print("wrote", path)
 

@@ -7,7 +7,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE = (40, 44, 52), (222, 225, 230)
-LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20), (90, 96, 106)]
+LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20), (90, 96, 106),
+         (22, 158, 178), (218, 74, 130)]
 # Brightness rises from the first to the last, so the map reads the same in black and white.
 HEAT = np.array([[16, 20, 62], [32, 60, 122], [30, 110, 140], [42, 158, 130], [150, 202, 84],
                  [252, 232, 84]], dtype=np.float64)
