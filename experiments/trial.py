@@ -51,28 +51,30 @@ AT_ONCE = 100                                              # images drawn togeth
 
 def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, seeds=2,
                    tokenizer_steps=None, more=()):
-    """The options of an experiment. doc: its docstring; tokenizer_steps: None, that of the data
-    set; more: (name, options of add_argument)"""
+    """The options of an experiment. doc: its docstring; steps: 0 if it trains no transformer;
+    tokenizer_steps: None, that of the data set; more: (name, options of add_argument)"""
     parser = OneLineParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset", choices=BASES, default=dataset, help=f"[{dataset}]")
     parser.add_argument("--data-dir", default="", help="where CIFAR-10 lies, if not in data/")
     parser.add_argument("--out", type=Path, default=Path("out/experiments"),
                         help="folder of all experiments [out/experiments]")
-    parser.add_argument("--steps", type=number(int, 1), default=steps,
-                        help=f"steps of stage 2 in each row [{steps}]")
+    parser.set_defaults(steps=0)
+    if steps:
+        parser.add_argument("--steps", type=number(int, 1), default=steps,
+                            help=f"steps of stage 2 in each row [{steps}]")
     parser.add_argument("--tokenizer-steps", type=number(int, 1), default=tokenizer_steps,
                         help="steps of stage 1, where rows have tokenizers of their own "
                         f"[{tokenizer_steps or 'those of the data set'}]")
     parser.add_argument("--n", type=number(int, 4), default=n, help=f"samples to judge [{n}]")
     parser.add_argument("--seeds", type=number(int, 1), default=seeds,
-                        help=f"trainings of each row [{seeds}]")
+                        help=f"{'trainings' if steps else 'drawings'} of each row [{seeds}]")
     parser.add_argument("--quick", action="store_true",
                         help="few images and steps: does the script work?")
     for name, options in more:
         parser.add_argument(name, **options)
     args = parser.parse_args(argv)
     if args.quick:
-        args.dataset, args.steps, args.n, args.seeds = "shapes", 3, 8, 1
+        args.dataset, args.steps, args.n, args.seeds = "shapes", min(args.steps, 3), 8, 1
         args.tokenizer_steps = 3
     return args
 
@@ -84,7 +86,7 @@ class Trial:
         self.args = args
         self.folder = args.out / name / (args.dataset + "-quick" * args.quick)
         self.options = [*BASES[args.dataset], "--data-dir", args.data_dir, "--stage",
-                        "transformer", "--steps", str(args.steps), "--device", "cpu"]
+                        "transformer", "--steps", str(args.steps or 1), "--device", "cpu"]
         if args.tokenizer_steps:
             self.options += ["--tokenizer-steps", str(args.tokenizer_steps)]
         if args.quick:
@@ -97,7 +99,8 @@ class Trial:
             self.all = self.data = {split: (images[:60], labels[:60])
                                     for split, (images, labels) in self.data.items()}
         self.processes = Processes("cpu")
-        self.precision = settings.precision
+        # Without training there are only samples, which chapter 6 draws in float32.
+        self.precision = settings.precision if args.steps else "float32"
         if self.precision == "auto":
             self.precision = choose_precision(self.processes, None)
         self.seeds = range(args.seeds)
@@ -258,7 +261,8 @@ class Trial:
     def headline(self):
         """What every table says of itself."""
         args = self.args
-        return (f"{args.dataset}, {args.steps} steps, {args.n} samples, {args.seeds} seed(s), "
+        trained = f"{args.steps} steps" if args.steps else "the shipped model"
+        return (f"{args.dataset}, {trained}, {args.n} samples, {args.seeds} seed(s), "
                 f"{self.precision}, torch {torch.__version__}, {torch.get_num_threads()} "
                 f"thread(s), {time.strftime('%Y-%m-%d')}")
 
