@@ -249,30 +249,39 @@ def test_tokens_are_exchanged_for_near_codes_at_the_rate_of_their_image():
     assert seen == {(a, b) for a in range(4) for b in near[a].tolist()}
 
 
-def test_a_corrupting_stage_trains_on_errors_and_is_evaluated_without():
+@pytest.mark.parametrize("correct", (True, False))
+def test_a_corrupting_stage_trains_on_errors_and_is_evaluated_without(correct, monkeypatch):
+    """Without errors its loss is chapter 5's; every image has its own rate, the same in all maps."""
     torch.manual_seed(1)
-    f, losses = torch.randn(32, 4, 4, 4), {}
-    for strength, correct in ((0, True), (0, False), (1, True), (1, False)):
-        stage = stage_of("transformer")
-        for p in stage.model.parameters():
-            p.data += 0.1 * torch.randn(p.shape, generator=seeded())
-        neighbours = correction.neighbours_of(stage.tokenizer.quantizer.codebook, 3)
-        stage.model.eval()                                 # no dropout
-        before = stage.evaluate()[1]["loss"]
-        real = torch.cat(stage.tokenizer.quantize(f), 1)[:7], torch.arange(7) % 3
-        plain = stage.per_token(stage.model, *real)[0].mean().item()
-        stage.__class__ = correction.corrupting(lambda: f, strength, correct, neighbours)
-        batch = stage.rows("train", np.arange(7))
-        loss, (by_token, _) = stage.loss(stage.model, batch, 0.5)
-        assert by_token.mean().item() == pytest.approx(loss.item())
+    f, rates, stage = torch.randn(32, 4, 4, 4), [], stage_of("transformer")
+    stage.model.eval()                                     # no dropout
+    for p in stage.model.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    before, classes = stage.evaluate()[1]["loss"], torch.arange(32) % 3
+    tokens = torch.cat(stage.tokenizer.quantize(f), 1)
+    plain = stage.per_token(stage.model, tokens, classes)[0].mean().item()
+    monkeypatch.setattr(correction, "exchange", lambda tokens, rate, neighbours: (
+        rates.append(rate) or (tokens + neighbours) % 16))
+    found = {}
+    for step in 0, 1:
+        stage.__class__ = correction.corrupting(lambda: f, 0.3, correct, step)
+        loss, (by_token, _) = stage.loss(stage.model, stage.rows("train", np.arange(32)), 0.5)
         assert stage.evaluate()[1]["loss"] == before and loss.requires_grad
-        losses[strength, correct] = loss.item() - plain
-    assert losses.pop((0, True)) == losses.pop((0, False)) == pytest.approx(0, abs=1e-6)
-    assert all(abs(x) > 1e-4 for x in losses.values()) and len(set(losses.values())) == 2
+        assert by_token.mean().item() == pytest.approx(loss.item())
+        found[step] = loss.item()
+    method = correction.requantize if correct else correction.keep_labels
+    labels, inputs = method(stage.tokenizer, f, lambda k, tokens: (tokens + 1) % 16)
+    logits, labels = stage.model(classes, inputs), torch.cat(labels, 1)
+    expected = -logits.log_softmax(-1).gather(2, labels[..., None]).mean().item()
+    assert found == pytest.approx({0: plain, 1: expected}) and abs(plain - expected) > 1e-4
+    assert len(rates) == 6 and all(torch.equal(rate, rates[0]) for rate in rates[:3])
+    assert rates[0].shape == (32, 1) and len(set(rates[0].flatten().tolist())) == 32
+    assert 0 <= rates[0].min() < 0.1 and 0.2 < rates[0].max() <= 0.3
 
 
-def test_features_are_in_the_order_of_the_token_cache():
+def test_features_are_in_the_order_of_the_token_cache(monkeypatch):
     tokenizer, n = random_models()[0], 6
+    monkeypatch.setattr(import_module("data.views"), "per_pass", lambda side: 4)
     images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
     trial = SimpleNamespace(options=["--views", "3"], data={"train": (images, None)},
                             precision="float32", processes=SimpleNamespace(device="cpu"))
