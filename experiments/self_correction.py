@@ -49,7 +49,7 @@ training, drawing = import_module("05_train"), import_module("06_sample_and_edit
 # Row -> how many tokens are exchanged at most, and whether labels correct it. None: chapter 5.
 ROWS = {"plain": None, "labels kept": (0.3, False), "self-correction 0.1": (0.1, True),
         "self-correction 0.3": (0.3, True)}
-NEAR, TESTED_RATE, TESTED_IMAGES = 10, 0.2, 1000
+NEAR, TESTED_RATE, TESTED_IMAGES = 10, 0.2, 500
 PREFIXES = "real", "exchanged", "drawn", "own"
 FIGURES = "frechet", "guided", "precision", "recall", "in_class"
 
