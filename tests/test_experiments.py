@@ -251,7 +251,7 @@ def test_tokens_are_exchanged_for_near_codes_at_the_rate_of_their_image():
 
 @pytest.mark.parametrize("correct", (True, False))
 def test_a_corrupting_stage_trains_on_errors_and_is_evaluated_without(correct, monkeypatch):
-    """Without errors its loss is chapter 5's; every image has its own rate, the same in all maps."""
+    """Without errors its loss is chapter 5's. Every image has one rate of its own, in all maps."""
     torch.manual_seed(1)
     f, rates, stage = torch.randn(32, 4, 4, 4), [], stage_of("transformer")
     stage.model.eval()                                     # no dropout
