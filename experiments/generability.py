@@ -11,8 +11,8 @@ its tokens, with equal steps. A seed is that of both. The rows:
     dropout           in training a share of the images keeps its first m maps only, m uniform in
                       1..K: the decoder is shown f_hat_m (XQ-GAN, Li et al. 2024)
     perturbed         in training a tenth of the tokens is exchanged for one of the 100 nearest
-                      codes: the decoder is shown the f_hat of these (after RobustTok, Qiu et al.
-                      2025)
+                      codes (of V / 4, if that is fewer): the decoder is shown the f_hat of these
+                      (after RobustTok, Qiu et al. 2025)
     V                 fewer codes than 512, or more
     coarse            weight of each f_hat before the last in the quantizer's loss, instead of 0.2
 
@@ -119,7 +119,7 @@ def rank_correlation(a, b):
 
 
 def main():
-    args = read_arguments(__doc__, dataset="shapes", steps=1200, tokenizer_steps=1500, seeds=2)
+    args = read_arguments(__doc__, dataset="shapes", steps=1000, tokenizer_steps=1000)
     trial = Trial("generability", args)
     found = {row: [measure(trial, row, seed) for seed in trial.seeds] for row in ROWS}
     columns = dict(psnr=2, rebuilt=3, perturbed=3, bits=1, frechet=3, precision=3, recall=3)

@@ -23,8 +23,8 @@ is of samples, drawn without guidance from all codes. Bits are those of the row'
 Shapes: labels (B,); teacher_inputs (B, L - first, C), first = scales[0]**2; logits (B, L, V).
 
 Sources: VAR (Tian et al. 2024), section 3, for residual maps and block-causal attention. MVAR
-(Zhang et al. 2025) shows each scale only the one before it; with such a mask VAR is a discrete
-diffusion (Kumar et al. 2025).
+(Zhang et al. 2025) shows each scale only the one before it; Kumar et al. 2025 call VAR with such a
+mask a discrete diffusion.
 """
 import sys
 from functools import partial
@@ -95,7 +95,7 @@ def measure(trial, row, seed):
 
 
 def main():
-    args = read_arguments(__doc__, dataset="shapes", steps=1200, tokenizer_steps=1500, seeds=2)
+    args = read_arguments(__doc__, dataset="shapes", steps=1000, tokenizer_steps=1000)
     trial = Trial("scales", args)
     found = {row: [measure(trial, row, seed) for seed in trial.seeds] for row in ROWS}
     columns = dict(psnr=2, rebuilt=3, bits=1, frechet=3, precision=3, recall=3, in_class=3,
