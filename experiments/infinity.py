@@ -46,10 +46,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.batches import batch_indices, to_float  # noqa: E402
 from data.views import view_of  # noqa: E402
-from engine.options import number, one_line  # noqa: E402
+from engine import BadInput  # noqa: E402
+from engine.options import one_line  # noqa: E402
 from experiments.self_correction import requantize  # noqa: E402
 from experiments.trial import Trial, of_seeds, read_arguments, show  # noqa: E402
-from report import health, judge, plots  # noqa: E402
+from report import plots  # noqa: E402
 
 vq, vqvae = import_module("01_vq"), import_module("02_multiscale_vqvae")
 transformer, training = import_module("04_var_transformer"), import_module("05_train")
@@ -167,15 +168,8 @@ def bitwise(most):
 
 def make_tokenizer(trial, name, options=()):
     """-> tokenizer, dict with psnr and frechet of its reconstructions of held-out images"""
-    steps = 3 if trial.args.quick else trial.args.tokenizer_steps
-    tokenizer = trial.train_tokenizer(name, ["--tokenizer-steps", str(steps), *options])
-
-    def quality():
-        held_out = trial.held_out()
-        both = zip(judge.batches_of(*held_out), judge.rebuilt(tokenizer, *held_out))
-        db = [health.psnr(2 * judge.as_floats(real) - 1, 2 * rebuilt - 1) for real, rebuilt in both]
-        return dict(trial.reconstructed(tokenizer), psnr=float(torch.cat(db).mean()))
-    return tokenizer, trial.measure(name, 0, quality)
+    tokenizer = trial.train_tokenizer(name, 0, options)
+    return tokenizer, trial.measure(f"tokenizer, {name}", 0, lambda: trial.reconstructed(tokenizer))
 
 
 def exact_bits(trial, tokenizer, var):
@@ -203,13 +197,15 @@ def examine(trial, row, seed, tokenizer, stage, cool):
 
 
 def main():
-    args = read_arguments(__doc__, dataset="shapes", steps=1200, n=2000, more=[
-        ("--tokenizer-steps", dict(type=number(int, 1), default=2000, help="of each [2000]")),
-        ("--flips", dict(type=float, default=0.3, help="largest share of flipped bits [0.3]")),
-        ("--cool", dict(type=float, default=0.7, help="temperature of the last scale [0.7]"))])
+    more = [("--flips", dict(type=float, default=0.3, help="largest share of flipped bits [0.3]")),
+            ("--cool", dict(type=float, default=0.7, help="temperature of the last scale [0.7]"))]
+    args = read_arguments(__doc__, dataset="shapes", steps=1200, tokenizer_steps=2000, n=2000,
+                          more=more)
+    if not 0 <= args.flips <= 1 or not args.cool > 0:
+        raise BadInput("--flips must lie in 0..1, and --cool above 0")
     trial, lines, curves = Trial("infinity", args), [], {}
-    vectors = make_tokenizer(trial, "tokenizer, vectors")
-    of_bits = {bits: make_tokenizer(trial, f"tokenizer, 2^{bits}", [
+    vectors = make_tokenizer(trial, "vectors")
+    of_bits = {bits: make_tokenizer(trial, f"2^{bits}", [
         "--quantizer", "bits", "--vocab-size", "2", "--set", f"latent_dim={bits}"])
         for bits in (9, 16, 32)}
     rows = {"512 vectors, softmax": (9, *vectors, None),
@@ -225,6 +221,8 @@ def main():
             *[of_seeds([f[key] for f in found], 3) for key in ("frechet", "in_class", "cool")]])
         shares = np.mean([f["bits"] for f in found], 0) / possible
         curves[row] = list(zip(tokenizer.scales, shares.tolist()))
+    floor = f"{trial.measure('held-out', 0, trial.floor)['frechet']:.3f}"
+    lines.append(["held-out images", "", floor, "", "", floor, "", floor])
     show(["codes", "PSNR, dB", "Fréchet, rebuilt", "outputs", "bits an image", "Fréchet, samples",
           "in class", f"Fréchet, cooled to {args.cool:g}"], lines, trial.headline())
     path = trial.folder / "infinity.png"
