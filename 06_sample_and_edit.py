@@ -133,7 +133,7 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
 @torch.no_grad()
 def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0, smooth=False,
              generator=None, tokens=None, keep=None):
-    """Sample images of the classes in labels (B,). -> (B, 3, H, W) in [0, 1]
+    """Sample images of the classes in labels (B,). cfg: see strengths(). -> (B, 3, H, W) in [0, 1]
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given token is
     replayed instead of drawn. Raises BadInput for a label that the model does not know."""
