@@ -12,7 +12,8 @@ maps with errors, and with labels that correct them, as they are quantized after
     self-correction    f_hat += r_k with errors       labels of map k+1: codes nearest to f - f_hat
 
 An error is a token exchanged for one of the 10 nearest codes. Every image has its own share of
-them, drawn from 0 to the number in the row's name. All rows take equal steps. What is measured:
+them, drawn from 0 to the number in the row's name ("labels kept": 0.3). All rows take equal steps.
+What is measured:
 
     bits, real       of a held-out image given its class, after its own maps: the exact likelihood
     bits, exchanged  the same after maps with a fifth of the tokens exchanged, labels corrected
@@ -20,7 +21,8 @@ them, drawn from 0 to the number in the row's name. All rows take equal steps. W
                      (after several drawn maps, no model could know which image is meant)
     bits, own        of what the model draws after its own maps: its entropy. A perfect model needs
                      as many for its own images as for real ones.
-    Fréchet ...      of samples drawn without guidance; "guided": as the data set's preset draws
+    Fréchet, guided  distance of samples without guidance, and of samples as the preset draws them;
+                     precision, recall and in class are of the former
 
 Shapes: f, f_hat (B, C, h, w); tokens, labels: list of K (B, n); inputs (B, L - 1, C).
 
@@ -95,8 +97,7 @@ def keep_labels(tokenizer, f, change):
 def features(trial, tokenizer, split):
     """f of all images of a split in the order of the token cache. -> (views * N, C, h, w), in the
     precision the encoder computes in: re-quantized, they give the tokens of the cache."""
-    settings = training.read_settings(trial.options)[0]
-    views = Views(trial.data[split][0], settings.views if split == "train" else 1)
+    views = Views(trial.data[split][0], trial.settings.views if split == "train" else 1)
     jobs = [(rows, [view]) for view in range(views.count)
             for rows in np.split(np.arange(len(views)), range(views.at_once, len(views),
                                                               views.at_once))]
@@ -153,21 +154,19 @@ def bits_by_prefix(tokenizer, var, f, classes, neighbours, rate=TESTED_RATE):
 
 
 def measure(trial, tokenizer, var, seed, neighbours):
-    """-> dict: bits an image by prefix, and by map; the judge's figures, without guidance and with
-    the preset's"""
+    """-> dict: bits of an image after each of PREFIXES, and by map; the judge's figures"""
     images, labels = trial.data["test"]
     rows = rows_of(len(images), TESTED_IMAGES)
     torch.manual_seed(seed)
     parts = [bits_by_prefix(tokenizer, var, features(trial, tokenizer, "test")[part].float(),
                             torch.from_numpy(labels[part]), neighbours)
              for part in np.array_split(rows, -(-len(rows) // AT_ONCE))]
-    found = {}
-    for name in PREFIXES:
-        by_map = torch.cat([part[name] for part in parts]).double().mean(0)
-        found |= {name: float(by_map.sum()), f"{name} by map": by_map.tolist()}
-    settings = training.read_settings(trial.options)[0]
-    guided = {name: getattr(settings, name) for name in ("cfg", "top_k", "top_p")}
-    return {**found, **trial.judged(tokenizer, var, seed, cfg=0.0),
+    by_map = {name: torch.cat([part[name] for part in parts]).double().mean(0)
+              for name in PREFIXES}
+    guided = {name: getattr(trial.settings, name) for name in ("cfg", "top_k", "top_p")}
+    return {**{name: float(bits.sum()) for name, bits in by_map.items()},
+            **{f"{name} by map": bits.tolist() for name, bits in by_map.items()},
+            **trial.judged(tokenizer, var, seed, cfg=0.0),
             "guided": trial.judged(tokenizer, var, seed, **guided)["frechet"]}
 
 

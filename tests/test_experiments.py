@@ -283,7 +283,7 @@ def test_features_are_in_the_order_of_the_token_cache(monkeypatch):
     tokenizer, n = random_models()[0], 6
     monkeypatch.setattr(import_module("data.views"), "per_pass", lambda side: 4)
     images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
-    trial = SimpleNamespace(options=["--views", "3"], data={"train": (images, None)},
+    trial = SimpleNamespace(settings=SimpleNamespace(views=3), data={"train": (images, None)},
                             precision="float32", processes=SimpleNamespace(device="cpu"))
     found = correction.features.__wrapped__(trial, tokenizer, "train")
     assert found.shape == (3 * n, 4, 4, 4)
@@ -315,15 +315,20 @@ def test_prefixes_without_an_error_cost_as_much_as_real_ones(monkeypatch):
 
 @pytest.mark.slow
 def test_self_correction_prints_a_row_for_each_training(cli, tmp_path):
-    first, again = (cli("experiments.self_correction.py", "--quick", "--seeds", 1, "--out", "o")
+    first, again = (cli("experiments.self_correction.py", "--quick", "--out", "o")
                     for _ in range(2))
     assert first.status == 0, first.err
     head, *found, floor = table(first.out)
     assert [row[0] for row in found] == list(correction.ROWS) and floor[1:5] == [""] * 4
     held_out = re.findall(r"held out at step 3: loss ([\d.]+)", first.out)
     assert len(held_out) == 4 and "held out" not in again.out
-    assert len({row[1] for row in found}) > 1 and table(again.out) == table(first.out)
-    assert len(list(tmp_path.glob("o/self_correction/*/self_correction.png"))) == 1
+    assert table(again.out) == table(first.out)
+    folder = tmp_path / "o/self_correction/shapes-quick"
+    kept = [json.loads((folder / row / "0.json").read_text())["found"] for row in correction.ROWS]
+    assert len({found["real"] for found in kept}) == 4, "no two trainings are alike"
+    assert all(sum(found[f"{name} by map"]) == pytest.approx(found[name])
+               for found in kept for name in correction.PREFIXES)
+    assert (folder / "self_correction.png").exists()
 
 
 @pytest.mark.slow
