@@ -1,33 +1,30 @@
-"""Bitwise modelling: 2^32 codes for the price of 64 outputs (Infinity, Han et al. 2025).
+"""Bitwise modelling: 2^32 codes at the price of 64 outputs (Infinity, Han et al. 2025).
 
     python experiments/infinity.py --dataset shapes
-    python experiments/infinity.py --data-dir DIR                  three classes of CIFAR-10
+    python experiments/infinity.py --data-dir DIR --dataset cifar10         three of its classes
 
-A softmax needs one output for each code, so a vocabulary of 2^16 is large and one of 2^32 is out of
-reach. Infinity keeps the sign of each channel and predicts the signs of a vector one by one:
+A softmax needs one output for each code. Infinity keeps the sign of each channel instead and
+predicts, all at once, the signs of a vector:
 
-    vector (0.9, -0.1, 0.2, ...) --> signs 1 0 1 ...   `bits` tokens, each 0 or 1, at one position
+    vector (0.9, -0.1, 0.2, ...) --> bits 1 0 1 ...    `bits` tokens at one position, each 0 or 1
     softmax     2^bits outputs a position              512 | 65,536 | 4,294,967,296
     bitwise     2 logits a bit                          18 |     32 |            64
 
-What a bit may be still depends on all coarser maps and the class, but no longer on the other bits
-of its vector: the likelihood stays exact, the model is narrower. The row "2^9, softmax" measures
-this on the very tokens of the row "2^9, bitwise". More bits reconstruct better and are more to
-predict.
+A bit still depends on the class and on all coarser maps, but no longer on the other bits of its
+vector. The likelihood stays exact; the row "2^9, softmax" tells, on the very tokens of the row
+"2^9, bitwise", what is lost.
 
-Self-correction: a model that is trained on true maps alone has never seen its own mistakes. So in
-training bits of the maps flip at random. A label is the bit *before* it flips; finer maps are
-quantized again, as what f still misses after the flip, and learn to correct it:
+Self-correction: a model trained on true maps alone has never seen its own mistakes. So bits flip at
+random in training. The label is the bit *before* its flip; finer maps quantize what f misses
+*after* it, and so learn to correct mistakes:
 
     rate_k ~ {0, 0.01 .. 0.30};  label_k = sign(f - f_hat);  f_hat += codes(label_k, some flipped)
 
-Rows: quantizer and head. Columns: PSNR and Fréchet distance of reconstructions; exact bits of a
-held-out image, of log2(V) * 130 possible; samples without guidance at temperature 1, and with one
-that falls from 1 at the first scale to --cool at the last.
+Columns: reconstructions; exact bits of a held-out image, of log2(V) * 130 possible; samples without
+guidance at temperature 1, then at one that falls from 1 at the first scale to --cool at the last.
 
-Shapes: f (B, C, h, w), C = bits channels; tokens: list of K (B, n_k * bits), 0 or 1, the bits of a
-position side by side; logits (B, L * bits, 2). So the vocabulary is V = 2, and chapters 2 to 6 work
-as they are: losses, teacher inputs, sampling, likelihood.
+Shapes: f (B, C, h, w), C = bits; tokens: list of K (B, n_k * bits), the bits of a position side by
+side; logits (B, L * bits, 2). So V = 2, and chapters 2 to 6 work on bits as they are.
 
 Sources: Infinity (Han et al. 2025), section 3; binary spherical quantization (Zhao et al. 2024).
 Differs from Infinity: vectors are not normalised before they are quantized; each image of a batch
@@ -128,9 +125,8 @@ def flipped_rounds(tokenizer, f, rates):
 
 
 def bitwise(most):
-    """-> chapter 5's second stage on bits, of which a share of up to `most` flips (0: none). It
-    takes images, not cached tokens: flips need f, and f itself is what a cache would have to hold.
-    """
+    """-> chapter 5's second stage on bits, of which a share of up to `most` flips (0: none). It is
+    handed images instead of cached tokens, as flips need f; encoding costs a tenth of a step."""
     class Bitwise(training.TransformerStage):
         model_class = BitwiseVAR
 
@@ -186,7 +182,6 @@ def examine(trial, row, seed, tokenizer, stage, cool):
     """Train a row and measure it. stage: None is chapter 5's. -> dict"""
     var = trial.train(row, seed, tokenizer, stage=stage,
                       tokens=stage and {split: trial.data[split] for split in ("train", "test")})
-
     cooled = Cooled(var, torch.linspace(1, cool, tokenizer.K).tolist())
     found = trial.measure(row, seed, lambda: dict(
         trial.judged(tokenizer, var, seed, cfg=0.0), outputs=var.head.out_features,
