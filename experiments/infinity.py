@@ -126,7 +126,7 @@ def flipped_rounds(tokenizer, f, rates):
 
 def bitwise(most):
     """-> chapter 5's second stage on bits, of which a share of up to `most` flips (0: none). It is
-    handed images instead of cached tokens, as flips need f; encoding costs a tenth of a step."""
+    handed images instead of cached tokens, as flips need f; to encode costs 5 % of a step."""
     class Bitwise(training.TransformerStage):
         model_class = BitwiseVAR
 
