@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -271,3 +272,20 @@ def refused(cli):
         assert "Traceback" not in result.err
         return result.err
     return call
+
+
+def table(text):
+    """Cells of the rows of a table, without the line under its head."""
+    lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line] for line in lines if set(line[1].strip()) != {"-"}]
+
+
+def quick_table(cli, script):
+    """The first table that an experiment prints with --quick. -> its head, its rows"""
+    result = cli(script, "--quick")
+    assert result.status == 0, result.err
+    first = re.search(r"(^\|.*\|\n)+", result.out, re.M)[0].splitlines()
+    head, _, *found = [[cell.strip() for cell in line[1:-1].split("|")] for line in first]
+    assert all(len(row) == len(head) for row in found)
+    assert "wrote " in result.out
+    return head, found
