@@ -10,10 +10,11 @@
     + guidance      1.5, as the original code
     + q/k norm      queries and keys of length 1
     larger          more blocks, and wider ones
+    raster, all     raster order with all that was added, of the size before "larger"
 
-Every row has what the rows above it have. They are the rows of VAR (Tian et al. 2024, section 5)
+Every row but the last has what the rows above it have. They are the rows of VAR (Tian et al. 2024, section 5)
 at the size of a laptop. Raster order has about half as many tokens an image and is trained on as
-many more images, so all rows but the last take equal arithmetic. The class of a block (AdaLN) takes
+many more images, so all rows but "larger" take equal arithmetic. The class of a block (AdaLN) takes
 parameters, but arithmetic only once an image. Both tokenizers are trained alike; their PSNR and the
 Fréchet distance of their reconstructions, which no sample can be expected to beat, are printed.
 
@@ -97,6 +98,7 @@ def rows_of(trial):
         f"+ guidance {CFG}": ("adaln", next_scale, plain, adaln, guided),
         "+ q/k norm": ("qk-norm", next_scale, normed, adaln, guided),
         "larger": ("larger", next_scale, [*normed, *LARGER], adaln, guided),
+        "raster, all": ("raster-all", one_map, [*normed, "--steps", str(steps)], adaln, guided),
     }
 
 
