@@ -12,11 +12,11 @@
     larger          more blocks, and wider ones
     raster, all     raster order with all that was added, of the size before "larger"
 
-Every row but the last has what the rows above it have. They are the rows of VAR (Tian et al. 2024, section 5)
-at the size of a laptop. Raster order has about half as many tokens an image and is trained on as
-many more images, so all rows but "larger" take equal arithmetic. The class of a block (AdaLN) takes
-parameters, but arithmetic only once an image. Both tokenizers are trained alike; their PSNR and the
-Fréchet distance of their reconstructions, which no sample can be expected to beat, are printed.
+Every row but the last has what the rows above it have. They are the rows of VAR (Tian et al. 2024,
+section 5) at the size of a laptop. Raster order has about half as many tokens an image and is
+trained on as many more images, so all rows but "larger" take equal arithmetic. The class of a block
+(AdaLN) takes parameters, but arithmetic only once an image. Both tokenizers are trained alike; the
+Fréchet distances of their reconstructions, which no sample can be expected to beat, are printed.
 
 Shapes: tokens of raster order, a list of 64 (B, 1); of next scale, a list of 6 (B, h_k*w_k).
 """
@@ -130,13 +130,12 @@ def main():
             **{"cfg": 0.0, **sampling}))
     for name, tokenizer in (("raster", rows["raster"][1].tokenizer),
                             ("next scale", rows["next scale"][1])):
-        found = trial.measure(f"reconstructions, {name}", 0,
-                              lambda: trial.reconstructed(tokenizer))
-        lines.append([f"reconstructions, {name}", "", "", f"{found['frechet']:.2f}",
-                      f"{found['precision']:.2f}", f"{found['recall']:.2f}", "", ""])
+        found = trial.measure(f"reconstructed, {name}", 0, lambda: trial.reconstructed(tokenizer))
+        lines.append([f"reconstructions, {name}, {found['psnr']:.1f} dB", "", ""] + [
+            f"{found[key]:.2f}" for key in ("frechet", "precision", "recall")] + ["", ""])
     floor = trial.measure("held-out images", 0, trial.floor)
-    lines.append(["held-out images", "", "", f"{floor['frechet']:.2f}", f"{floor['precision']:.2f}",
-                  f"{floor['recall']:.2f}", "", ""])
+    lines.append(["held-out images", "", ""] + [
+        f"{floor[key]:.2f}" for key in ("frechet", "precision", "recall")] + ["", ""])
     show(["", "parameters, M", "bits an image", "Fréchet", "precision", "recall", "in class, %",
           "CPU ms an image"], lines, trial.headline())
     path = trial.folder / "ablation.png"
