@@ -181,9 +181,8 @@ def report(stage, step, results, seconds, folder):
 # -- Stage 1: the tokenizer ------------------------------------------------------------------------
 
 class TokenizerStage:
-    name = "tokenizer"
+    name, final_lr, final_decay = "tokenizer", 0.0, None
     fresh_removes = "tokenizer.pt", "transformer.pt"       # the latter is of other tokens
-    final_lr, final_decay = 0.0, None
 
     def __init__(self, settings, processes, folder, config, images, test_images, class_names):
         self.settings, self.processes, self.folder = settings, processes, folder
@@ -259,14 +258,16 @@ class TokenizerStage:
 # -- Stage 2: the transformer ----------------------------------------------------------------------
 
 class TransformerStage:
-    name, fresh_removes = "transformer", ("transformer.pt",)
-    model_class = transformer.VAR
+    name, fresh_removes, model_class = "transformer", ("transformer.pt",), transformer.VAR
 
     def __init__(self, settings, processes, tokenizer, config, data, class_names):
         """data: {"train": (tokens (views, N, L), labels (N,)), "test": the same}"""
         self.settings, self.processes, self.tokenizer = settings, processes, tokenizer
         self.steps, self.batch_size = settings.steps, settings.batch_size
         self.sizes = [s * s for s in config.scales]
+        # Half of all tokens are of the last map, but coarse ones decide what is drawn: 1 / side.
+        weight = torch.cat([torch.full((n,), n ** (-settings.side_power / 2)) for n in self.sizes])
+        self.token_weight = (weight / weight.mean()).to(processes.device)            # (L,)
         self.autocast = partial(autocast, processes.device, settings.precision)
         torch.manual_seed(settings.seed)
         self.data = {split: move_small_arrays_to_gpu(arrays, processes.device)
@@ -313,7 +314,7 @@ class TransformerStage:
 
     def loss(self, model, batch, progress):
         loss, right = self.per_token(model, *batch)
-        return loss.mean(), (loss.detach().mean(0), right.float().mean())
+        return (self.token_weight * loss).mean(), (loss.detach().mean(0), right.float().mean())
 
     def step_without_gradients(self, accepted):
         """All of the transformer learns by gradients."""

@@ -44,7 +44,7 @@ PRESETS = {
                      dataset="imagenet", num_classes=1000, learn="ema", views=8,
                      tokenizer_steps=250_000, tokenizer_batch_size=256, tokenizer_lr=1e-4,
                      perceptual=1.0, adversarial=0.5, optimizer="adamw", depth=16, save_every=1000,
-                     cfg=1.5, top_k=900, top_p=0.96),
+                     side_power=0.0, cfg=1.5, top_k=900, top_p=0.96),
 }
 
 

@@ -88,6 +88,7 @@ class TransformerSettings(SharedSettings):
     weight_decay: float = 0.05            # of matrices only
     final_weight_decay: float | None = None    # where half a cosine takes it; None: it stays
     final_lr: float = 0.0                 # share of the peak learning rate left at the end
+    side_power: float = 1.0               # a token counts 1 / side^this of its map in the loss
 
 
 @dataclass

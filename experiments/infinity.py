@@ -133,6 +133,7 @@ def bitwise(most):
         def __init__(self, settings, processes, tokenizer, config, data, class_names):
             super().__init__(settings, processes, tokenizer, config, data, class_names)
             self.sizes = [size * config.latent_dim for size in self.sizes]
+            self.token_weight = self.token_weight.repeat_interleave(config.latent_dim)
 
         def rows(self, split, indices, view=0):
             images, labels = self.data[split]

@@ -14,7 +14,6 @@ Bits are the exact likelihood in every row, whatever was trained. Samples are dr
 guidance from all codes. All other options: --help.
 """
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,24 +23,8 @@ from experiments.trial import Trial, of_seeds, read_arguments, show  # noqa: E40
 from engine.options import one_line  # noqa: E402
 from report import plots  # noqa: E402
 
-training = import_module("05_train")
+# Row -> chapter 5's setting side_power
 POWERS = {"per token": 0, "1 / side": 1, "per scale": 2}
-
-
-def weights(scales, power):
-    """1 / side^power for each token, divided by the mean. -> (L,)"""
-    each = torch.cat([torch.full((side * side,), float(side) ** -power) for side in scales])
-    return each / each.mean()
-
-
-def weighted(power):
-    """-> chapter 5's second stage with this loss"""
-    class Weighted(training.TransformerStage):
-        def loss(self, model, batch, progress):
-            loss, right = self.per_token(model, *batch)
-            weight = weights(self.tokenizer.scales, power).to(loss.device)
-            return (weight * loss).mean(), (loss.detach().mean(0), right.float().mean())
-    return Weighted
 
 
 def main():
@@ -49,7 +32,7 @@ def main():
     trial = Trial("loss_weights", args)
     tokenizer, lines, curves = trial.tokenizer(), [], {}
     for row, power in POWERS.items():
-        found = [trial.row(row, seed, tokenizer, stage=weighted(power), cfg=0.0)
+        found = [trial.row(row, seed, tokenizer, options=["--set", f"side_power={power}"], cfg=0.0)
                  for seed in trial.seeds]
         lines.append([row] + [of_seeds([f[key] for f in found], digits) for key, digits in (
             ("bits", 1), ("frechet", 3), ("precision", 3), ("recall", 3), ("in_class", 3))])

@@ -124,7 +124,7 @@ def corrupting(features, strength, correct, neighbours):
             labels = torch.cat(labels, 1)
             loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
             right = (logits.argmax(-1) == labels).float().mean()
-            return loss.mean(), (loss.detach().mean(0), right)
+            return (self.token_weight * loss).mean(), (loss.detach().mean(0), right)
     return Corrupting
 
 

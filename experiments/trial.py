@@ -40,11 +40,12 @@ from report import health, judge  # noqa: E402
 
 training, drawing = import_module("05_train"), import_module("06_sample_and_edit")
 
-# Data set -> where an experiment starts: options of 05_train.py, and images a sampled class.
+# Data set -> where an experiment starts: options of 05_train.py. In the loss all tokens count
+# alike, as in the paper (loss_weights.py asks whether they should).
 BASES = {
     "cifar10": ["--preset", "cifar10-cpu", "--depth", "4", "--set", "width=128", "heads=4",
-                "drop_path=0", "--batch-size", "32"],
-    "shapes": ["--dataset", "shapes"],
+                "drop_path=0", "side_power=0", "--batch-size", "32"],
+    "shapes": ["--dataset", "shapes", "--set", "side_power=0"],
 }
 AT_ONCE = 100                                              # images drawn together
 

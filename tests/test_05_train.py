@@ -154,6 +154,12 @@ def test_the_loss_of_a_token_is_minus_the_log_of_its_softmax():
     assert numbers["per_scale"] == pytest.approx(slow, rel=1e-4)
     assert numbers["loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
     assert "per-scale " + " ".join(f"{x:.2f}" for x in slow) in text
+    # What is trained on: a map of side s has s^2 tokens of weight 1/s, so shares 1, 2 and 4 of 7.
+    objective, (by_token, _) = stage.loss(stage.model, (tokens, labels), 0.5)
+    assert objective.item() == pytest.approx(np.dot(slow, [1, 2, 4]) / 7, rel=1e-4)
+    assert torch.equal(by_token, loss.mean(0))
+    alike = stage_of("transformer", side_power=0.0)
+    assert alike.token_weight.tolist() == [1.0] * 21
 
 
 @pytest.mark.parametrize("flip, kind, progress, heard", [

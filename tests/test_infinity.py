@@ -99,7 +99,7 @@ def test_bits_flip_in_training_only_and_the_loss_is_the_likelihood_of_a_bit():
     tokenizer = bit_tokenizer(4)
     images, labels = torch.randint(256, (6, 16, 16, 3), dtype=torch.uint8).numpy(), [0, 1] * 3
     data = {split: (images, np.array(labels)) for split in ("train", "test")}
-    settings = infinity.training.Settings(precision="float32")
+    settings = infinity.training.Settings(precision="float32", side_power=0.0)
     stage = infinity.bitwise(0.3)(settings, Processes("cpu"), tokenizer,
                                   bit_transformer(4, (1, 2, 4)).config, data, ["a", "b"])
     stage.model.load_state_dict(bit_transformer(4, (1, 2, 4)).state_dict())
