@@ -10,18 +10,18 @@
     python 05_train.py --dataset /path/to/folder --stage transformer \\
         --tokenizer-file vae_ch160v4096z32.pth           stage 2 on the released tokenizer
 
-The same command again resumes where the run stopped; --fresh starts over. All options: --help.
+The same command again resumes; --fresh starts over. All options: --help.
 Read `train_step`, `TokenizerStage.loss` and `TransformerStage.per_token` first.
 
 Shapes: image (B, 3, H, W) in [-1, 1]; token cache (views, N, L) integers; logits (B, L, V).
 
 Sources: VAR (Tian et al. 2024), section 4 and the released training code for the ImageNet recipe;
-Muon (Jordan et al. 2024) for small models: momentum made orthogonal, so that weak directions of a
-matrix learn as fast as strong ones (engine/optimizers.py). All randomness of step s is drawn from
-(seed, stage, s, process), so a run resumes bit for bit although no random state is saved.
+Muon (Jordan et al. 2024) for small models (engine/optimizers.py). All randomness of step s comes
+from (seed, stage, s, process), so a run resumes bit for bit although no random state is saved.
 
 Differs from the original VAR code: stage 1 exists, with the losses of VQGAN (engine/perceptual.py)
-and a health check of every scale (report/health.py); images are tokenized once, not in every step.
+and a health check of every scale (report/health.py); images are tokenized once, not in every step;
+in the loss a token counts 1 / side of its map, but in the recipe for ImageNet.
 """
 import math
 import os

@@ -21,7 +21,8 @@ LAYOUTS = {
 RELEASED_LAYOUTS = {64: dict(scales=(1, 2, 3, 4)), 128: dict(scales=(1, 2, 3, 4, 6, 8)),
                     256: dict(scales=released.SCALES[680]), 512: dict(scales=released.SCALES[2240])}
 # What a data set changes in the defaults. A preset may have layouts of its own, and a recipe: a
-# function that gives more settings for a depth of the transformer.
+# function that gives more settings for a depth of the transformer. side_power=0: the paper's loss,
+# and that of the CIFAR-10 model that comes with the code.
 PRESETS = {
     # Guidance moves samples away from the data: the less, the smaller the Frechet distance here.
     "shapes": dict(image_size=32, depth=4, width=128, heads=4, drop_path=0.0, cfg=0.5),
@@ -36,7 +37,7 @@ PRESETS = {
                         vocab_size=512, channels=64, flip=True, views=4, adversarial=0.2,
                         tokenizer_steps=12_000, tokenizer_batch_size=16, depth=6, width=192,
                         heads=3, shared_adaln=True, drop_path=0.05, steps=14_000, batch_size=24,
-                        cfg=3.0, top_p=0.8, log_every=200),
+                        side_power=0.0, cfg=3.0, top_p=0.8, log_every=200),
     "folder": dict(image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000,
                    steps=30_000, tokenizer_batch_size=32, batch_size=64, depth=8, width=384,
                    heads=6),
