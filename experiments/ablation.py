@@ -21,6 +21,7 @@ Fréchet distances of their reconstructions, which no sample can be expected to 
 Shapes: tokens of raster order, a list of 64 (B, 1); of next scale, a list of 6 (B, h_k*w_k).
 """
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,33 +112,42 @@ def measure(trial, row, folder, tokenizer, options, stage, sampling):
         # Rows that differ in sampling share a training, but not what is measured.
         found.append(trial.measure(f"{folder}/{row}", seed, lambda: {
             **trial.bits(tokenizer, var, tokens),
-            **trial.judged(tokenizer, var, seed, **{"cfg": 0.0, **sampling})}))
+            **trial.judged(tokenizer, var, seed, **sampling)}))
     return found, var
+
+
+def milliseconds_alone(tokenizer, var, sampling, count=10):
+    """Of the CPU, for an image that is drawn without others: steps cost more than tokens then."""
+    begin = time.process_time()
+    for _ in range(count):
+        drawing.generate(tokenizer, var, torch.tensor([0]), **sampling)
+    return (time.process_time() - begin) / count * 1000
 
 
 def main():
     trial = Trial("ablation", read_arguments(__doc__))
     rows, lines, pictures = rows_of(trial), [], []
     for row, (folder, tokenizer, options, stage, sampling) in rows.items():
+        sampling = {"cfg": 0.0, **sampling}
         found, var = measure(trial, row, folder, tokenizer, options, stage, sampling)
         lines.append([row, f"{parameters(var):.2f}"] + [
             of_seeds([f[key] * factor for f in found], digits) for key, factor, digits in (
                 ("bits", 1, 1), ("frechet", 1, 2), ("precision", 1, 2), ("recall", 1, 2),
-                ("in_class", 100, 0), ("seconds", 1000, 1))])
+                ("in_class", 100, 0), ("seconds", 1000, 1))]
+            + [f"{milliseconds_alone(tokenizer, var, sampling):.0f}"])
         labels = torch.arange(12) % len(trial.names)
         pictures.append(drawing.generate(
-            tokenizer, var, labels, generator=torch.Generator().manual_seed(0),
-            **{"cfg": 0.0, **sampling}))
+            tokenizer, var, labels, generator=torch.Generator().manual_seed(0), **sampling))
     for name, tokenizer in (("raster", rows["raster"][1].tokenizer),
                             ("next scale", rows["next scale"][1])):
         found = trial.measure(f"reconstructed, {name}", 0, lambda: trial.reconstructed(tokenizer))
         lines.append([f"reconstructions, {name}, {found['psnr']:.1f} dB", "", ""] + [
-            f"{found[key]:.2f}" for key in ("frechet", "precision", "recall")] + ["", ""])
+            f"{found[key]:.2f}" for key in ("frechet", "precision", "recall")] + ["", "", ""])
     floor = trial.measure("held-out images", 0, trial.floor)
     lines.append(["held-out images", "", ""] + [
-        f"{floor[key]:.2f}" for key in ("frechet", "precision", "recall")] + ["", ""])
+        f"{floor[key]:.2f}" for key in ("frechet", "precision", "recall")] + ["", "", ""])
     show(["", "parameters, M", "bits an image", "Fréchet", "precision", "recall", "in class, %",
-          "CPU ms an image"], lines, trial.headline())
+          "CPU ms an image, 100 at once", "one alone"], lines, trial.headline())
     path = trial.folder / "ablation.png"
     plots.save_grid(path, torch.cat(pictures), 12, row_labels=list(rows),
                     column_labels=[trial.names[c] for c in labels])
