@@ -143,6 +143,10 @@ class KVCache:
         self.filled = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def keep_first(self, count):
+        """Of the first images alone."""
+        self.k, self.v = self.k[:count], self.v[:count]
+
 
 class Block(nn.Module):
     """Attention and MLP. The class speaks to both: it scales and shifts what enters (AdaLN), and
@@ -292,7 +296,7 @@ class VAR(nn.Module):
         """Continue with the first images of a batch alone: sampling drops the second half when no
         later scale is guided. Changes the cache -> Conditioning"""
         for block_cache in cache:
-            block_cache.k, block_cache.v = block_cache.k[:count], block_cache.v[:count]
+            block_cache.keep_first(count)
         row, blocks, head = conditioning
         return Conditioning(row[:count], [adaln[:count] for adaln in blocks], head[:count])
 

@@ -21,7 +21,7 @@ from (seed, stage, s, process), so a run resumes bit for bit although no random 
 
 Differs from the original VAR code: stage 1 exists, with the losses of VQGAN (engine/perceptual.py)
 and a health check of every scale (report/health.py); images are tokenized once, not in every step;
-in the loss a token counts 1 / side of its map, but in the recipe for ImageNet.
+in the loss a token counts 1 / side of its map, but in the recipe for ImageNet (side_power).
 """
 import math
 import os

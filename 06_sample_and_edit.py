@@ -79,15 +79,15 @@ def soften(logits, progress, codebook, generator=None):
 
 
 def strengths(cfg, K):
-    """Guidance t at each of K scales: the list cfg itself, or equal steps from 0 at the first to
-    the number cfg at the last, because coarse scales decide *what* is drawn: strong guidance there
-    costs variety, while at fine scales it only sharpens. -> K numbers"""
-    if not isinstance(cfg, (list, tuple)):
+    """Guidance t at each of K scales: cfg itself if it is a list, else equal steps from 0 to cfg:
+    strong guidance at coarse scales, which decide *what* is drawn, costs variety. -> K numbers"""
+    given = cfg
+    if not hasattr(cfg, "__len__"):
         # Exercise 06_2
         cfg = [cfg * (k / max(K - 1, 1)) for k in range(K)]
         # End of exercise
     if len(cfg) != K or not all(0 <= t < torch.inf for t in cfg):
-        raise BadInput(f"cfg {cfg}: one number of at least 0, or {K} of them, one for each scale")
+        raise BadInput(f"cfg {given}: a number of at least 0, or a list of {K}, one a scale")
     return cfg
 
 

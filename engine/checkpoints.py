@@ -128,6 +128,8 @@ def check_identity(path, state, name, new):
     old = state.get("settings")
     if old == {}:
         raise BadInput(f"{path} came with --tokenizer-file: give --stage transformer")
+    if isinstance(old, dict) and "side_power" in new:
+        old = {"side_power": 0.0, **old}                   # so it was before there was a choice
     if not isinstance(old, dict) or set(old) != set(new):
         raise BadInput(f"{path} was saved by another version of this code or is no {name}; "
                        "--fresh trains again from scratch")

@@ -86,7 +86,9 @@ class ClassTokenStage(training.TransformerStage):
 def rows_of(trial):
     """-> {row: (folder, tokenizer, options and stage of the training, options of sampling)}"""
     next_scale = trial.tokenizer()
-    one_map = Raster(trial.train_tokenizer("raster", 0, ["--set", "scales=8"]))
+    alike = str(trial.args.tokenizer_steps or trial.tokenizer_steps())
+    one_map = Raster(trial.train_tokenizer("raster", 0, ["--tokenizer-steps", alike, "--set",
+                                                         "scales=8"]))
     steps = trial.args.steps * sum(side * side for side in next_scale.scales) // one_map.K
     plain, normed = ["--set", "shared_adaln=true", "qk_norm=false"], ["--set", "shared_adaln=true"]
     token, adaln = ClassTokenStage, training.TransformerStage
@@ -130,11 +132,13 @@ def main():
     for row, (folder, tokenizer, options, stage, sampling) in rows.items():
         sampling = {"cfg": 0.0, **sampling}
         found, var = measure(trial, row, folder, tokenizer, options, stage, sampling)
+        alone = trial.measure(f"{folder}/{row}", "alone", lambda: dict(
+            milliseconds=milliseconds_alone(tokenizer, var, sampling)))
         lines.append([row, f"{parameters(var):.2f}"] + [
             of_seeds([f[key] * factor for f in found], digits) for key, factor, digits in (
                 ("bits", 1, 1), ("frechet", 1, 2), ("precision", 1, 2), ("recall", 1, 2),
                 ("in_class", 100, 0), ("seconds", 1000, 1))]
-            + [f"{milliseconds_alone(tokenizer, var, sampling):.0f}"])
+            + [f"{alone['milliseconds']:.0f}"])
         labels = torch.arange(12) % len(trial.names)
         pictures.append(drawing.generate(
             tokenizer, var, labels, generator=torch.Generator().manual_seed(0), **sampling))

@@ -31,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.trial import ROOT, Trial, of_seeds, read_arguments, show  # noqa: E402
+from engine.checkpoints import model_fingerprint  # noqa: E402
 from engine.options import number, one_line  # noqa: E402
 from report import plots  # noqa: E402
 
@@ -83,12 +84,12 @@ def main():
     tokenizer = trial.tokenizer()
     var, about = training.load_transformer(ROOT / "data" / "pretrained" / f"{args.dataset}.pt")
     sampling = {key: about["sampling"][key] for key in ("top_k", "top_p")}
-    scales, lines, curves = tokenizer.scales, [], {}
+    scales, lines, curves, model = tokenizer.scales, [], {}, model_fingerprint(var)
 
     def measured(row, t):
         """Adds the row to the table. -> its point (milliseconds, Fréchet) in the figure"""
         found = [trial.measure(row, seed, lambda: trial.judged(tokenizer, var, seed, cfg=t,
-                                                               **sampling))
+                                                               **sampling), model=model, **sampling)
                  for seed in trial.seeds]
         lines.append(line_of(row, t, scales, found))
         # Other programs can only slow down a drawing.

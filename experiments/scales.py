@@ -47,6 +47,9 @@ class NothingKept:
     def append(self, k, v):
         return k, v
 
+    def keep_first(self, count):
+        """There is nothing to cut."""
+
 
 class MarkovVAR(transformer.VAR):
     """Map k attends to itself alone, in training as in sampling."""

@@ -4,9 +4,10 @@
     python experiments/scaling.py --dataset shapes --steps 1200
 
 VAR (Tian et al. 2024, section 4.2) reports that cross-entropy and error rate of held-out tokens
-fall as powers of the number of parameters N, error = (b N)^-a, for all tokens and for those of
-the last scale alone. Here the sizes span 1.5 orders of magnitude and each sees every image less
-than once. In logarithms a power is a straight line, so
+fall as powers of the number of parameters N, error = (b N)^-a, for all tokens and for those of the
+last scale alone. Here the sizes span 1.5 orders of magnitude, and each model sees every view of an
+image less than once (an image of CIFAR-10 about twice). In logarithms a power is a straight line,
+so
 
     ln error = -a ln N + constant
 

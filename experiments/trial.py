@@ -85,6 +85,7 @@ class Trial:
 
     def __init__(self, name, args):
         self.args = args
+        self.shipped = ROOT / "data" / "pretrained" / f"{args.dataset}.pt"
         self.folder = args.out / name / (args.dataset + "-quick" * args.quick)
         self.options = [*BASES[args.dataset], "--data-dir", args.data_dir, "--stage",
                         "transformer", "--steps", str(args.steps or 1), "--device", "cpu"]
@@ -104,14 +105,17 @@ class Trial:
         self.precision = settings.precision if args.steps else "float32"
         if self.precision == "auto":
             self.precision = choose_precision(self.processes, None)
-        self.seeds = range(args.seeds)
+        self.seeds, self.found_tokens = range(args.seeds), {}
 
     # -- Tokens ------------------------------------------------------------------------------------
 
     def tokenizer(self, path=None):
         """A frozen tokenizer of chapter 5, or the one that comes with the code, in float32."""
-        path = path or ROOT / "data" / "pretrained" / f"{self.args.dataset}.pt"
-        return training.load_tokenizer(path)[0].float()
+        return training.load_tokenizer(path or self.shipped)[0].float()
+
+    def tokenizer_steps(self):
+        """How long the tokenizer that comes with the code was trained."""
+        return training.load_tokenizer(self.shipped)[1]["step"]
 
     def train_tokenizer(self, row, seed, options=(), changes=()):
         """A tokenizer of its own, trained on all images of the data set. options: of 05_train.py;
@@ -134,12 +138,16 @@ class Trial:
         """-> {split: (tokens (views, N, L), labels (N,))}, made once for all experiments"""
         settings = training.read_settings(self.options)[0]
         settings.precision, found = self.precision, {}
-        path = self.args.out / "tokens" / f"{self.args.dataset}-{model_fingerprint(tokenizer)}"
+        fingerprint = model_fingerprint(tokenizer)
+        if fingerprint in self.found_tokens:
+            return self.found_tokens[fingerprint]
+        path = self.args.out / "tokens" / f"{self.folder.name}-{fingerprint}"
         with RunFolder(path) as folder, StopSignal(self.processes) as stop:
             for split, (images, labels) in self.data.items():
                 views = Views(images, settings.views if split == "train" else 1)
                 found[split] = training.cache_tokens(settings, self.processes, folder, stop,
                                                      tokenizer, views, split), labels
+        self.found_tokens[fingerprint] = found
         return found
 
     # -- One row -----------------------------------------------------------------------------------
@@ -160,10 +168,11 @@ class Trial:
             training.train(run, folder, stop, {**asdict(settings), **asdict(sizes)})
         return run.model.eval().requires_grad_(False)
 
-    def measure(self, row, seed, compute):
-        """compute() -> dict of numbers; kept in the row's folder for these options."""
+    def measure(self, row, seed, compute, **asked):
+        """compute() -> dict of numbers; kept in the row's folder for these options, and for what
+        else they depend on (asked: plain values)."""
         path = self.folder / row / f"{seed}.json"
-        asked = {name: getattr(self.args, name) for name in ("steps", "n")}
+        asked |= {name: getattr(self.args, name) for name in ("steps", "n")}
         if path.exists():
             kept = json.loads(path.read_text())
             if kept["asked"] == asked:

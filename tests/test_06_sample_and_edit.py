@@ -4,6 +4,7 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_models, seeded
@@ -104,6 +105,7 @@ def test_guidance_that_ends_early_draws_the_same_tokens_with_half_the_work(t, do
 
 def test_a_number_is_a_ramp_and_strengths_that_make_no_sense_are_refused(models):
     assert m6.strengths(3.0, 4) == [0.0, 1.0, 2.0, 3.0] and m6.strengths(3.0, 1) == [0.0]
+    assert m6.strengths(np.linspace(0, 3, 4), 4).tolist() == m6.strengths(np.float32(3), 4)
     image, keep, labels = noise_image(1), box(8, 0, 16, 16), torch.tensor([1])
     for way, *what in ((m6.generate, labels), (m6.edit, image, keep, labels),
                        (m6.outpaint, image, (0, 0, 8, 0), labels)):
@@ -112,7 +114,7 @@ def test_a_number_is_a_ramp_and_strengths_that_make_no_sense_are_refused(models)
         assert torch.equal(number, ramp) and not torch.equal(ramp, other)
     for cfg in ([1.0, 1.0], [1.0] * 4, [], [1.0, -0.1, 0.0], [math.nan, 1.0, 1.0],
                 [0.0, 0.0, math.inf], -1.0, math.nan):
-        with pytest.raises(BadInput, match="one number of at least 0, or 3"):
+        with pytest.raises(BadInput, match="a number of at least 0, or a list of 3"):
             m6.generate(*models, labels, cfg=cfg)
 
 

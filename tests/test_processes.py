@@ -6,6 +6,7 @@ import re
 import subprocess
 import weakref
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import stage_of
 
 from engine.checkpoints import load_checkpoint
 from engine.options import one_line
+from engine.processes import first_that_failed
 
 m5 = import_module("05_train")
 
@@ -165,6 +167,14 @@ def test_the_first_process_that_fails_is_the_only_one_that_is_heard(
     assert err.count("Traceback") == (status == 1)
     assert status == 1 or err.count("\n") == 1
     assert load_checkpoint(stage_2.folder / "transformer.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("ends, first", [
+    ([-6, None], 0), ([-6, -6], 0), ([-6, 0], 0), ([-6, 2], 1), ([0, -9], 1), ([0, 0], None)])
+def test_one_that_aborts_is_named_if_no_other_fails_and_nobody_waits_for_ever(ends, first):
+    started = [SimpleNamespace(returncode=end, poll=lambda end=end: end) for end in ends]
+    failed = first_that_failed(started, patience=0.2)
+    assert failed is (None if first is None else started[first])
 
 
 NOTE_FILES = """

@@ -29,7 +29,7 @@ def test_scales_share_a_tokenizer_where_only_attention_differs(cli, tmp_path):
 def test_a_markov_map_attends_to_itself_alone(monkeypatch):
     """Like chapter 4's transformer under a dense block-diagonal mask, and like its own sampling."""
     scales = import_module("experiments.scales")
-    _, var = random_models(label_dropout=1.0, drop_path=0.0)
+    tokenizer, var = random_models(label_dropout=1.0, drop_path=0.0)
     markov = scales.MarkovVAR(var.config).eval()
     markov.load_state_dict(var.state_dict())
     labels, inputs = torch.tensor([0, 2]), torch.randn(2, var.L - 1, 4, generator=seeded())
@@ -44,6 +44,8 @@ def test_a_markov_map_attends_to_itself_alone(monkeypatch):
     parts = [None, *inputs.split([4, 16], 1)]
     drawn = [markov.step(k, parts[k], conditioning, cache) for k in range(3)]
     assert torch.allclose(torch.cat(drawn, 1), found, atol=1e-5)
+    assert len(import_module("06_sample_and_edit").sample_tokens(
+        tokenizer, markov, labels, cfg=[0, 2, 0])) == 3, "guided up to the second map"
     # Labels are hidden in training, here all of them, and never otherwise.
     assert torch.allclose(markov.train()(labels, inputs), var(torch.tensor([3, 3]), inputs),
                           atol=1e-5)

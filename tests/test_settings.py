@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from engine import BadInput, checkpoints
 from engine import settings as engine_settings
 
 m5 = import_module("05_train")
@@ -72,6 +73,18 @@ def test_the_imagenet_recipe_is_that_of_the_original(depth, side, batch, epochs,
                                              f"rate {shown.lr:.3g}"))
         assert (config.image_size, config.scales) == (side, SIDES[side])
         assert (var.depth, var.shared_adaln) == (depth, depth == 36)
+
+
+def test_the_papers_loss_is_that_of_the_papers_recipe_and_of_old_runs(tmp_path):
+    """And of the CIFAR-10 model that comes with the code. A run begun before there was a choice
+    resumes where nothing has changed."""
+    power = [m5.read_settings(["--preset", name])[0].side_power
+             for name in ("imagenet", "cifar10-cpu", "shapes", "cifar10", "folder")]
+    assert power == [0, 0, 1, 1, 1]
+    old = dict(settings=dict(lr=1.0))
+    checkpoints.check_identity(tmp_path, old, "transformer", dict(lr=1.0, side_power=0.0))
+    with pytest.raises(BadInput, match="side_power 0.0 -> 1.0"):
+        checkpoints.check_identity(tmp_path, old, "transformer", dict(lr=1.0, side_power=1.0))
 
 
 def test_what_is_typed_wins_over_the_recipe():
