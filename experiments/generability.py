@@ -10,9 +10,9 @@ its tokens, with equal steps. A seed is that of both. The rows:
     default           chapter 5's
     dropout           in training a share of the images keeps its first m maps only, m uniform in
                       1..K: the decoder is shown f_hat_m (XQ-GAN, Li et al. 2024)
-    perturbed         in training a tenth of the tokens is exchanged for one of the 100 nearest
-                      codes (of V / 4, if that is fewer): the decoder is shown the f_hat of these
-                      (after RobustTok, Qiu et al. 2025)
+    perturbed         in training a tenth of the tokens is exchanged for a near code, one
+                      of the nearest fifth: the decoder is shown the f_hat of these (RobustTok, Qiu
+                      et al. 2025, takes the nearest 100)
     V                 fewer codes than 512, or more
     coarse            weight of each f_hat before the last in the quantizer's loss, instead of 0.2
 
@@ -40,7 +40,7 @@ from experiments.self_correction import exchange, neighbours_of  # noqa: E402
 from experiments.trial import Trial, of_seeds, read_arguments, show  # noqa: E402
 from report import judge, plots  # noqa: E402
 
-RATE, NEAR = 0.1, 100
+RATE, NEAR = 0.1, 0.2                                       # of the tokens, and of the codes
 
 
 def first_maps(share):
@@ -56,7 +56,7 @@ def first_maps(share):
 def perturbed(model, tokens):
     """Some tokens are exchanged for near ones, in every map: no later map knows of an error."""
     V = model.config.vocab_size
-    neighbours = neighbours_of(model.quantizer.codebook, min(NEAR, V // 4))
+    neighbours = neighbours_of(model.quantizer.codebook, int(NEAR * V))
     return model.features([exchange(tokens_k, RATE, neighbours) for tokens_k in tokens])
 
 

@@ -53,7 +53,7 @@ AT_ONCE = 100                                              # images drawn togeth
 def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, seeds=2,
                    tokenizer_steps=None, more=()):
     """The options of an experiment. doc: its docstring; steps: 0 if it trains no transformer;
-    tokenizer_steps: None, that of the data set; more: (name, options of add_argument)"""
+    tokenizer_steps: None if it trains no tokenizers; more: (name, options of add_argument)"""
     parser = OneLineParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset", choices=BASES, default=dataset, help=f"[{dataset}]")
     parser.add_argument("--data-dir", default="", help="where CIFAR-10 lies, if not in data/")
@@ -63,9 +63,10 @@ def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, see
     if steps:
         parser.add_argument("--steps", type=number(int, 1), default=steps,
                             help=f"steps of stage 2 in each row [{steps}]")
-    parser.add_argument("--tokenizer-steps", type=number(int, 1), default=tokenizer_steps,
-                        help="steps of stage 1, where rows have tokenizers of their own "
-                        f"[{tokenizer_steps or 'those of the data set'}]")
+    parser.set_defaults(tokenizer_steps=None)
+    if tokenizer_steps:
+        parser.add_argument("--tokenizer-steps", type=number(int, 1), default=tokenizer_steps,
+                            help=f"steps of stage 1 in each row [{tokenizer_steps}]")
     parser.add_argument("--n", type=number(int, 4), default=n, help=f"samples to judge [{n}]")
     parser.add_argument("--seeds", type=number(int, 1), default=seeds,
                         help=f"{'trainings' if steps else 'drawings'} of each row [{seeds}]")
