@@ -87,12 +87,12 @@ def main():
             var = trial.train(row, seed, tokenizer, options)
             found.append(trial.measure(row, seed, lambda: weigh(trial, tokenizer, var)))
         N.append(parameters(var))
-        C.append(operations(var) * trial.args.steps * trial.settings.batch_size / 1e15)
+        C.append(operations(var) * trial.args.steps * trial.settings.batch_size / 1e12)
         for key in MEASURES:
             means[key].append(float(np.mean([f[key] for f in found])))
-        lines.append([f"{depth} x {width}", f"{N[-1]:.3f}", f"{C[-1]:.2f}"] + [
+        lines.append([f"{depth} x {width}", f"{N[-1]:.3f}", f"{C[-1]:.1f}"] + [
             of_seeds([f[key] for f in found], 4) for key in MEASURES])
-    show(["depth x width", "parameters, M", "arithmetic, PFLOP", *MEASURES.values()], lines,
+    show(["depth x width", "parameters, M", "arithmetic, TFLOP", *MEASURES.values()], lines,
          trial.headline())
     fits = []
     for key, name in MEASURES.items():
@@ -104,7 +104,7 @@ def main():
           "correlation", "VAR's, by parameters"], fits, "95 % intervals of the fit")
     path = trial.folder / "scaling.png"
     plots.save_curve(path, {name: list(zip(N, means[key])) for key, name in MEASURES.items()
-                            if key.startswith("loss")}, log="xy", x_label="parameters, M",
+                            if key.startswith("loss")}, log="x", x_label="parameters, M",
                      title="nats a token")
     print("wrote", path)
 
