@@ -2,6 +2,7 @@
 
     python experiments/ablation.py --data-dir DIR --steps 1200       three classes of CIFAR-10
     python experiments/ablation.py --dataset shapes --steps 1200
+    python experiments/ablation.py --data-dir DIR --steps 5000 --rows "+ q/k norm" "raster, all"
 
     raster          one 8x8 map, 64 tokens drawn one after the other; the class is the first token
     next scale      six maps, 130 tokens in 6 steps; still no more of the class than that
@@ -11,7 +12,7 @@
     + q/k norm      queries and keys of length 1
     larger          more blocks, and wider ones
     raster, all     raster order with all that was added, of the size before "larger"
-    ... N steps     the same after as many steps, and images, as the other rows have
+    raster, early   the same after as many steps, and images, as the other rows have
 
 From "next scale" to "larger" every row has what the rows above it have. They are the rows of VAR
 (Tian et al. 2024, section 5) at the size of a laptop. Raster order has about half as many tokens an
@@ -41,6 +42,8 @@ transformer = import_module("04_var_transformer")
 
 LARGER = ["--depth", "6", "--set", "width=160", "heads=5"]
 TOP_K, CFG = 100, 1.5
+ROWS = ("raster", "next scale", "+ AdaLN", f"+ top-k {TOP_K}", f"+ guidance {CFG}", "+ q/k norm",
+        "larger", "raster, all", "raster, early")
 
 
 class Raster(torch.nn.Module):
@@ -96,17 +99,16 @@ def rows_of(trial):
     plain, normed = ["--set", "shared_adaln=true", "qk_norm=false"], ["--set", "shared_adaln=true"]
     token, adaln = ClassTokenStage, training.TransformerStage
     k, guided = dict(top_k=TOP_K), dict(top_k=TOP_K, cfg=CFG)
-    return {
-        "raster": ("raster", one_map, [*plain, "--steps", str(steps)], token, {}),
-        "next scale": ("next-scale", next_scale, plain, token, {}),
-        "+ AdaLN": ("adaln", next_scale, plain, adaln, {}),
-        f"+ top-k {TOP_K}": ("adaln", next_scale, plain, adaln, k),
-        f"+ guidance {CFG}": ("adaln", next_scale, plain, adaln, guided),
-        "+ q/k norm": ("qk-norm", next_scale, normed, adaln, guided),
-        "larger": ("larger", next_scale, [*normed, *LARGER], adaln, guided),
-        "raster, all": ("raster-all", one_map, [*normed, "--steps", str(steps)], adaln, guided),
-        f"raster, {trial.args.steps} steps": ("raster-short", one_map, normed, adaln, guided),
-    }
+    return dict(zip(ROWS, (
+        ("raster", one_map, [*plain, "--steps", str(steps)], token, {}),
+        ("next-scale", next_scale, plain, token, {}),
+        ("adaln", next_scale, plain, adaln, {}),
+        ("adaln", next_scale, plain, adaln, k),
+        ("adaln", next_scale, plain, adaln, guided),
+        ("qk-norm", next_scale, normed, adaln, guided),
+        ("larger", next_scale, [*normed, *LARGER], adaln, guided),
+        ("raster-all", one_map, [*normed, "--steps", str(steps)], adaln, guided),
+        ("raster-short", one_map, normed, adaln, guided)), strict=True))
 
 
 def measure(trial, row, folder, tokenizer, options, stage, sampling):
@@ -133,9 +135,12 @@ def milliseconds_alone(tokenizer, var, sampling, count=10):
 
 
 def main():
-    trial = Trial("ablation", read_arguments(__doc__))
+    args = read_arguments(__doc__, more=[("--rows", dict(
+        nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="only these [all]"))])
+    trial = Trial("ablation", args)
     rows, lines, pictures = rows_of(trial), [], []
-    for row, (folder, tokenizer, options, stage, sampling) in rows.items():
+    for row in args.rows:
+        folder, tokenizer, options, stage, sampling = rows[row]
         sampling = {"cfg": 0.0, **sampling}
         found, var = measure(trial, row, folder, tokenizer, options, stage, sampling)
         alone = trial.measure(f"{folder}/{row}", "alone", lambda: dict(
@@ -159,7 +164,7 @@ def main():
     show(["", "parameters, M", "bits an image", "Fréchet", "precision", "recall", "in class, %",
           "CPU ms an image, 100 at once", "one alone"], lines, trial.headline())
     path = trial.folder / "ablation.png"
-    plots.save_grid(path, torch.cat(pictures), 12, row_labels=list(rows),
+    plots.save_grid(path, torch.cat(pictures), 12, row_labels=args.rows,
                     column_labels=[trial.names[c] for c in labels])
     print("wrote", path)
 

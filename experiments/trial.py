@@ -106,7 +106,7 @@ class Trial:
         self.precision = settings.precision if args.steps else "float32"
         if self.precision == "auto":
             self.precision = choose_precision(self.processes, None)
-        self.seeds, self.found_tokens = range(args.seeds), {}
+        self.seeds, self.found_tokens, self.dates = range(args.seeds), {}, set()
 
     # -- Tokens ------------------------------------------------------------------------------------
 
@@ -172,15 +172,17 @@ class Trial:
     def measure(self, row, seed, compute, **asked):
         """compute() -> dict of numbers; kept in the row's folder for these options, and for what
         else they depend on (asked: plain values)."""
-        path = self.folder / row / f"{seed}.json"
+        path, today = self.folder / row / f"{seed}.json", time.strftime("%Y-%m-%d")
         asked |= {name: getattr(self.args, name) for name in ("steps", "n")}
         if path.exists():
             kept = json.loads(path.read_text())
             if kept["asked"] == asked:
+                self.dates.add(kept["date"])
                 return kept["found"]
         found = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json.dumps(dict(asked=asked, found=found)), path)
+        write_atomically(json.dumps(dict(asked=asked, date=today, found=found)), path)
+        self.dates.add(today)
         print(f"   {row}, seed {seed}: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()
                                                      if isinstance(v, float)), flush=True)
         return found
@@ -270,12 +272,12 @@ class Trial:
     # -- The table ---------------------------------------------------------------------------------
 
     def headline(self):
-        """What every table says of itself."""
-        args = self.args
+        """What every table says of itself. Its dates are those of its first and last figures."""
+        args, dates = self.args, sorted({min(self.dates), max(self.dates)})
         trained = f"{args.steps} steps" if args.steps else "the shipped model"
         return (f"{args.dataset}, {trained}, {args.n} samples, {args.seeds} seed(s), "
                 f"{self.precision}, torch {torch.__version__}, {torch.get_num_threads()} "
-                f"thread(s), {time.strftime('%Y-%m-%d')}")
+                f"thread(s), {' to '.join(dates)}")
 
 
 def parameters(model):

@@ -1,6 +1,7 @@
 """The experiments behind the tables: the right things are compared."""
 import re
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 benchmark, cost = import_module("experiments.benchmark"), import_module("experiments.cost")
 masking = import_module("03_block_causal_mask")
 cifar, rows = import_module("experiments.cifar10"), import_module("experiments.tokenizer")
-judge = import_module("report.judge")
+judge, trial = import_module("report.judge"), import_module("experiments.trial")
 SMALL = ("--dataset shapes --image-size 16 --set scales=1,2,3,4 multipliers=1,2 unshuffle=2 "
          "--vocab-size 16 --set latent_dim=4 channels=8 groups=4 --tokenizer-batch-size 2 "
          "--tokenizer-steps 5 --set held_out=8 --device cpu --precision float32").split()
@@ -45,6 +46,23 @@ def test_every_row_is_a_tokenizer_trained_its_own_way_once(cli, monkeypatch):
     assert [bool(cell) for cell in found[-1][-4:]] == [True, True, False, True]
     assert first.out.count("tokenizer 5/5 (100%)") == len(names)
     assert "tokenizer 5/5" not in again.out and table(again.out) == table(first.out)
+
+
+def test_a_kept_result_keeps_its_date(monkeypatch, tmp_path):
+    """And a row of which something else is asked is measured anew."""
+    def measured(day, *asked):
+        monkeypatch.setattr(trial.time, "strftime", lambda *format: day)
+        run = object.__new__(trial.Trial)
+        run.folder, run.precision, run.dates = tmp_path, "float32", set()
+        for n in asked:
+            run.args = SimpleNamespace(steps=1, n=n, seeds=1, dataset="shapes")
+            assert run.measure(f"row {n}", 0, lambda: dict(day=day))["day"] in run.dates
+        return run.headline().split(", ")[-1]
+    assert measured("2026-01-01", 4) == "2026-01-01"
+    assert measured("2026-02-02", 4) == "2026-01-01", "nothing was measured"
+    assert measured("2026-02-02", 4, 5) == "2026-01-01 to 2026-02-02"
+    (tmp_path / "row 5").rename(tmp_path / "row 6")
+    assert measured("2026-03-03", 6) == "2026-03-03", "kept for another n"
 
 
 def test_a_seam_by_hand():
