@@ -27,7 +27,6 @@ Sources: VAR (Tian et al. 2024), section 3, for residual maps and block-causal a
 mask a discrete diffusion.
 """
 import sys
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from engine.options import one_line  # noqa: E402
 from report import plots  # noqa: E402
 
 training, transformer = import_module("05_train"), import_module("04_var_transformer")
+drawing = import_module("06_sample_and_edit")
 
 
 class NothingKept:
@@ -86,15 +86,22 @@ ROWS = {
 }
 
 
-def measure(trial, row, seed):
-    """Train the row's tokenizer and transformer -> dict of what both reach"""
+def trained(trial, row, seed):
+    """-> the row's tokenizer and its transformer"""
     settings, stage = ROWS[row]
-    kind = " ".join(settings)
-    tokenizer = trial.train_tokenizer(kind, seed, ["--set", *settings])
-    rebuilt = trial.measure(f"tokenizers/{kind}", seed, partial(trial.reconstructed, tokenizer))
-    found = trial.row(row, seed, tokenizer, stage=stage, cfg=0.0)
-    return dict(found, L=sum(side * side for side in tokenizer.scales), K=tokenizer.K,
-                psnr=rebuilt["psnr"], rebuilt=rebuilt["frechet"])
+    tokenizer = trial.train_tokenizer(" ".join(settings), seed, ["--set", *settings])
+    return tokenizer, trial.train(row, seed, tokenizer, stage=stage)
+
+
+def measure(trial, row, seed):
+    """-> dict of what the row's tokenizer and transformer reach"""
+    tokenizer, var = trained(trial, row, seed)
+    kind = "tokenizers/" + " ".join(ROWS[row][0])
+    rebuilt = trial.measure(kind, seed, lambda: trial.reconstructed(tokenizer))
+    found = trial.measure(row, seed, lambda: {
+        **trial.bits(tokenizer, var), **trial.judged(tokenizer, var, seed, cfg=0.0)})
+    return dict(found, L=sum(side * side for side in tokenizer.scales), psnr=rebuilt["psnr"],
+                rebuilt=rebuilt["frechet"])
 
 
 def main():
@@ -113,21 +120,13 @@ def main():
     show(["scales", "tokens", "PSNR, dB", "Fréchet of reconstructions", "bits an image",
           "Fréchet of samples", "precision", "recall", "in class", "CPU s an image"], lines,
          trial.headline())
-    draw(trial.folder / "scales.png", found)
-
-
-def draw(path, found):
-    """Fréchet distances over K; the rows that are no step of K are points of their own."""
-    def points(rows, key):
-        return [(found[row][0]["K"], sum(f[key] for f in found[row]) / len(found[row]))
-                for row in rows]
-    steps = [row for row in found if "," not in row]
-    curves = {"samples": points(steps, "frechet"), "reconstructions": points(steps, "rebuilt")}
-    for row in found:
-        if row not in steps:
-            curves[f"samples, {row.split(', ')[1]}"] = points([row], "frechet")
-    plots.save_curve(path, curves, title="Frechet distance", x_label="K, number of scales",
-                     log="y")
+    # Samples of the first seed, with the same random numbers in every row.
+    labels = torch.arange(len(trial.names))
+    pictures = [drawing.generate(*trained(trial, row, 0), labels, cfg=0.0,
+                                 generator=torch.Generator().manual_seed(0)) for row in ROWS]
+    path = trial.folder / "scales.png"
+    plots.save_grid(path, torch.cat(pictures), len(labels), row_labels=list(ROWS),
+                    column_labels=trial.names)
     print("wrote", path)
 
 
