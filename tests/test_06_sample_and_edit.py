@@ -293,11 +293,11 @@ def test_the_kept_region_is_at_least_3_db_truer_than_when_tokens_are_replayed(ma
     """The shipped model; painting and settling passes each take their share."""
     path = Path(m6.__file__).parent / "data" / "pretrained" / "shapes.pt"
     (tokenizer, _), (var, _) = m6.training.load_tokenizer(path), m6.training.load_transformer(path)
-    image, labels = map(torch.from_numpy, shapes.draw(range(12), split="test"))
+    image, labels = map(torch.from_numpy, shapes.draw(range(64), split="test"))
     image, keep = batches.to_float(image), command_line.outside(editing.MASKS[mask], 32)
 
     def db(way, **how):
-        result = way(tokenizer, var, image, keep, labels, cfg=1.5, generator=seeded(), **how)
+        result = way(tokenizer, var, image, keep, labels, cfg=0.5, generator=seeded(), **how)
         return editing.kept_db(result, image, keep)
     replayed, once, often, ours = (db(editing.replay), db(m6.edit, **editing.ONE),
                                    db(m6.edit, **editing.SIX), db(m6.edit))
