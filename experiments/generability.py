@@ -119,7 +119,8 @@ def rank_correlation(a, b):
 
 
 def main():
-    args = read_arguments(__doc__, dataset="shapes", steps=1000, tokenizer_steps=1000)
+    args = read_arguments(__doc__, dataset="shapes", steps=1000, tokenizer_steps=1000,
+                          n=4000)
     trial = Trial("generability", args)
     found = {row: [measure(trial, row, seed) for seed in trial.seeds] for row in ROWS}
     columns = dict(psnr=2, rebuilt=3, perturbed=3, bits=1, frechet=3, precision=3, recall=3)

@@ -14,6 +14,7 @@ maps costs little more than not to guide at all:
     constant 3                3    3    3    3    3    3    260
     constant 3, off from 4x4  3    3    3    0    0    0    144
     constant 3, on from 4x4   0    0    0    3    3    3    260: the first maps fill the cache
+    constant 1.5            1.5  1.5  1.5  1.5  1.5  1.5    260: on the average the ramp's strength
 
 Nothing is trained. All rows draw from the shipped model with its own top-p, with the same labels
 and, seed by seed, the same random numbers. That top-p was chosen for the model's own ramp, cfg 3 on
@@ -46,7 +47,7 @@ def first(t, count):
 
 def schedules(cfgs, scales):
     """-> {curve: {row: K strengths}}. A curve is one way to guide: all scales, then ever fewer. The
-    curve "late" leaves out the first scales instead, at the largest strength."""
+    curve "others" is the largest strength without the first scales, and that ramp's mean."""
     K, curves = len(scales), {}
     for cfg in cfgs:
         for name, t in (("ramp", drawing.strengths(cfg, K)), ("constant", [cfg] * K)):
@@ -55,11 +56,12 @@ def schedules(cfgs, scales):
                 if any(t[:k]):
                     side = f"{scales[k]}x{scales[k]}"
                     curve[f"{name} {cfg:g}, off from {side}"] = first(t, k)
-    late = curves["late"] = {}
+    others, most = {}, max(cfgs)
     for k in range(1, K):
-        row = f"constant {max(cfgs):g}, on from {scales[k]}x{scales[k]}"
-        late[row] = [0.0] * k + [max(cfgs)] * (K - k)
-    return curves
+        others[f"constant {most:g}, on from {scales[k]}x{scales[k]}"] = [0.0] * k + [most] * (K - k)
+    if most / 2 not in cfgs:
+        others[f"constant {most / 2:g}"] = [most / 2] * K
+    return {**curves, "others": others}
 
 
 def tokens_computed(t, scales):
@@ -99,7 +101,7 @@ def main():
     without = measured("none", [0.0] * len(scales))
     for name, rows in schedules(sorted(set(args.cfg or STRENGTHS[args.dataset])), scales).items():
         curves[name] = [*(measured(row, t) for row, t in rows.items()), without]
-    del curves["late"]                                     # one cost, so no curve
+    del curves["others"]                                   # one cost, so no curve
     for row, compute in (("held-out images", trial.floor),
                          ("their reconstructions", lambda: trial.reconstructed(tokenizer))):
         found = trial.measure(row, 0, compute)

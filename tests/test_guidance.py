@@ -38,7 +38,10 @@ def test_guidance_by_hand_and_the_tokens_that_the_transformer_sees():
         "ramp 4": {"ramp 4": [0, 2, 4], "ramp 4, off from 4x4": [0, 2, 0]},
         "constant 4": {"constant 4": [4, 4, 4], "constant 4, off from 4x4": [4, 4, 0],
                        "constant 4, off from 2x2": [4, 0, 0]},
-        "late": {"constant 4, on from 2x2": [0, 4, 4], "constant 4, on from 4x4": [0, 0, 4]}}
+        "others": {"constant 4, on from 2x2": [0, 4, 4], "constant 4, on from 4x4": [0, 0, 4],
+                   "constant 2": [2, 2, 2]}}
+    assert guidance.schedules([2, 4], (1, 2, 4))["others"].keys() == {
+        "constant 4, on from 2x2", "constant 4, on from 4x4"}, "constant 2 has a curve"
     tokenizer, var = random_models()
     seen = []
     var.head.register_forward_hook(lambda layer, given, logits: seen.append(logits[..., 0].numel()))
