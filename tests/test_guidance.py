@@ -17,9 +17,9 @@ def test_rows_of_guidance_differ_in_samples_and_cost_and_are_drawn_once(cli, tmp
     assert names == ["none", "ramp 1.5", *(f"ramp 1.5, {x}" for x in off[:4]), "constant 1.5",
                      *(f"constant 1.5, {x}" for x in off),
                      *(f"constant 1.5, {x.replace('off', 'on')}" for x in off[::-1]),
-                     "held-out images", "their reconstructions"]
+                     "constant 0.75", "held-out images", "their reconstructions"]
     tokens = [row[1] for row in rows[:-2]]
-    assert tokens == "130 260 196 160 144 135 260 196 160 144 135 131".split() + ["260"] * 5
+    assert tokens == "130 260 196 160 144 135 260 196 160 144 135 131".split() + ["260"] * 6
     folder = tmp_path / "out/experiments/guidance/shapes-quick"
     frechet = [json.loads((folder / name / "0.json").read_text())["found"]["frechet"]
                for name in ("none", "ramp 1.5", "constant 1.5", "constant 1.5, off from 8x8",
