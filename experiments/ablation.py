@@ -2,7 +2,7 @@
 
     python experiments/ablation.py --data-dir DIR --steps 1200       three classes of CIFAR-10
     python experiments/ablation.py --dataset shapes --steps 1200
-    python experiments/ablation.py --data-dir DIR --steps 5000 --rows "+ q/k norm" "raster, all"
+    python experiments/ablation.py --data-dir DIR --steps 4000 --rows "+ q/k norm" "raster, all"
 
     raster          one 8x8 map, 64 tokens drawn one after the other; the class is the first token
     next scale      six maps, 130 tokens in 6 steps; still no more of the class than that
