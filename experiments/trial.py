@@ -176,7 +176,7 @@ class Trial:
         asked |= {name: getattr(self.args, name) for name in ("steps", "n")}
         if path.exists():
             kept = json.loads(path.read_text())
-            if kept["asked"] == asked:
+            if kept["asked"] == asked and "date" in kept:
                 self.dates.add(kept["date"])
                 return kept["found"]
         found = compute()

@@ -301,7 +301,7 @@ def test_the_kept_region_is_at_least_3_db_truer_than_when_tokens_are_replayed(ma
         return editing.kept_db(result, image, keep)
     replayed, once, often, ours = (db(editing.replay), db(m6.edit, **editing.ONE),
                                    db(m6.edit, **editing.SIX), db(m6.edit))
-    assert ours > replayed + 3 and often > once + 1 and ours > often + 0.3
+    assert ours > replayed + 3 and often > once + 1 and ours > often + 0.2
 
 
 @pytest.mark.parametrize("labels", [[4], [-1], [0, 99], []])
