@@ -1,61 +1,55 @@
-"""Chapter 5: train. Images -> tokenizer -> cached tokens -> transformer; one CPU to many GPUs.
+"""Chapter 5: train. Images -> tokenizer -> cached tokens -> transformer.
 
-    data --(stage 1)--> tokenizer --(once)--> token cache --(stage 2)--> transformer
-             tokenizer.pt            tokens_train.npy          transformer.pt      in out/NAME/
+    images --(stage 1)--> tokenizer --(once)--> tokens --(stage 2)--> transformer
+             tokenizer.pt           tokens_train_*.npy          transformer.pt      in out/NAME/
+
+    stage 1   L2 + 0.25 vq (chapter 2) + lambda_P LPIPS + lambda_G weight adversarial
+              (the shapes use neither of the last two, which are in engine/perceptual.py)
+    stage 2   cross-entropy of each token given all coarser maps, all tokens weighted alike
 
     python 05_train.py                                   built-in shapes on a CPU, minutes
-    python 05_train.py --dataset cifar10                 one GPU; downloads and verifies the data
-    python 05_train.py --dataset imagenet --data-dir /path/to/imagenet --gpus 8 --depth 16
+    python 05_train.py --dataset cifar10                 one GPU; finds or downloads CIFAR-10
+    python 05_train.py --dataset imagenet --gpus 8       data/imagenet/, or --data-dir elsewhere
     python 05_train.py --dataset /path/to/folder         class folders of your own images
-    python 05_train.py --dataset /path/to/folder --stage transformer \\
-        --tokenizer-file vae_ch160v4096z32.pth           stage 2 on the released tokenizer
 
-The same command again resumes; --fresh starts over. All options: --help.
-Read `train_step`, `TokenizerStage.loss` and `TransformerStage.per_token` first.
+The same command resumes, --fresh starts over, --help lists all settings. Read `train_tokenizer`,
+`encode_once` and `train_transformer` first; the rest serves them.
 
-Shapes: image (B, 3, H, W) in [-1, 1]; token cache (views, N, L) integers; logits (B, L, V).
+Shapes: image (B, 3, H, W) in [-1, 1]; tokens (B, L) int64; logits (B, L, V). The token cache holds
+an array (N, L) for each view of the images (as they are, mirrored, shifted).
 
-Sources: VAR (Tian et al. 2024), section 4 and the released training code for the ImageNet recipe;
-Muon (Jordan et al. 2024) for small models (engine/optimizers.py). All randomness of step s comes
-from (seed, stage, s, process), so a run resumes bit for bit although no random state is saved.
-
-Differs from the original VAR code: stage 1 exists, with the losses of VQGAN (engine/perceptual.py)
-and a health check of every scale (report/health.py); images are tokenized once, not in every step;
-in the loss a token counts 1 / side of its map, but in the recipe for ImageNet (side_power).
+Sources: VAR (Tian et al. 2024), section 4, and its released code for the ImageNet recipe; VQGAN
+(Esser et al. 2021) for stage 1; Muon (Jordan et al. 2024) for small models.
 """
+import hashlib
 import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, partial
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
+
+# Threads that wait for each other spin, and beside another busy process each step then takes forty
+# times as long. Less spinning costs a few per cent. It must be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine import BadInput, checkpoints, perceptual, plan, released
+from data.batches import (image_fingerprint, per_pass, picture_batches, rows_of, sample_of,
+                          to_float, view_batches)
+from data.registry import load_splits
+from engine import BadInput, checkpoints, distributed, perceptual, released
+from engine.device import autocast
+from engine.distributed import say
+from engine.optimizers import make_optimizers, take_step
+from engine.options import option, read_options, run_main
+from engine.progress import clock, progress
 from report import health
-from data.batches import batch_indices, picture_batches, rows_of, sample_of, to_float
-from data.registry import load_data, load_splits
-from data.views import Views
-from engine.checkpoints import load_checkpoint, load_part, model_fingerprint
-from engine.devices import (autocast, choose_precision, free_gpu_memory, lay_out,
-                            move_small_arrays_to_gpu, peak_memory, reset_peak_memory, to_device)
-from engine.guard import SkippedInARow, clip_gradients, step_unless
-from engine.loss_scale import LossScale
-from engine.optimizers import make_optimizers, set_schedule
-from engine.options import one_line, read_options
-from engine.presets import TOKENIZER_OPTIONS, TRANSFORMER_OPTIONS, fill_in
-from engine.processes import Processes, relaunch, sync_gradients
-from engine.progress import Stopwatch, clock
-from engine.run_folder import RunFolder
-from engine.settings import (Settings, TokenizerSettings, TransformerSettings, announce,
-                             check_settings, fields_of, follow_recipe)
-from engine.stop import StopSignal
-from engine.token_cache import cache_tokens, cached_rows
 
 vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
@@ -63,438 +57,579 @@ transformer = import_module("04_var_transformer")
 
 # -- Settings --------------------------------------------------------------------------------------
 
-def read_settings(argv=None):
-    """Command line -> (Settings, TokenizerConfig, VARConfig as far as known before the data)"""
-    options = {Settings: {}, vqvae.TokenizerConfig: TOKENIZER_OPTIONS,
-               transformer.VARConfig: TRANSFORMER_OPTIONS}
-    values = fill_in(read_options(argv, __doc__.splitlines()[0], options))
-    picked = [{f.name: values[f.name] for f in fields(cls) if f.name in values} for cls in options]
-    settings, config, var_config = [cls(**sizes) for cls, sizes in zip(options, picked)]
-    check_settings(settings, config.image_size)
-    return settings, config, var_config
-
-
-# -- The training loop, shared by both stages ------------------------------------------------------
-
-def seed_step(seed, stage, step, rank):
-    """All randomness of one step in one process."""
-    parts = [seed, ["tokenizer", "transformer"].index(stage), step, rank]
-    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))
-
-
 @dataclass
-class StepResult:
-    """What a step returns. The tensors are still on the device: reading one waits for a GPU."""
-    loss: torch.Tensor                    # ()
-    norm: torch.Tensor                    # (), of the model's gradient before clipping
-    skipped: torch.Tensor                 # () bool: something was not finite, nothing has changed
-    metrics: list                         # for the log, one entry for each part of the batch
+class Settings:
+    """Every setting is a command-line option. The defaults are those of the built-in shapes."""
+    # The run: these may change when it is resumed.
+    out: str = option("", "folder of this run; default: out/<preset or data set>")
+    preset: str = option("", "settings to start from; default: those of the data set")
+    stage: str = option("all", "train the tokenizer (stage 1), the transformer (2) or both",
+                        choices=("all", "tokenizer", "transformer"))
+    tokenizer_file: str = option("", "stage 2 uses this tokenizer, e.g. vae_ch160v4096z32.pth")
+    data_dir: str = option("", "folder of the data, if not the usual one")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    gpus: int = option(1, "number of processes on this machine, one per GPU")
+    compile: bool = option(False, "use torch.compile, which pays off in long runs")
+    workers: int = option(-1, "processes per GPU that decode image files; -1: its share of the "
+                          "cores", low=-1)
+    accumulate: int = option(1, "compute each batch in this many parts, to save memory")
+    activation_checkpointing: bool = option(False, "stage 2 saves memory and computes more")
+    save_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(50, "steps between log lines")
+    fresh: bool = option(False, "train again what --stage names instead of resuming")
+    export: str = option("", "also write both models, in half precision, to this file")
+    cfg: float = option(0.5, "default guidance when sampling from this run")
+    top_k: int = option(0, "default top-k when sampling (0: off)", low=0)
+    top_p: float = option(0.0, "default top-p when sampling (0: off)")
+    # Both stages.
+    dataset: str = option("shapes", "shapes, cifar10, imagenet, or the path of a folder")
+    seed: int = option(0, "the same seed gives the same run", low=0)
+    precision: str = option("auto", "auto: bfloat16 where it is fast",
+                            choices=("auto", "float32", "bfloat16", "float16"))
+    optimizer: str = option("muon", "for the matrices inside the blocks; the rest uses adamw",
+                            choices=("muon", "adamw"))
+    image_size: int = option(32, "side of the square images, in pixels")
+    scales: tuple = option((1, 2, 3, 4, 6, 8), "sides of the token maps")
+    vocab_size: int = option(512, "V, number of codes")
+    latent_dim: int = option(32, "C, length of a code")
+    # Stage 1: the tokenizer.
+    tokenizer_steps: int = option(1500, "steps of stage 1", low=0)
+    tokenizer_batch_size: int = option(16, "images per step of stage 1, over all GPUs")
+    tokenizer_lr: float = option(3e-3, "peak learning rate of stage 1")
+    flip: bool = option(False, "mirror half of the images in stage 1")
+    perceptual: float = option(0.0, "weight of the perceptual loss (LPIPS); 0: off")
+    adversarial: float = option(0.0, "weight of the adversarial loss (PatchGAN); 0: off")
+    channels: int = option(64, "width of the tokenizer's first convolution")
+    multipliers: tuple = option((1,), "widths at each resolution, as multiples of --channels")
+    blocks: int = option(1, "residual blocks at each resolution")
+    unshuffle: int = option(4, "fold this many pixels a side into channels first")
+    groups: int = option(8, "groups of the group normalisation")
+    attention: bool = option(False, "attention at the tokenizer's lowest resolution")
+    quantizer: str = option("vq", "how features become codes", choices=("vq", "lfq"))
+    learn: str = option("ema", "how codes learn", choices=("ema", "gradient"))
+    # Stage 2: the transformer.
+    classes: tuple = option((), "train stage 2 on these classes (names or wnids) or on the first N",
+                            nargs="+", metavar="NAME")
+    views: int = option(1, "versions of each image (mirrored, shifted) in the token cache")
+    steps: int = option(1200, "steps of stage 2", low=0)
+    epochs: int = option(0, "passes over the images in stage 2; 0: use --steps", low=0)
+    batch_size: int = option(16, "images per step of stage 2, over all GPUs")
+    lr: float = option(1.5e-3, "peak learning rate of stage 2")
+    final_lr: float = option(0.0, "share of the peak learning rate that is left at the end")
+    weight_decay: float = option(0.05, "weight decay of matrices in stage 2")
+    final_weight_decay: float = option(0.05, "its value at the end, reached along half a cosine")
+    depth: int = option(4, "number of transformer blocks")
+    width: int = option(128, "D, width of the transformer; 0: 64 * depth", low=0)
+    heads: int = option(4, "attention heads; 0: depth", low=0)
+    shared_adaln: bool = option(False, "one AdaLN layer for all blocks")
+    drop_path: float = option(0.0, "drop-path rate of the last block")
 
 
-def train_step(stage, model, batch, progress):
-    """Forward, backward, clip, step. batch: tuple of tensors (B, ...) -> StepResult"""
+NAMES = [field.name for field in fields(Settings)]
+OF_THE_RUN = NAMES[:NAMES.index("dataset")]
+OF_STAGE_1 = NAMES[NAMES.index("tokenizer_steps"):NAMES.index("classes")]
+OF_STAGE_2 = NAMES[NAMES.index("classes"):]
+
+# What a data set, or --preset, changes in the defaults. The data set "folder" is any path.
+PRESETS = {
+    "shapes": dict(),
+    "cifar10": dict(
+        dataset="cifar10", vocab_size=1024, channels=96, flip=True, views=16, adversarial=0.2,
+        tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6, width=256, shared_adaln=True,
+        drop_path=0.1, steps=30_000, batch_size=256, cfg=2.0, top_p=0.9, log_every=200,
+        save_every=1000),
+    "cifar10-cpu": dict(
+        dataset="cifar10", classes=("automobile", "horse", "ship"), flip=True, views=4,
+        adversarial=0.2, tokenizer_steps=12_000, depth=6, width=192, heads=3, shared_adaln=True,
+        drop_path=0.05, steps=14_000, batch_size=24, cfg=3.0, top_p=0.8, log_every=200),
+    "folder": dict(
+        image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000, tokenizer_batch_size=32,
+        depth=8, width=384, heads=6, drop_path=0.03, steps=30_000, batch_size=64, cfg=1.5),
+    "imagenet": dict(
+        released.TOKENIZER, dataset="imagenet", learn="ema", views=8, tokenizer_steps=250_000,
+        tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
+        optimizer="adamw", depth=16, width=0, heads=0, save_every=1000, cfg=1.5, top_k=900,
+        top_p=0.96),
+}
+# Side of the last token map -> sides of all maps. Those of 16 and 32 are the paper's.
+SCALES = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: released.SCALES[680],
+          32: released.SCALES[2240]}
+# Image size -> multipliers of our small tokenizers, which halve the sides between two of them.
+MULTIPLIERS = {64: (1, 2), 128: (1, 2), 256: (1, 2, 2), 512: (1, 2, 2)}
+
+
+def imagenet_recipe(depth):
+    """How the original code trains a transformer of this depth (its README)."""
+    recipe = dict(epochs=200 if depth < 20 else 250 if depth < 24 else 350,
+                  batch_size=1024 if 30 <= depth < 36 else 768,
+                  final_lr=0.1 if depth < 24 else 0.01,
+                  final_weight_decay=0.05 if depth < 30 else 0.08, drop_path=0.1 * depth / 24)
+    return recipe | (dict(image_size=512, shared_adaln=True) if depth >= 36 else {})
+
+
+def read_settings(argv=None):
+    """Command line -> Settings. A typed option wins over the preset, and the preset over the
+    defaults. Raises BadInput for settings that do not fit together."""
+    typed = read_options(argv, __doc__.splitlines()[0], Settings)
+    name = typed.get("preset") or typed.get("dataset", "shapes")
+    if "preset" in typed and name not in PRESETS:
+        raise BadInput(f"--preset {name}: use one of {', '.join(PRESETS)}")
+    preset = PRESETS.get(name, PRESETS["folder"])
+    if typed.get("tokenizer_file"):
+        preset = preset | released.TOKENIZER
+    if name == "imagenet":
+        preset = preset | imagenet_recipe(typed.get("depth", preset["depth"]))
+    settings = Settings(**(preset | typed))
+    settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
+    # What follows from other settings, unless it was typed.
+    if name == "imagenet" and "lr" not in typed:
+        settings.lr = (1e-4 if settings.depth < 24 else 8e-5) * settings.batch_size / 256
+    if "steps" in typed and "epochs" not in typed:
+        settings.epochs = 0
+    if "unshuffle" not in preset and "multipliers" not in typed:
+        settings.multipliers = MULTIPLIERS.get(settings.image_size, settings.multipliers)
+    if "scales" not in typed:
+        side = settings.image_size // settings.unshuffle // 2 ** (len(settings.multipliers) - 1)
+        settings.scales = SCALES.get(side, settings.scales)
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings):
+    """Raises BadInput for settings that do not fit together."""
+    parts = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate
+    for name in ("tokenizer_batch_size", "batch_size"):
+        if getattr(settings, name) % parts:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)} must be a "
+                           f"multiple of {parts}, the number of processes times --accumulate")
+    if settings.perceptual and settings.image_size < 16:
+        raise BadInput("--perceptual needs images of at least 16 pixels")
+    if settings.tokenizer_file and settings.stage != "transformer":
+        raise BadInput("--tokenizer-file is for stage 2 alone: add --stage transformer")
+    if settings.export and not Path(settings.export).absolute().parent.is_dir():
+        raise BadInput(f"--export {settings.export}: there is no such folder")
+    try:
+        var_config(settings, tokenizer_config(settings), num_classes=1)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def tokenizer_config(settings):
+    """-> TokenizerConfig"""
+    names = [field.name for field in fields(vqvae.TokenizerConfig) if field.name in NAMES]
+    return vqvae.TokenizerConfig(**{name: getattr(settings, name) for name in names})
+
+
+def var_config(settings, tokenizer, num_classes):
+    """tokenizer: the TokenizerConfig, whose scales and vocabulary the transformer shares
+    -> VARConfig"""
+    return transformer.VARConfig(
+        num_classes=num_classes, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
+        latent_dim=tokenizer.latent_dim, depth=settings.depth, width=settings.width or None,
+        heads=settings.heads or None, shared_adaln=settings.shared_adaln,
+        drop_path=settings.drop_path)
+
+
+# -- Schedule, order and randomness ----------------------------------------------------------------
+
+CLIP = 2.0                                # largest norm of the gradient
+
+
+def learning_rate(progress, final):
+    """Share of the peak learning rate: it warms up over the first 2 % of the run, stays flat up to
+    5 %, and falls along a straight line to `final`."""
+    if progress < 0.02:
+        return 0.005 + 0.995 * progress / 0.02
+    return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
+
+
+def set_schedule(optimizers, progress, final_lr, final_decay=None):
+    """Set the learning rate of every parameter group. Weight decay, where there is any, moves to
+    `final_decay` along half a cosine."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            first_lr = group.setdefault("first_lr", group["lr"])
+            group["lr"] = first_lr * learning_rate(progress, final_lr)
+            first_decay = group.setdefault("first_decay", group["weight_decay"])
+            if final_decay is not None and first_decay:
+                done = (1 - math.cos(math.pi * progress)) / 2
+                group["weight_decay"] = first_decay + done * (final_decay - first_decay)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(step, n, batch, seed):
+    """Which of n images step number `step` (from 0) sees: every epoch is a new shuffle, and the epochs
+    are laid end to end. They depend on (step, seed) alone, so a run can resume at any step and on
+    any number of GPUs. -> (batch,) int64"""
     # Exercise 05_2
-    parts = list(zip(*[tensor.chunk(stage.settings.accumulate) for tensor in batch]))
-    loss, metrics = 0, []
-    for i, part in enumerate(parts):
-        with sync_gradients(model, now=i == len(parts) - 1):
-            part_loss, part_metrics = stage.loss(model, part, progress)
-            stage.loss_scale.scale(part_loss / len(parts)).backward()
-        loss = loss + part_loss.detach() / len(parts)
-        metrics.append(part_metrics)
-    # End of exercise
-    stage.loss_scale.unscale(stage.modules.values())
-    # Only the model's gradient is clipped. That of the critic has to be finite, too.
-    norms = [clip_gradients(module, stage.settings.clip if module is stage.model else torch.inf)
-             for module in stage.modules.values()]
-    skipped = stage.processes.any(~(loss + sum(norms)).isfinite())       # in all processes or none
-    stage.step_without_gradients(accepted=~skipped)
-    step_unless(skipped, stage.optimizers)
-    stage.loss_scale.update(skipped)
-    return StepResult(loss, norms[0], skipped, metrics)
+    places = np.arange(step * batch, (step + 1) * batch)
+    epochs = places // n
+    parts = [epoch_order(n, seed, epoch)[places[epochs == epoch] % n]
+             for epoch in np.unique(epochs)]
+    return np.concatenate(parts)
 
 
-def train(stage, folder, stop, everything):
-    """The loop of both stages, from the last checkpoint to the stage's last step.
-
-    A stage has settings, processes, a name, a model, optimizers, a loss scale, steps, and
-      batches(start)      the batch of each step from `start` on: a tuple of tensors (B, ...)
-      modules             the modules to save, by their name in the checkpoint
-      loss(model, batch, progress)       -> (loss (), what to keep for the log)
-      step_without_gradients(accepted)   moves what the optimizers do not move: the codes
-      summary(metrics)    -> (text, dict) for the log, of the steps since the last line
-      evaluate()          -> (text, dict) on held-out images
-      about               what else the checkpoint says; its "settings" must stay the same
-    everything: dict of all settings, for settings.json"""
-    settings, processes, total = stage.settings, stage.processes, stage.steps
-    start = checkpoints.begin(stage, folder, everything)
-    if start >= total:
-        return processes.say(f"{stage.name}: trained for {start} steps")
-    model, results = processes.wrap(stage.model, settings.compile), []
-    in_a_row = SkippedInARow(stage.name, processes.device)
-    reset_peak_memory(processes.device)
-    watch, since_start = Stopwatch(), Stopwatch()
-    evaluate_at = {total * quarter // 4 for quarter in (1, 2, 3, 4)}
-    for step, batch in enumerate(stage.batches(start), start=start + 1):
-        progress = (step - 1) / total
-        seed_step(settings.seed, stage.name, step - 1, processes.rank)
-        set_schedule(stage.optimizers, progress, stage.final_lr, stage.final_decay)
-        stage.model.train()
-        result = train_step(stage, model, batch, progress)
-        results.append(result)
-        in_a_row.add(step, result.skipped & stage.loss_scale.is_lowest)
-        if step % settings.log_every == 0 or step == total:
-            report(stage, step, results, watch.seconds() / (step - start), folder)
-            results = []
-        with watch.paused():
-            if step in evaluate_at:
-                stage.model.eval()
-                text, numbers = stage.evaluate()           # sharded weights need every process
-                processes.say(f"  held out at step {step}: {text}")
-                folder.log(dict(stage=stage.name, step=step, held_out=numbers))
-            stopping = stop.agreed(step)
-            if step % settings.save_every == 0 or step == total or stopping:
-                checkpoints.save(folder.checkpoint(stage.name), stage, step)
-            if stopping:
-                stop.leave(f"and saved at step {step} of the {stage.name}")
-    processes.say(f"{stage.name}: steps {start} to {total} in {since_start.seconds():.0f} s"
-                  + peak_memory(processes.device))
+def crops_to_load(start, n, settings):
+    """What stage 1 sees from step `start` on: for each step, (index of an image, seed of its random
+    crop) for this process's share of the batch."""
+    for step in range(start, settings.tokenizer_steps):
+        indices = batch_indices(step, n, settings.tokenizer_batch_size, settings.seed)
+        yield [(int(i), settings.seed * 10 ** 9 + step) for i in distributed.share(indices)]
 
 
-def report(stage, step, results, seconds, folder):
-    """The log line, and the same as JSON. seconds: of one step"""
-    skipped = [bool(result.skipped) for result in results]
-    good = [result for result, bad in zip(results, skipped) if not bad] or results
-    loss = float(stage.processes.mean(torch.stack([result.loss for result in good]).mean()))
-    text, numbers = stage.summary([part for result in good for part in result.metrics])
-    lr, norm = stage.optimizers[0].param_groups[0]["lr"], float(good[-1].norm)
-    if any(skipped):
-        numbers["skipped"] = sum(skipped)
-        text += f" | skipped {sum(skipped)}"
-    stage.processes.say(
-        f"{stage.name} {step}/{stage.steps} ({100 * step // stage.steps}%) | loss {loss:.4g} | "
-        f"{text} | lr {lr:.1e} | grad {norm:.2f} | {stage.batch_size / seconds:.0f} img/s | "
-        f"eta {clock(seconds * (stage.steps - step))}")
-    folder.log(dict(stage=stage.name, step=step, loss=loss, lr=lr, grad=norm, **numbers))
+def seed_step(settings, stage, step):
+    """Derive all random numbers of a step from (seed, stage, step, process). So a run resumes bit for
+    bit, although no random state is saved."""
+    words = [settings.seed, ["tokenizer", "transformer"].index(stage), step, distributed.rank()]
+    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+
+# -- What the two loops share ----------------------------------------------------------------------
+
+def facts_of(settings, model, about, of_other_stage):
+    """What a checkpoint holds besides weights. Its "settings" must be the same when it resumes."""
+    names = [name for name in NAMES if name not in OF_THE_RUN and name not in of_other_stage]
+    same = {name: getattr(settings, name) for name in names} | asdict(model.config)
+    return about | dict(config=asdict(model.config), settings=same)
+
+
+def resume(path, facts, modules, optimizers):
+    """Load a stage's checkpoint, if there is one. -> the number of steps it was trained for"""
+    defaults = asdict(Settings()) | asdict(type(modules["model"].config)())
+    start = checkpoints.resume(path, facts["settings"], defaults, modules, optimizers)
+    if distributed.rank() == 0:
+        checkpoints.rewind_log(path.parent, path.stem, start)
+    if start:
+        say(f"{path.stem}: resuming at step {start}")
+    return start
+
+
+def report(path, step, steps, batch_size, seconds, text, numbers):
+    """Print a log line, and append the same numbers to log.jsonl. seconds: of one step"""
+    if distributed.rank() == 0:
+        eta = clock((steps - step) * seconds)
+        print(f"{path.stem} {step}/{steps} ({100 * step // steps}%) | loss {numbers['loss']:.4g} | "
+              f"{text} | lr {numbers['lr']:.1e} | grad {numbers['grad']:.2f} | "
+              f"{batch_size / seconds:.0f} img/s | eta {eta}", flush=True)
+        checkpoints.log(path.parent, stage=path.stem, step=step, **numbers)
 
 
 # -- Stage 1: the tokenizer ------------------------------------------------------------------------
 
-class TokenizerStage:
-    name, final_lr, final_decay = "tokenizer", 0.0, None
-    fresh_removes = "tokenizer.pt", "transformer.pt"       # the latter is of other tokens
+def train_tokenizer(settings, tokenizer, images, held_out, about, device):
+    """Train a MultiScaleVQVAE from its last checkpoint to settings.tokenizer_steps.
 
-    def __init__(self, settings, processes, folder, config, images, test_images, class_names):
-        self.settings, self.processes, self.folder = settings, processes, folder
-        self.steps, self.batch_size = settings.tokenizer_steps, settings.tokenizer_batch_size
-        self.autocast = partial(autocast, processes.device, settings.precision)
-        torch.manual_seed(settings.seed)
-        self.images, = move_small_arrays_to_gpu((images,), processes.device)
-        self.held_out = sample_of(test_images, settings.held_out)
-        self.model = lay_out(vqvae.MultiScaleVQVAE(config), processes.device, settings.precision)
-        self.loss_scale = LossScale(settings.precision).to(processes.device)
-        self.modules = {"model": self.model, "loss_scale": self.loss_scale}
-        self.optimizers = make_optimizers(self.model, settings.tokenizer_lr, 1e-4, settings)
-        if settings.adversarial:
-            self.critic = perceptual.Critic(settings, processes, config.image_size,
-                                            self.model.decoder.conv_out, self.loss_scale)
-            self.modules["critic"] = self.critic.network
-            self.optimizers.append(self.critic.optimizer)
-        self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
-                          settings={**fields_of(settings, TokenizerSettings), **asdict(config)})
+    images: uint8 (N, H, W, 3), in memory or read on demand; held_out: uint8 tensor (n, H, W, 3);
+    about: class_names and dataset. Raises BadInput if the checkpoint is of another run."""
+    path, steps = Path(settings.out) / "tokenizer.pt", settings.tokenizer_steps
+    # float16 overflows in the encoder.
+    precision = "float32" if settings.precision == "float16" else settings.precision
+    compute = partial(autocast, device, precision)
+    facts = facts_of(settings, tokenizer, about, OF_STAGE_2)
+    modules = {"model": tokenizer.to(device)}
+    optimizers = make_optimizers(tokenizer, settings.tokenizer_lr, 1e-4, settings.optimizer,
+                                 precision)
+    if settings.perceptual:
+        lpips = perceptual.load_perceptual().to(device)
+    if settings.adversarial:
+        critic = perceptual.Discriminator(settings.image_size).to(device)
+        modules["critic"] = critic
+        optimizers.append(torch.optim.AdamW(critic.parameters(), min(settings.tokenizer_lr, 3e-4),
+                                            betas=(0.5, 0.9), fused=True))
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    start = resume(path, facts, modules, optimizers)
+    # The adversarial weight needs gradients from inside the graph, which a compiled graph hides.
+    model = distributed.data_parallel(tokenizer, settings.compile and not settings.adversarial)
 
-    @cached_property
-    def perceptual(self):
-        """LPIPS, loaded at the first step. A finished tokenizer does not need it."""
-        weights = self.settings.vgg_file, self.settings.lpips_file
-        return perceptual.load_perceptual(*weights).to(self.processes.device)
-
-    def batches(self, start):
-        wanted = map(self.share_of, range(start, self.steps))
-        return zip(picture_batches(self.images, wanted, self.settings.workers))      # tuples of one
-
-    def share_of(self, step):
-        """This process's images of a step. -> [(index, seed of the image's random crop)]"""
-        seed = self.settings.seed
-        indices = batch_indices(step, len(self.images), self.batch_size, seed)
-        return [(int(i), seed * 10 ** 9 + step) for i in self.processes.share(indices)]
-
-    def loss(self, model, batch, progress):
-        settings, image = self.settings, to_float(to_device(batch[0], self.processes.device))
+    batches = picture_batches(images, crops_to_load(start, len(images), settings), settings.workers)
+    began, skipped, errors, counts = time.monotonic(), 0, [], 0
+    for step, batch in enumerate(batches, start + 1):
+        progress = (step - 1) / steps
+        seed_step(settings, "tokenizer", step - 1)
+        set_schedule(optimizers, progress, final_lr=0.0)
+        tokenizer.train()
+        image = to_float(batch.to(device))                                     # (B, 3, H, W)
         if settings.flip:
-            mirrored = torch.rand(len(image), 1, 1, 1, device=image.device) < 0.5
+            mirrored = torch.rand(len(image), 1, 1, 1, device=device) < 0.5
             image = torch.where(mirrored, image.flip(3), image)
-        with self.autocast():
-            rebuilt, tokens, losses = model(image)
-            image_loss = losses["reconstruction"]
-            if settings.picture_loss == "l1":
-                image_loss = F.l1_loss(rebuilt.float(), image)
-            if settings.perceptual:
-                distance = self.perceptual(rebuilt, image).mean()
-                image_loss = image_loss + settings.perceptual * distance
-        loss = image_loss + settings.vq_weight * (losses["vq"] + losses["extra"])
-        if share := settings.adversarial * perceptual.start_late(progress):
-            loss = loss + share * self.critic.loss(image, rebuilt, image_loss)
-        return loss, (losses["reconstruction"].detach(), tokens)
 
-    def step_without_gradients(self, accepted):
-        self.model.quantizer.update(accepted)
+        for part in image.chunk(settings.accumulate):
+            share = settings.adversarial * perceptual.start_late(progress)
+            adversarial, critic_loss = 0.0, 0.0
+            with compute():
+                decoded, tokens, losses = model(part)                # the codes learn in here, too
+                image_loss = losses["reconstruction"]
+                if settings.perceptual:
+                    image_loss = image_loss + settings.perceptual * lpips(decoded, part).mean()
+                if share:
+                    adversarial, critic_loss = perceptual.adversarial_losses(
+                        critic, part, decoded, image_loss, tokenizer.decoder.conv_out.weight)
+            loss = image_loss + 0.25 * (losses["vq"] + losses["extra"]) + share * adversarial
+            ((loss + critic_loss) / settings.accumulate).backward()
+            errors.append(losses["reconstruction"].detach())
+            counts = counts + health.count_codes(tokens, tokenizer.config.vocab_size)
+        if settings.adversarial:
+            distributed.average_gradients(critic)                    # DDP does it for the tokenizer
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        skipped = take_step(optimizers, norm, skipped)
 
-    def summary(self, metrics):
-        error = self.processes.mean(torch.stack([error for error, _ in metrics]).mean())
-        db = float(health.decibels(error))
-        seen = [torch.cat(tokens) for tokens in zip(*[tokens for _, tokens in metrics])]
-        counts = self.processes.total(health.count_codes(seen, self.model.config.vocab_size))
-        numbers = health.usage(counts)
-        text = f"psnr {db:.1f} dB | {health.short(self.model.scales, numbers)}"
-        return text, dict(psnr=db, **numbers)
+        if step % settings.log_every == 0 or step == steps:
+            db = float(health.decibels(distributed.mean(torch.stack(errors).mean())))
+            numbers = dict(loss=float(loss), psnr=db, **health.usage(distributed.total(counts)),
+                           grad=float(norm), lr=optimizers[0].param_groups[0]["lr"])
+            seconds = (time.monotonic() - began) / (step - start)
+            text = f"psnr {db:.1f} dB | {health.short(tokenizer.scales, numbers)}"
+            report(path, step, steps, settings.tokenizer_batch_size, seconds, text, numbers)
+            errors, counts = [], 0
+        if 4 * step % steps < 4 and distributed.rank() == 0:         # after each quarter
+            text, numbers = health.check_up(tokenizer.eval(), held_out, device, compute,
+                                            path.with_name("reconstructions.png"))
+            say(f"  held out at step {step}: {text}")
+            checkpoints.log(path.parent, stage="tokenizer", step=step, held_out=numbers)
+        stopping = distributed.stop_requested(step)
+        if step % settings.save_every == 0 or step == steps or stopping:
+            checkpoints.save(path, facts, modules, optimizers, step)
+        distributed.leave_if_signalled(stopping, f"at step {step} of the tokenizer, saved")
+    tokenizer.eval().requires_grad_(False)
 
-    def evaluate(self):
-        sheet = self.folder.path / "reconstructions.png" if self.folder.writes else None
-        return health.check_up(self.model, self.held_out, self.processes.device, self.autocast,
-                               sheet)
+
+# -- The token cache: every image is encoded only once ---------------------------------------------
+
+@torch.no_grad()
+def encode_once(settings, tokenizer, images, split, device):
+    """Encode all images of a split with the frozen tokenizer. -> a list of arrays (N, L), one per
+    view, memory-mapped from files. The name of a file holds a hash of images and tokenizer, so a
+    finished file is used again, and only by the run that it belongs to."""
+    facts = [settings.dataset, image_fingerprint(images), checkpoints.model_fingerprint(tokenizer)]
+    key = hashlib.sha256(" ".join(facts).encode()).hexdigest()[:12]
+    count = settings.views if split == "train" else 1
+    paths = [Path(settings.out) / f"tokens_{split}_{key}_{view}.npy" for view in range(count)]
+    shape = (len(images), sum(side * side for side in tokenizer.scales))
+    dtype = np.uint16 if tokenizer.config.vocab_size <= 2 ** 16 else np.int32
+    mine = np.array_split(np.arange(len(images)), distributed.world())[distributed.rank()]
+    at_once = per_pass(tokenizer.config.image_size)
+    rows = np.split(mine, range(at_once, len(mine), at_once))
+    for view, path in enumerate(paths):
+        if distributed.agreed(path.exists()):
+            continue
+        unfinished = path.with_suffix(".tmp")
+        if distributed.rank() == 0:
+            with open(unfinished, "wb") as file:                     # notices a full disk here
+                np.save(file, np.zeros(shape, dtype))
+        distributed.barrier()
+        cache = np.load(unfinished, mmap_mode="r+")
+        batches = zip(rows, view_batches(images, view, rows, settings.workers))
+        what = f"tokenized for {split}, view {view + 1} of {count}"
+        for part, image in progress(batches, len(mine), what, size=lambda pair: len(pair[0])):
+            with autocast(device, settings.precision):
+                tokens = tokenizer.image_to_tokens(image.to(device))           # K maps (B, n)
+            cache[part] = torch.cat(tokens, 1).cpu().numpy()                   # (B, L)
+            distributed.leave_if_signalled(distributed.signalled(), "while tokenizing")
+        cache.flush()
+        distributed.barrier()
+        if distributed.rank() == 0:
+            os.replace(unfinished, path)
+        distributed.barrier()
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
+def cached_rows(views, labels, indices, device):
+    """Images by their number, counted through all views -> tokens (B, L), labels (B,)"""
+    n = len(labels)
+    tokens = np.stack([views[i // n][i % n] for i in indices]).astype(np.int64)
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(labels[indices % n]).to(device)
 
 
 # -- Stage 2: the transformer ----------------------------------------------------------------------
 
-class TransformerStage:
-    name, fresh_removes, model_class = "transformer", ("transformer.pt",), transformer.VAR
+def token_losses(model, tokenizer, tokens, labels):
+    """Teacher forcing: the inputs are made from the real coarser maps. Output i predicts token i of
+    its own map; unlike in a language model, nothing is shifted by one.
+    tokens (B, L), labels (B,) -> cross-entropy in nats (B, L), right (B, L) bool"""
+    # Exercise 05_1
+    maps = list(tokens.split([side * side for side in tokenizer.scales], 1))   # K maps (B, n)
+    with torch.no_grad():
+        inputs = tokenizer.teacher_inputs(maps)                                # (B, L - first, C)
+    logits = model(labels, inputs)                                             # (B, L, V)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
+    return loss.view_as(tokens), logits.argmax(-1) == tokens
 
-    def __init__(self, settings, processes, tokenizer, config, data, class_names):
-        """data: {"train": (tokens (views, N, L), labels (N,)), "test": the same}"""
-        self.settings, self.processes, self.tokenizer = settings, processes, tokenizer
-        self.steps, self.batch_size = settings.steps, settings.batch_size
-        self.sizes = [s * s for s in config.scales]
-        # Half of all tokens are of the last map, but coarse ones decide what is drawn: 1 / side.
-        weight = torch.cat([torch.full((n,), n ** (-settings.side_power / 2)) for n in self.sizes])
-        self.token_weight = (weight / weight.mean()).to(processes.device)            # (L,)
-        self.autocast = partial(autocast, processes.device, settings.precision)
-        torch.manual_seed(settings.seed)
-        self.data = {split: move_small_arrays_to_gpu(arrays, processes.device)
-                     for split, arrays in data.items()}
-        self.final_lr, self.final_decay = settings.final_lr, settings.final_weight_decay
-        self.model = self.model_class(config)
-        self.model.activation_checkpointing = settings.activation_checkpointing
-        if settings.shard:
-            processes.shard(self.model, settings.precision)
-        else:
-            self.model.to(processes.device)
-        self.loss_scale = LossScale(settings.precision).to(processes.device)
-        self.modules = {"model": self.model, "loss_scale": self.loss_scale}
-        self.optimizers = make_optimizers(self.model, settings.lr, settings.weight_decay, settings)
-        self.about = dict(config=asdict(config), class_names=class_names, dataset=settings.dataset,
-                          sampling={k: getattr(settings, k) for k in ("cfg", "top_k", "top_p")},
-                          settings=self.identity(settings, tokenizer, config))
 
-    @staticmethod
-    def identity(settings, tokenizer, config):
-        """What must be the same when the stage is resumed."""
-        return {**fields_of(settings, TransformerSettings), **asdict(config),
-                "tokenizer": model_fingerprint(tokenizer)}
+def train_transformer(settings, var, tokenizer, train, test, about, device):
+    """Train a VAR from its last checkpoint to settings.steps.
 
-    def rows(self, split, indices):
-        """Rows of the token cache, counted through all views. -> tokens (B, L), labels (B,)"""
-        return cached_rows(*self.data[split], indices, self.processes.device)
+    train, test: (list of views (N, L), labels (N,)), see encode_once; about: class_names and
+    dataset. Raises BadInput if the checkpoint is of another run."""
+    path, steps = Path(settings.out) / "transformer.pt", settings.steps
+    compute = partial(autocast, device, settings.precision)
+    facts = facts_of(settings, var, about, OF_STAGE_1)
+    facts["settings"]["tokenizer"] = checkpoints.model_fingerprint(tokenizer)
+    facts["sampling"] = dict(cfg=settings.cfg, top_k=settings.top_k, top_p=settings.top_p)
+    # Gradients below 6e-8 vanish in float16. There the loss is multiplied before the backward pass.
+    scaler = torch.amp.GradScaler(device.type, 2.0 ** 11, enabled=settings.precision == "float16")
+    modules = {"model": var.to(device), "scaler": scaler}
+    optimizers = make_optimizers(var, settings.lr, settings.weight_decay, settings.optimizer,
+                                 settings.precision)
+    start = resume(path, facts, modules, optimizers)
+    var.activation_checkpointing = settings.activation_checkpointing
+    model = distributed.data_parallel(var, settings.compile)
 
-    def batches(self, start):
-        views, n, _ = self.data["train"][0].shape
-        for step in range(start, self.steps):
-            indices = batch_indices(step, views * n, self.batch_size, self.settings.seed + 1)
-            yield self.rows("train", self.processes.share(indices))
+    began, skipped, losses, hits = time.monotonic(), 0, [], []
+    for step in range(start + 1, steps + 1):
+        progress = (step - 1) / steps
+        seed_step(settings, "transformer", step - 1)
+        set_schedule(optimizers, progress, settings.final_lr, settings.final_weight_decay)
+        var.train()
+        indices = batch_indices(step - 1, len(train[0]) * len(train[1]), settings.batch_size,
+                                settings.seed + 1)
+        tokens, labels = cached_rows(*train, distributed.share(indices), device)
 
-    def per_token(self, model, tokens, labels):
-        """-> (cross-entropy in nats (B, L), right (B, L) bool)"""
-        # Exercise 05_1
-        with torch.no_grad():
-            inputs = self.tokenizer.teacher_inputs(list(tokens.split(self.sizes, 1)))
-        with self.autocast():
-            logits = model(labels, inputs)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
-        return loss.view_as(tokens), logits.argmax(-1) == tokens
+        for part in range(settings.accumulate):                      # every n-th image
+            with compute():
+                loss, right = token_losses(model, tokenizer, tokens[part::settings.accumulate],
+                                           labels[part::settings.accumulate])
+            scaler.scale(loss.mean() / settings.accumulate).backward()
+            losses.append(loss.detach().mean(0))                               # (L,)
+            hits.append(right.float().mean())
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(var.parameters(), CLIP)
+        skipped = take_step(optimizers, norm, skipped, scaler)
 
-    def loss(self, model, batch, progress):
-        loss, right = self.per_token(model, *batch)
-        return (self.token_weight * loss).mean(), (loss.detach().mean(0), right.float().mean())
+        if step % settings.log_every == 0 or step == steps:
+            loss = distributed.mean(torch.stack(losses).mean(0))               # (L,)
+            right = float(distributed.mean(torch.stack(hits).mean()))
+            text, numbers = describe(loss, right, tokenizer.scales)
+            numbers.update(grad=float(norm), lr=optimizers[0].param_groups[0]["lr"])
+            seconds = (time.monotonic() - began) / (step - start)
+            report(path, step, steps, settings.batch_size, seconds, text, numbers)
+            losses, hits = [], []
+        if 4 * step % steps < 4 and distributed.rank() == 0:         # after each quarter
+            text, numbers = evaluate(var.eval(), tokenizer, test, device, compute)
+            say(f"  held out at step {step}: loss {numbers['loss']:.3f} | {text}")
+            checkpoints.log(path.parent, stage="transformer", step=step, held_out=numbers)
+        stopping = distributed.stop_requested(step)
+        if step % settings.save_every == 0 or step == steps or stopping:
+            checkpoints.save(path, facts, modules, optimizers, step)
+        distributed.leave_if_signalled(stopping, f"at step {step} of the transformer, saved")
+    var.eval().requires_grad_(False)
 
-    def step_without_gradients(self, accepted):
-        """All of the transformer learns by gradients."""
 
-    def summary(self, metrics):
-        loss = self.processes.mean(torch.stack([loss for loss, _ in metrics]).mean(0))
-        right = self.processes.mean(torch.stack([right for _, right in metrics]).mean())
-        return self.describe(loss, float(right))
+def describe(loss, right, scales):
+    """loss (L,) in nats, right in [0, 1] -> text and numbers for the log"""
+    per_scale = [float(part.mean()) for part in loss.split([side * side for side in scales])]
+    text = f"per-scale {' '.join(f'{x:.2f}' for x in per_scale)} | right {right:.1%}"
+    return text, dict(loss=float(loss.mean()), per_scale=per_scale, right=right)
 
-    def describe(self, loss, right):
-        scales = [float(part.mean()) for part in loss.split(self.sizes)]
-        text = f"per-scale {' '.join(f'{x:.2f}' for x in scales)} | right {right:.1%}"
-        numbers = dict(per_scale=scales, right=right)
-        # Half precision cannot tell products apart that are multiplied by much: 100 is the most.
-        if self.settings.precision != "float32" and self.model.config.qk_norm:
-            factors = [block.attention.log_scale.detach() for block in self.model.blocks]
-            largest = max(float(checkpoints.whole(factor).max()) for factor in factors)
-            numbers["qk_factor"] = min(math.exp(largest), 100.0)
-            text += f" | qk {numbers['qk_factor']:.0f}"
-        return text, numbers
 
-    @torch.no_grad()
-    def evaluate(self):
-        chosen = rows_of(len(self.data["test"][1]), 2000)
-        found = [self.per_token(self.model, *self.rows("test", part))
-                 for part in np.array_split(chosen, -(-len(chosen) // 100))]
-        loss = torch.cat([loss for loss, _ in found]).mean(0)
-        right = float(torch.cat([right for _, right in found]).float().mean())
-        text, numbers = self.describe(loss, right)
-        return f"loss {float(loss.mean()):.3f} | {text}", dict(loss=float(loss.mean()), **numbers)
+@torch.no_grad()
+def evaluate(var, tokenizer, test, device, compute):
+    """The loss on up to 2,000 held-out images. -> as describe()"""
+    chosen = rows_of(len(test[1]), 2000)
+    losses, hits = [], []
+    for rows in np.split(chosen, range(100, len(chosen), 100)):
+        with compute():
+            loss, right = token_losses(var, tokenizer, *cached_rows(*test, rows, device))
+        losses.append(loss)
+        hits.append(right.float())
+    return describe(torch.cat(losses).mean(0), float(torch.cat(hits).mean()), tokenizer.scales)
 
 
 # -- Models from files -----------------------------------------------------------------------------
 
 def load_tokenizer(path):
-    """-> (frozen MultiScaleVQVAE in eval mode, its checkpoint without the weights)"""
-    return load_model(path, "tokenizer", vqvae.MultiScaleVQVAE, vqvae.TokenizerConfig)
+    """-> (frozen MultiScaleVQVAE in eval mode, the rest of its checkpoint). Raises BadInput"""
+    return checkpoints.load_model(path, "tokenizer", vqvae.MultiScaleVQVAE, vqvae.TokenizerConfig)
 
 
 def load_transformer(path):
-    """-> (frozen VAR in eval mode, its checkpoint without the weights)"""
-    return load_model(path, "transformer", transformer.VAR, transformer.VARConfig)
+    """-> (frozen VAR in eval mode, the rest of its checkpoint). Raises BadInput"""
+    return checkpoints.load_model(path, "transformer", transformer.VAR, transformer.VARConfig)
 
 
-def load_model(path, part, model_class, config_class):
-    about = load_part(path, part)
-    try:
-        model = model_class(config_class(**about.pop("config")))
-        model.load_state_dict(about.pop("model"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
-    return model.eval().requires_grad_(False), about
-
-
-def open_tokenizer(path, scales):
-    """A tokenizer trained here, or one in the released layout, which does not tell its `scales`.
-    -> frozen MultiScaleVQVAE in eval mode"""
-    state = load_checkpoint(path)
-    if {"config", "tokenizer"} & state.keys():
+def tokenizer_for_stage_2(settings):
+    """The tokenizer of --stage transformer: the run's own, or that of --tokenizer-file, trained here
+    or released, which becomes the run's own. Raises BadInput if there is none or another one."""
+    path, given = Path(settings.out) / "tokenizer.pt", settings.tokenizer_file
+    if not given:
+        if not path.exists():
+            raise BadInput(f"there is no {path}: train it with --stage tokenizer, or give another "
+                           "one with --tokenizer-file")
         return load_tokenizer(path)[0]
-    sizes, weights = released.read_tokenizer(state, scales)
-    with released.other_layouts_refused(), released.weights_to_come():
+    state = checkpoints.load_checkpoint(given)
+    if "config" in state or "tokenizer" in state:
+        tokenizer = load_tokenizer(given)[0]
+    else:
+        sizes, weights = released.read_tokenizer(state, settings.scales)
         tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
-    return released.fill(tokenizer, weights)
+        released.fill(tokenizer, weights)
+    fingerprint = checkpoints.model_fingerprint
+    if path.exists() and fingerprint(load_tokenizer(path)[0]) != fingerprint(tokenizer):
+        raise BadInput(f"{path} is another tokenizer than {given}: choose a new folder with --out")
+    if not path.exists() and distributed.rank() == 0:
+        checkpoints.save_atomically(dict(config=asdict(tokenizer.config), settings={}, step=0,
+                                         model=tokenizer.state_dict()), path)
+    return tokenizer
 
 
-def open_run_tokenizer(settings, folder, scales):
-    """The tokenizer of --stage transformer: the run's own, or that of --tokenizer-file.
-    -> MultiScaleVQVAE, its checkpoint without the weights (None: not yet saved in the folder)
-    Raises BadInput if there is none, or if it is not the one that the run began with."""
-    path, file = folder.checkpoint("tokenizer"), settings.tokenizer_file
-    if not file and not path.exists():
-        raise BadInput(f"no tokenizer in {path.parent}: train it first, with --stage tokenizer, or "
-                       "give --tokenizer-file")
-    own, about = load_tokenizer(path) if path.exists() else (None, None)
-    if not file:
-        return own, about
-    given = open_tokenizer(file, scales)
-    is_replaced = settings.fresh and not (about and about["step"])     # one trained here never is
-    if own and not is_replaced and model_fingerprint(given) != model_fingerprint(own):
-        way_out = ("give another folder with --out" if about["step"] else
-                   "--fresh starts over with the latter, --out takes another folder")
-        raise BadInput(f"{path} is another tokenizer than {file}; {way_out}")
-    return given, None if is_replaced else about
+# -- End to end ------------------------------------------------------------------------------------
 
+def train_both(settings):
+    """Stages 1 and 2, or the one of --stage."""
+    device = distributed.start(settings.device)
+    if settings.stage == "transformer":
+        tokenizer = tokenizer_for_stage_2(settings)
+        for name in ("image_size", "scales", "vocab_size", "latent_dim"):
+            setattr(settings, name, getattr(tokenizer.config, name))
+    with distributed.rank_0_first():                       # one download, not eight
+        splits, chosen, class_names = load_splits(settings.dataset, settings.image_size,
+                                                  settings.data_dir, settings.classes)
+    images, labels = chosen["train"]
+    settings.classes = tuple(class_names) if settings.classes else ()
+    if settings.epochs:
+        settings.steps = max(1, settings.epochs * len(labels) // settings.batch_size)
+    lock = checkpoints.open_run(settings, device)
+    distributed.listen_for_signals()
+    say(f"{settings}\n{settings.dataset}: {len(labels):,} images to train on, "
+        f"{len(chosen['test'][1]):,} held out, {len(class_names)} classes; {distributed.world()} "
+        f"process(es) on {device.type} in {settings.precision}")
 
-# -- The whole road --------------------------------------------------------------------------------
-
-def var_sizes(var_config, config, num_classes):
-    """-> VARConfig: some sizes follow from the tokenizer and from the data."""
-    return replace(var_config, num_classes=num_classes, scales=config.scales,
-                   vocab_size=config.vocab_size, latent_dim=config.latent_dim)
-
-
-def train_all(settings, config, var_config):
-    """Both stages, or the one of --stage. On return nothing of them is left in memory."""
-    again = "the same command" + " without --fresh" * settings.fresh
-    with (Processes(settings.device) as processes,
-          RunFolder(settings.out, writes=processes.rank == 0) as folder,
-          StopSignal(processes, again) as stop):
-        if settings.precision == "auto":
-            before = None if settings.fresh else folder.settings().get("precision")
-            settings.precision = choose_precision(processes, before)
-        if settings.stage == "transformer":                # its tokenizer sets the image size
-            tokenizer, about = open_run_tokenizer(settings, folder, config.scales)
-            config = tokenizer.config
-        all_data, data, class_names = processes.first_alone(partial(
-            load_splits, settings.dataset, config.image_size, settings.data_dir, settings.classes))
-        settings.classes = tuple(class_names) if settings.classes else ()    # however asked for
-        recipe = follow_recipe(settings, len(data["train"][0]))
-        sizes = var_sizes(var_config, config, len(class_names))
-        everything = {**asdict(settings), **asdict(config), **asdict(sizes)}
-        announce(processes, everything, recipe, *[len(images) for images, _ in data.values()])
-        if settings.stage != "transformer":
-            train(TokenizerStage(settings, processes, folder, config, all_data["train"][0],
-                                 all_data["test"][0], class_names), folder, stop, everything)
-            free_gpu_memory()
-        if settings.stage != "tokenizer":
-            if settings.stage == "all":
-                tokenizer, _ = load_tokenizer(folder.checkpoint("tokenizer"))
-            elif not about:
-                checkpoints.adopt_tokenizer(folder, tokenizer, class_names, settings.dataset)
-            elif about["step"] < (planned := about["settings"].get("tokenizer_steps", 0)):
-                processes.say(f"note: the tokenizer was trained for {about['step']} steps of "
-                              f"{planned}")
-            train(on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_names),
-                  folder, stop, everything)
-            if processes.rank == 0 and settings.export:
-                checkpoints.export(folder.path, settings.export)
-
-
-def on_tokens(settings, processes, folder, stop, tokenizer, sizes, data, class_names):
-    """-> TransformerStage on the tokens of these images, which are made here"""
-    path = folder.checkpoint("transformer")
-    tokenizer = lay_out(tokenizer, processes.device, settings.precision)
-    # Before tokens are made again: a command that is refused changes nothing, and what a command
-    # with --fresh leaves when it is stopped here must not pass for its own.
-    if settings.fresh:
-        folder.remove(path.name)
-    elif path.exists():
-        checkpoints.check_identity(path, load_checkpoint(path), "transformer",
-                                   TransformerStage.identity(settings, tokenizer, sizes))
-    processes.barrier()
-    tokens = {}
-    for split, (images, labels) in data.items():
-        views = Views(images, settings.views if split == "train" else 1, settings.workers)
-        found = cache_tokens(settings, processes, folder, stop, tokenizer, views, split)
-        tokens[split] = found, labels
-    return TransformerStage(settings, processes, tokenizer, sizes, tokens, class_names)
-
-
-def draw_samples(settings):
-    """Chapter 6 on this run, as you would call it. -> exit status"""
-    script = Path(__file__).with_name("06_sample_and_edit.py")
-    return subprocess.call([sys.executable, str(script), "--run", settings.out, "--out",
-                            settings.out, "--device", settings.device, "--data-dir",
-                            settings.data_dir])
-
-
-def dry_run(settings, config, var_config):
-    """Print what a training takes. Nothing is read, written or trained."""
-    with torch.device("meta"):                             # tensors with shapes but no memory
-        tokenizer = vqvae.MultiScaleVQVAE(config)
-        var = transformer.VAR(var_sizes(var_config, config, var_config.num_classes))
-    plan.show(settings, tokenizer, var)
+    about = dict(class_names=class_names, dataset=settings.dataset)
+    torch.manual_seed(settings.seed)
+    if settings.stage != "transformer":
+        tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config(settings))
+        held_out = sample_of(splits["test"][0], 1000)
+        train_tokenizer(settings, tokenizer, splits["train"][0], held_out, about, device)
+    if settings.stage != "tokenizer":
+        tokenizer.to(device)
+        tokens = {split: (encode_once(settings, tokenizer, images, split, device), labels)
+                  for split, (images, labels) in chosen.items()}
+        torch.manual_seed(settings.seed)
+        var = transformer.VAR(var_config(settings, tokenizer.config, len(class_names)))
+        train_transformer(settings, var, tokenizer, tokens["train"], tokens["test"], about, device)
+    if settings.export and distributed.rank() == 0:
+        checkpoints.export(settings.out, settings.export)
+    return lock
 
 
 def main():
-    settings, config, var_config = read_settings()
-    if settings.dry_run:
-        return dry_run(settings, config, var_config)
+    settings = read_settings()
     if settings.gpus > 1 and "RANK" not in os.environ:
-        load_data(settings.dataset, "test", config.image_size, settings.data_dir)   # or fail here
-        return relaunch(settings.gpus, settings.device)
-    train_all(settings, config, var_config)
-    free_gpu_memory()                                      # chapter 6 needs it
-    if settings.stage != "tokenizer" and settings.steps and os.environ.get("RANK", "0") == "0":
-        return draw_samples(settings)
+        # A mistake is found here, before there are several processes to report it.
+        load_splits(settings.dataset, settings.image_size, settings.data_dir, settings.classes)
+        distributed.launch(settings.gpus, settings.device)
+    lock = train_both(settings)
+    if settings.stage == "tokenizer" or distributed.rank() > 0:
+        return 0
+    script = str(Path(__file__).with_name("06_sample_and_edit.py"))
+    print(f"more images: python {Path(script).name} --run {settings.out}", flush=True)
+    return subprocess.call([sys.executable, script, "--run", settings.out, "--out", settings.out,
+                            "--task", "sample", "--device", settings.device])
 
 
 if __name__ == "__main__":
-    one_line(main)
+    run_main(main)

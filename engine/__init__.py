@@ -1,5 +1,5 @@
-"""What runs a training: options, processes, files, checkpoints, presets. It calls no chapter."""
+"""Support for training that is not part of the idea of VAR. It never imports a chapter."""
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used; the scripts print it as one line and exit with 2."""
+    """The user's input cannot be used. The scripts print it as one line and exit with status 2."""

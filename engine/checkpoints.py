@@ -1,50 +1,82 @@
-"""Checkpoints: written whole or not at all, read without trusting the file, and the same file
-whether the weights lie in one process or are sharded over many."""
+"""Files of a run: checkpoints and logs, each written whole or not at all, and downloads."""
+import contextlib
 import hashlib
-import zipfile
-from dataclasses import asdict
+import http.client
+import json
+import os
+import socket
+from pathlib import Path
 
 import torch
 
 from engine import BadInput
-from engine.files import written_whole
+from engine.device import best_precision, cores
+from engine.distributed import agreed, barrier, rank
+
+DOWNLOADS = Path(__file__).resolve().parents[1] / "data" / "downloads"
+TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampling does not need
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file open for writing that takes the place of `path` only when it is complete: a
+    reader sees the old bytes or all of the new ones. Raises OSError that names `path`."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())       # the bytes must reach the disk before the name does
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_atomically(value, path):
-    """torch.save that leaves the old file or all of the new one, never half. Raises OSError"""
+    """torch.save into a file that is replaced only when it is complete."""
     try:
-        with written_whole(path) as file:
+        with replacing(path) as file:
             torch.save(value, file)
     except RuntimeError as error:                          # how torch reports a full disk
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
+def write_atomically(text, path):
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def load_checkpoint(path):
-    """The dict in a file written by 05_train.py. It may hold tensors and plain values only, so a
-    hostile file can do no harm. The tensors are on the CPU and are read from the file when they are
-    used: processes on one machine share them, and unused ones take no memory. Raises BadInput"""
+    """The dict in a checkpoint, with all tensors on the CPU. Only tensors and plain values are
+    loaded, so that a hostile file can do no harm. Raises BadInput"""
     try:
-        in_place = zipfile.is_zipfile(path)                # not so before torch 1.6
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
-    except Exception as error:               # truncated, another format, or code in the file
-        raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); "
-                       "expected a file written by 05_train.py") from None
+    except Exception as error:            # truncated, another format, or code in the file
+        raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); expected a "
+                       "file written by 05_train.py") from None
     if not isinstance(state, dict):
         raise BadInput(f"{path}: not a checkpoint of 05_train.py")
     return state
 
 
-def load_part(path, part):
-    """What a checkpoint holds of the model `part`, without what only training needs. A file to give
-    away holds both models."""
+def load_model(path, part, model_class, config_class):
+    """The "tokenizer" or the "transformer" in a file, which may hold both, as the shipped ones do.
+    -> (the model, frozen and in eval mode; the rest of its checkpoint). Raises BadInput"""
     state = load_checkpoint(path)
-    return without_training(state.get(part, state))
-
-
-def without_training(state):
-    return {k: v for k, v in state.items() if k not in ("optimizers", "critic", "loss_scale")}
+    state = state.get(part, state)
+    try:
+        model = model_class(config_class(**state["config"]))
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
+    about = {key: value for key, value in state.items() if key not in ("model", *TRAINING_ONLY)}
+    return model.eval().requires_grad_(False), about
 
 
 def model_fingerprint(model):
@@ -55,65 +87,31 @@ def model_fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def export(folder, path):
-    """Write both models to one file to give away: in float16, without optimizers."""
-    both = {}
-    for name in ("tokenizer", "transformer"):
-        state = load_part(folder / f"{name}.pt", name)
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
-        both[name] = {**state, "model": weights}
-    save_atomically(both, path)
+def save(path, about, modules, optimizers, step):
+    """Write the checkpoint of a stage. Every process must call this, and rank 0 writes. about: dict of
+    plain values that the checkpoint holds besides."""
+    if rank() == 0:
+        weights = {name: module.state_dict() for name, module in modules.items()}
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        save_atomically(dict(about, **weights, optimizers=states, step=step), path)
+    barrier()
 
 
-def adopt_tokenizer(folder, tokenizer, class_names, dataset):
-    """Save a tokenizer that was trained elsewhere as the run's own. To resume the run or to sample
-    from it, the file that it came from is no longer needed."""
-    if folder.writes:
-        save_atomically(dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(), step=0,
-                             class_names=class_names, dataset=dataset, settings={}),
-                        folder.checkpoint("tokenizer"))
+def resume(path, identity, defaults, modules, optimizers):
+    """Load a checkpoint into modules {name: module} and optimizers. -> the number of steps it was
+    trained for, 0 if there is no file.
 
-
-def save(path, stage, step):
-    """Write the checkpoint of a stage after `step` steps. Every process must call this; rank 0
-    writes."""
-    writes = stage.processes.rank == 0
-    weights = {name: gather(module.state_dict(), writes) for name, module in stage.modules.items()}
-    optimizers = [gather(optimizer.state_dict(), writes) for optimizer in stage.optimizers]
-    if writes:
-        save_atomically(dict(stage.about, **weights, step=step, optimizers=optimizers), path)
-    stage.processes.barrier()
-
-
-def begin(stage, folder, everything):
-    """Resume the stage or start it. The folder changes only after the checkpoint was accepted.
-    -> number of steps done"""
-    start = 0 if stage.settings.fresh else resume(folder.checkpoint(stage.name), stage)
-    if stage.settings.fresh:                               # what is there belongs to another run
-        for name in stage.fresh_removes:
-            folder.remove(name)
-    folder.begin(stage.name, start, everything)
-    stage.processes.barrier()
-    if 0 < start < stage.steps:
-        stage.processes.say(f"{stage.name}: resuming at step {start}")
-    return start
-
-
-def resume(path, stage):
-    """Load the checkpoint of a stage into its modules and optimizers. -> the steps that it was
-    trained for, 0 without a checkpoint. Raises BadInput if it is damaged or of another run."""
+    identity: {setting: value} that must equal those in the checkpoint; where the checkpoint is older
+    than a setting, defaults[setting] counts. Raises BadInput if the file belongs to another run or
+    is damaged."""
     if not path.exists():
         return 0
     state = load_checkpoint(path)
-    check_identity(path, state, stage.name, stage.about["settings"])
+    check_identity(path, state, identity, defaults)
     try:
-        for name, module in stage.modules.items():
-            own, saved = module.state_dict(), state[name]
-            module.load_state_dict({key: spread(saved[key], own.get(key)) for key in saved})
-        for optimizer, saved in zip(stage.optimizers, state["optimizers"], strict=True):
-            owners = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, values in saved["state"].items():
-                values.update({k: spread(v, owners[i]) for k, v in values.items()})
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return state["step"]
     except torch.OutOfMemoryError:
@@ -122,49 +120,99 @@ def resume(path, stage):
         raise BadInput(f"{path} is damaged; --fresh starts over") from None
 
 
-def check_identity(path, state, name, new):
-    """Raises BadInput unless the checkpoint of the stage `name` was trained with the settings `new`
-    and no others."""
+def check_identity(path, state, identity, defaults):
+    """Raises BadInput unless the checkpoint was trained with these settings."""
     old = state.get("settings")
-    if old == {}:
-        raise BadInput(f"{path} came with --tokenizer-file: give --stage transformer")
-    if isinstance(old, dict) and "side_power" in new:
-        old = {"side_power": 0.0, **old}                   # so it was before there was a choice
-    if not isinstance(old, dict) or set(old) != set(new):
-        raise BadInput(f"{path} was saved by another version of this code or is no {name}; "
-                       "--fresh trains again from scratch")
-    changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
+    if not old:
+        raise BadInput(f"{path} came with --tokenizer-file: train with --stage transformer, or choose "
+                       "another folder with --out")
+    changed = []
+    for name, value in identity.items():
+        before = old.get(name, defaults.get(name))
+        if before != value:
+            changed.append(f"{name} {before} -> {value}")
     if changed:
-        raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); "
-                       "give the old ones, another folder with --out, or --fresh to start over "
-                       "(with --stage transformer only stage 2)")
+        raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); use the old "
+                       "ones, choose another folder with --out, or start over with --fresh")
 
 
-def gather(state, wanted):
-    """A state dict whose sharded tensors are whole, on the CPU. Every process must call this. Only
-    those with `wanted` get the tensors, the others None."""
-    if isinstance(state, dict):
-        return {key: gather(value, wanted) for key, value in state.items()}
-    if isinstance(state, list):
-        return [gather(value, wanted) for value in state]
-    if not hasattr(state, "full_tensor"):
-        return state
-    full = whole(state)
-    return full.cpu() if wanted else None
+def export(folder, path):
+    """Write both models of a run to one file to give away: in half precision, for sampling only."""
+    both = {}
+    for name in ("tokenizer", "transformer"):
+        state = load_checkpoint(Path(folder) / f"{name}.pt")
+        half = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
+        both[name] = {k: v for k, v in state.items() if k not in TRAINING_ONLY} | {"model": half}
+    save_atomically(both, path)
 
 
-def whole(tensor):
-    """The tensor, gathered from all processes if it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def open_run(settings, device):
+    """Prepare the folder of a run: lock it, forget what --fresh trains again, choose the precision and
+    the number of workers where the settings leave them open, and write settings.json.
+    -> the lock, which lasts until this process ends. Raises BadInput if another run uses it"""
+    folder = Path(settings.out)
+    lock = claim(folder) if rank() == 0 else None
+    if settings.precision == "auto":
+        settings.precision = agreed(usual_precision(folder, settings.fresh, device))
+    if settings.workers < 0:
+        settings.workers = max(1, min(16, cores() // max(settings.gpus, 1)))
+    if rank() == 0:
+        fresh = ["transformer"] if settings.stage == "transformer" else ["transformer", "tokenizer"]
+        for stage in fresh if settings.fresh else []:
+            (folder / f"{stage}.pt").unlink(missing_ok=True)
+        write_atomically(json.dumps(vars(settings), indent=1), folder / "settings.json")
+    barrier()
+    return lock
 
 
-def spread(value, like):
-    """A copy of the tensor `value` with the memory layout of `like`, because fused optimizers walk
-    through a weight and its moments side by side; sharded if `like` is sharded. A value of another
-    shape or type is copied unchanged, so that nothing still refers to the file it was read from."""
-    if not torch.is_tensor(value) or not torch.is_tensor(like) or value.shape != like.shape:
-        return value.clone() if torch.is_tensor(value) else value
-    if not hasattr(like, "full_tensor"):
-        return torch.empty_like(like, dtype=value.dtype).copy_(value)
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+def usual_precision(folder, fresh, device):
+    """The precision that the run had before, else the best one on this device."""
+    if (folder / "settings.json").exists() and not fresh:
+        return json.loads((folder / "settings.json").read_text())["precision"]
+    return best_precision(device)
+
+
+def claim(folder):
+    """Lock a folder until this process ends, however it ends. -> the lock. Raises BadInput"""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a")
+    try:
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(f"{folder} is in use by another run: wait for it, stop it, or choose another "
+                       "folder with --out") from None
+    except (ImportError, OSError):                         # Windows, or a disk without locks
+        pass
+    return lock
+
+
+def log(folder, **entry):
+    """Append an entry to the run's log.jsonl."""
+    with open(Path(folder) / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def rewind_log(folder, stage, step):
+    """Drop the log entries of a stage from after `step`: these steps will be logged again."""
+    path = Path(folder) / "log.jsonl"
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):              # a line that a crash cut short
+            entry = json.loads(line)
+            if entry["stage"] != stage or entry["step"] <= step:
+                kept.append(line + "\n")
+    write_atomically("".join(kept), path)
+
+
+def download(url, path, sha256=""):
+    """Fetch a file once. It gets its name only when it is complete and has this checksum. Raises
+    BadInput"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {url} to {path}", flush=True)
+    socket.setdefaulttimeout(30)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 or None)
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        raise BadInput(f"could not download {url} ({error}): try again, or put the file at "
+                       f"{path}") from None

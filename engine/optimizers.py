@@ -1,75 +1,64 @@
-"""Optimizers and their schedule: AdamW, and Muon for the matrices inside the blocks."""
-import math
+"""AdamW, and Muon (Jordan et al. 2024) for the matrices inside the blocks."""
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-# The blocks of the transformer, and those of the tokenizer's encoder and decoder.
+from engine import BadInput
+
+MUON_LR = 0.02                            # peak learning rate of Muon
+# Where Muon is used: the blocks of the transformer, and those of the encoder and the decoder.
 INSIDE_BLOCKS = r"^blocks\..*(attention|mlp)|^(en|de)coder\.(levels|middle)"
 
 
-def learning_rate(progress, final):
-    """Share of the peak: warm-up over the first 2 %, flat to 5 %, then a straight line down."""
-    if progress < 0.02:
-        return 0.005 + 0.995 * progress / 0.02
-    return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
-
-
-def set_schedule(optimizers, progress, final_lr, final_decay=None):
-    """Learning rate of every parameter group, and weight decay of those that have one, which goes
-    to `final_decay` along half a cosine, at this share of the training."""
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["lr"] = group.setdefault("peak", group["lr"]) * learning_rate(progress, final_lr)
-        if final_decay is not None and group["weight_decay"]:
-            first = group.setdefault("first_decay", group["weight_decay"])
-            done = (1 - math.cos(math.pi * progress)) / 2
-            group["weight_decay"] = first + (final_decay - first) * done
-
-
-def parameter_groups(model, optimizer):
-    """Weights of linear layers and convolutions decay; biases, embeddings, gains and the q/k
-    temperature do not. optimizer: a name in OPTIMIZERS
-    -> {"inside": weights inside the blocks that it trains, "decay", "plain": the rest, AdamW's}"""
-    own = OPTIMIZERS[optimizer].make is not None
-    decayed = {id(m.weight) for m in model.modules()
-               if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    groups = {"inside": [], "decay": [], "plain": []}
+def make_optimizers(model, lr, weight_decay, kind="adamw", precision="float32"):
+    """A list with AdamW and, if kind is "muon", a second optimizer for the matrices inside the blocks,
+    whose products have this precision. Weights of linear layers and convolutions decay; biases,
+    embeddings and gains do not."""
+    matrices = {id(module.weight) for module in model.modules()
+                if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    inside, decayed, plain = [], [], []
     for name, p in model.named_parameters():
-        inside = own and re.search(INSIDE_BLOCKS, name)
-        groups["plain" if id(p) not in decayed else "inside" if inside else "decay"].append(p)
-    return groups
-
-
-def make_optimizers(model, lr, weight_decay, settings):
-    """-> [AdamW], then the optimizer of the weights inside the blocks if it is another"""
-    groups = parameter_groups(model, settings.optimizer)
-    optimizers = [torch.optim.AdamW(
-        [dict(params=groups["decay"], weight_decay=weight_decay),
-         dict(params=groups["plain"], weight_decay=0.0)], lr=lr, betas=(0.9, 0.95), fused=True)]
-    if groups["inside"]:
-        make = OPTIMIZERS[settings.optimizer].make
-        optimizers.append(make(groups["inside"], weight_decay, settings))
+        if id(p) not in matrices:
+            plain.append(p)
+        elif kind == "muon" and re.search(INSIDE_BLOCKS, name):
+            inside.append(p)
+        else:
+            decayed.append(p)
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    if inside:
+        optimizers.append(Muon(inside, MUON_LR, weight_decay=weight_decay,
+                               dtype=getattr(torch, precision)))
     return optimizers
 
 
-def optimizer_bytes(model, optimizer):
-    """What the optimizers of a model keep in memory. optimizer: a name in OPTIMIZERS"""
-    groups = parameter_groups(model, optimizer)
-    inside = sum(p.numel() for p in groups["inside"])
-    rest = sum(p.numel() for p in groups["decay"] + groups["plain"])
-    return OPTIMIZERS[optimizer].bytes * inside + OPTIMIZERS["adamw"].bytes * rest
+def take_step(optimizers, norm, skipped, scaler=None):
+    """Let the optimizers step, unless the norm of the gradient is not finite, and clear the gradients.
+    skipped: how many steps in a row were skipped before; scaler: torch's GradScaler
+    -> how many it is now. Raises BadInput at ten"""
+    if norm.isfinite():
+        skipped = 0
+        for optimizer in optimizers:
+            scaler.step(optimizer) if scaler else optimizer.step()
+    else:
+        skipped += 1
+    if scaler:
+        scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    if skipped == 10:
+        raise BadInput("the gradient was not finite in ten steps in a row: lower the learning rate "
+                       "and train this stage again with --fresh")
+    return skipped
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), so that every direction of a
-    matrix learns equally fast. dtype: of the products.
+    """For the weight matrices inside the blocks: making the update orthogonal gives all its singular
+    values about the same size.
 
-    torch.optim.Muon (torch 2.9 and later) is the same algorithm. It takes no convolutions, always
-    multiplies in bfloat16, which some CPUs only emulate, works on one matrix at a time, and cannot
-    skip a step. This one takes a convolution (out, in, h, w) as a matrix (out, in*h*w) and stacks
-    matrices of equal shape."""
+    torch.optim.Muon is the same algorithm, but it takes no convolutions and always multiplies in
+    bfloat16, which some CPUs only emulate. This one treats a convolution (out, in, h, w) as a matrix
+    (out, in*h*w). dtype: precision of the products."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -77,56 +66,32 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Where the attribute `found_inf`, a tensor (), is not 0, nothing changes, as in torch's
-        fused optimizers. The GPU decides this, so the program need not wait for it."""
-        good = getattr(self, "found_inf", torch.zeros(())) == 0
         for group in self.param_groups:
-            by_shape = {}
+            same_shape = {}                                # matrices of equal shape are stacked
             for p in group["params"]:
-                self.state[p].setdefault("momentum", torch.zeros_like(p))
-                by_shape.setdefault((len(p), p[0].numel()), []).append(p)
-            for (rows, columns), like in by_shape.items():           # a stack (n, rows, columns)
-                kept = [self.state[p]["momentum"] for p in like]
-                weight, momentum, g = [torch.stack([x.flatten(1) for x in tensors]) for tensors in
-                                       (like, kept, [p.grad for p in like])]
-                g = torch.where(good, g, momentum)         # lerp from x to x: x stays
-                momentum = momentum.lerp(g, 1 - group["momentum"])
-                update = orthogonal(g.lerp(momentum, group["momentum"]), self.dtype)   # Nesterov
-                step = group["lr"] * (max(1, rows / columns) ** 0.5 * update
-                                      + group["weight_decay"] * weight)
-                weight = torch.where(good, weight - step, weight)
-                for tensors, new in ((kept, momentum), (like, weight)):
-                    torch._foreach_copy_(tensors, [x.view(p.shape) for x, p in zip(new, like)])
+                if p.grad is not None:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    same_shape.setdefault((len(p), p[0].numel()), []).append(p)
+            for (rows, columns), params in same_shape.items():
+                g = torch.stack([p.grad.flatten(1) for p in params])           # (n, rows, columns)
+                kept = [self.state[p]["momentum"].flatten(1) for p in params]
+                torch._foreach_lerp_(kept, list(g.unbind(0)), 1 - group["momentum"])
+                update = g.lerp(torch.stack(kept), group["momentum"])          # Nesterov momentum
+                update = orthogonal(update, self.dtype)
+                update.mul_(group["lr"] * max(1, rows / columns) ** 0.5)
+                for p, change in zip(params, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(change.view_as(p))
 
 
 def orthogonal(g, dtype=torch.float32):
-    """Nearest matrix with singular values about 1, by five Newton-Schulz steps, with the numbers of
-    Jordan et al.: small singular values grow fast, all end between 0.7 and 1.2. (n, r, c)"""
+    """About the nearest matrix with orthonormal rows or columns, by five Newton-Schulz steps with
+    the coefficients of Jordan et al.; they raise small singular values fast and leave all of them
+    between 0.7 and 1.2. (n, rows, columns) -> the same shape"""
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)        # float16 holds no 1e-8
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return (x.mT if tall else x).to(g.dtype)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What trains the weights inside the blocks; AdamW trains the rest.
-
-    make(weights, weight_decay, settings) -> a torch optimizer, or None: AdamW trains these, too.
-    Its step() must change nothing where its attribute `found_inf`, a tensor (), is not 0."""
-    make: Callable | None
-    bytes: int                  # that it keeps for each float32 weight
-    works_on_shards: bool       # or does it need whole matrices?
-
-
-def make_muon(weights, weight_decay, settings):
-    return Muon(weights, lr=settings.muon_lr, weight_decay=weight_decay,
-                dtype=getattr(torch, settings.precision))
-
-
-# What --optimizer may name: Muon keeps one moment of every weight, AdamW two.
-OPTIMIZERS = {"muon": Kind(make_muon, bytes=4, works_on_shards=False),
-              "adamw": Kind(None, bytes=8, works_on_shards=True)}

@@ -1,147 +1,88 @@
-"""Options of the command line made from dataclasses, and one-line errors."""
+"""Command-line options made from a dataclass, and errors in one line."""
 import argparse
-import difflib
 import math
-import os
 import sys
-import time
 from dataclasses import field, fields
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from engine import BadInput
-from engine.processes import lost_connection
 
 
-class OneLineParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are a BadInput and whose options cannot be abbreviated."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
     def error(self, message):
         raise BadInput(f"{message} (see --help)")
 
 
-def number(kind, low):
-    """argparse type: an int or float that is finite, at least `low` and no larger than 64 bits."""
+def number(kind, low=0):
+    """An argparse type: an int or a float that is finite and at least `low`."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value < 2 ** 63:                     # nan is neither
+        if not low <= value < 2 ** 63:
             what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {what} of {low} or more that "
-                                             "fits in 64 bits")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} of at least {low}")
         return value
     return parse
 
 
 def whole_numbers(text):
-    """argparse type: '1,2,3' -> (1, 2, 3)"""
+    """An argparse type: "1,2,3" -> (1, 2, 3)"""
     return tuple(number(int, 1)(part) for part in text.split(","))
 
 
-def one_of(values):
-    """argparse type: one of a few words. values: {word: what it means}"""
-    def parse(text):
-        if text not in values:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not one of {', '.join(values)}")
-        return values[text]
-    return parse
+def option(default, help, low=None, **more):
+    """A dataclass field that is also a command-line option. `low` is the smallest number allowed
+    (default: 1 for an int, 0 for a float); `choices`, `nargs` and `metavar` are argparse's."""
+    return field(default=default, metadata=dict(help=help, low=low, more=more))
 
 
-def option(default, help, **more):
-    """A dataclass field that is also an option of the command line. `more` may hold `low`, the
-    smallest number allowed, or `choices`; `nargs` and `metavar` are argparse's."""
-    return field(default=default, metadata=dict(help=help, **more))
+def read_options(argv, description, settings_class):
+    """Parse a command line. Every field of the dataclass is an option. -> {field: value} of the
+    options that were typed, and no others"""
+    parser = Parser(description)
+    for f in fields(settings_class):
+        kind = type(f.default)
+        how = dict(f.metadata["more"])
+        if kind is bool:
+            how["action"] = "store_true"
+        elif kind in (int, float):
+            low = f.metadata["low"]
+            how["type"] = number(kind, (1 if kind is int else 0) if low is None else low)
+            how.setdefault("metavar", "N" if kind is int else "X")
+        elif kind is tuple and "nargs" not in how:
+            how.update(type=whole_numbers, metavar="N,N,...")
+        shown = f" [{f.default}]" if f.default not in ("", (), False) else ""
+        text = (f.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, dest=f.name,
+                            default=argparse.SUPPRESS, **how)
+    return vars(parser.parse_args(argv))
 
 
-def plain_type(f):
-    """The type of a field's values: int for `int` and for `int | None`."""
-    return next((kind for kind in get_args(f.type) if kind is not type(None)), f.type)
-
-
-def value_of(f):
-    """Field of a dataclass -> the argparse type that reads its value."""
-    kind, choices = plain_type(f), f.metadata.get("choices")
-    if choices:
-        return one_of({word: word for word in choices})
-    if kind in (int, float):
-        return number(kind, f.metadata.get("low", 1 if kind is int else 0))
-    return {bool: one_of({"true": True, "false": False}), tuple: whole_numbers}.get(kind, kind)
-
-
-def add_options(parser, cls, helps):
-    """One --option per field of a dataclass that was made with `option` or has a text in `helps`.
-    An option that was not typed is missing in the result."""
-    for f in fields(cls):
-        text = helps.get(f.name, f.metadata.get("help"))
-        if text is None:
-            continue
-        kind = dict(action=argparse.BooleanOptionalAction)
-        if f.type is not bool:
-            words = ",".join(f.metadata.get("choices", ()))
-            kind = dict(type=value_of(f), metavar=f"{{{words}}}" if words else
-                        {int: "N", float: "X"}.get(plain_type(f)))
-        kind |= {k: f.metadata[k] for k in ("nargs", "metavar") if k in f.metadata}
-        note = "" if f.default in ("", None, False, ()) else f" [{f.default}]"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=(text + note).replace("%", "%%"), **kind)
-
-
-def assignment(*classes):
-    """argparse type: 'name=value' -> (name, value), for any field of these dataclasses."""
-    known = {f.name: f for cls in classes for f in fields(cls)}
-
-    def parse(text):
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            near = difflib.get_close_matches(name[:40], known, n=5, cutoff=0)
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not NAME=VALUE with the name of a "
-                                             f"setting; the nearest are {', '.join(near)}")
-        read = value_of(known[name])
-        if "nargs" in known[name].metadata:                # of several words
-            return name, tuple(map(read, value.split(",")))
-        return name, read(value)
-    return parse
-
-
-def read_options(argv, description, classes):
-    """The command line -> {field: value} of what was typed. classes: {dataclass: help texts of its
-    fields that are options although they were not made with `option`}"""
-    parser = OneLineParser(description=f"{description} Defaults in brackets; "
-                           "engine/presets.py holds those of each data set.", allow_abbrev=False)
-    for cls, helps in classes.items():
-        add_options(parser, cls, helps)
-    parser.add_argument("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[],
-                        type=assignment(*classes), help="any other field of "
-                        + ", ".join(cls.__name__ for cls in classes))
-    typed = vars(parser.parse_args(argv))
-    typed.update(typed.pop("set"))
-    return typed
-
-
-def one_line(main):
-    """Run a script's main(). A user's mistake ends in one line and exit status 2. Of several
-    processes only the first to fail prints; the others wait for the launcher to end them."""
-    name, rank = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0))
+def run_main(main):
+    """Run a script's main() and exit with its status. A user's mistake is printed as one line, and
+    the exit status is 2."""
     try:
-        status = main()
+        sys.exit(main())
     except (BadInput, OSError) as error:
-        if rank:                                           # rank 0 may be about to say the same
-            time.sleep(3)
-        line = (str(error) or type(error).__name__).splitlines()[-1]
-        print(f"{name}: {line}", file=sys.stderr)
-        status = 2
+        line = str(error) or type(error).__name__
     except KeyboardInterrupt:
-        status = 130
-    except torch.OutOfMemoryError as error:
-        print(f"{name}: the GPU's memory is full ({str(error).splitlines()[0]}) "
-              "use smaller batches, or in training --accumulate 2, --activation-checkpointing, "
-              "--shard", file=sys.stderr)
-        status = 2
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        line = ("the GPU's memory is full: use a smaller --batch-size, or in training "
+                "--accumulate 2 or --activation-checkpointing")
     except RuntimeError as error:
-        # A lost connection is no news: another process failed first and is to be heard.
-        if "RANK" in os.environ and lost_connection(error):
-            time.sleep(10)
-        raise
-    sys.exit(status)
+        if "DataLoader worker" not in str(error):
+            raise
+        line = ("a process that loads images was killed, perhaps because memory ran out: use fewer "
+                "--workers; the same command resumes from the last checkpoint")
+    print(f"{Path(sys.argv[0]).name}: {line.splitlines()[-1]}", file=sys.stderr)
+    sys.exit(2)

@@ -1,14 +1,11 @@
-"""The released checkpoints: where they lie, what is in them, how their entries are called here."""
-import contextlib
+"""The checkpoints released with the paper: where they are, and the names of their entries here."""
 import re
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from engine import BadInput, files
-from engine.checkpoints import load_checkpoint
+from engine import BadInput
+from engine.checkpoints import DOWNLOADS, download, load_checkpoint
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.
@@ -67,17 +64,6 @@ def tokenizer_sizes(state, scales=None):
                 multipliers=multipliers)
 
 
-def imagenet_recipe(depth):
-    """How the original trains a transformer of this depth (its README): what differs from depth to
-    depth, by the names of the settings. 36 blocks are for 512 pixels and share one AdaLN."""
-    large = depth >= 24
-    recipe = dict(batch_size=1024 if 30 <= depth < 36 else 768, lr_per_256=8e-5 if large else 1e-4,
-                  epochs=350 if large else 250 if depth >= 20 else 200,
-                  weight_decay=0.05, final_weight_decay=0.08 if depth >= 30 else 0.05,
-                  final_lr=0.01 if large else 0.1)
-    return {**recipe, **(dict(image_size=512, shared_adaln=True) if depth >= 36 else {})}
-
-
 VAR_NAMES = [
     (r"^pos_start$", "start"), (r"^pos_1LC$", "position"), (r"^word_embed\.", "word_embed."),
     (r"^class_emb\.", "class_embed."), (r"^lvl_embed\.", "scale_embed."),
@@ -114,33 +100,38 @@ def var_sizes(state, scales, heads=None):
 
 def read_tokenizer(state, scales=None):
     """A released tokenizer's state dict -> (fields of TokenizerConfig, state dict with our names).
-    `scales`: sides of the token maps, which no shape tells. Raises BadInput for other layouts."""
-    state = unwrap(state, ("trainer", "vae_local"), "tokenizer", "quantize.embedding.weight")
-    with other_layouts_refused():
+    scales: sides of the token maps, which no shape reveals. Raises BadInput for other layouts."""
+    state = unwrap(state, "tokenizer", "quantize.embedding.weight")
+    try:
         return tokenizer_sizes(state, scales), renamed(state, tokenizer_name)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise BadInput(f"not in the released layout: {error}") from None
 
 
 def read_transformer(state, scales=None, heads=None):
     """A released transformer's state dict -> (fields of VARConfig, state dict with our names).
-    `scales` and `heads` are needed where no shape tells them. Raises BadInput for other layouts."""
-    state = unwrap(state, ("trainer", "var_wo_ddp"), "transformer", "pos_1LC")
+    scales and heads are needed where no shape reveals them. Raises BadInput for other layouts."""
+    state = unwrap(state, "transformer", "pos_1LC")
     length = state["pos_1LC"].shape[1] if state["pos_1LC"].ndim == 3 else 0
     scales = tuple(scales or SCALES.get(length, ()))
-    if sum(s * s for s in scales) != length:
-        raise BadInput(f"the transformer has {length} positions, the scales {scales} make "
-                       f"{sum(s * s for s in scales)}: give the scales it was trained with")
-    with other_layouts_refused():
+    if sum(side * side for side in scales) != length:
+        raise BadInput(f"the transformer has {length} positions, but the scales {scales} have "
+                       f"{sum(side * side for side in scales)}: give those it was trained with")
+    try:
         return var_sizes(state, scales, heads), renamed(state, var_name)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise BadInput(f"not in the released layout: {error}") from None
 
 
-def unwrap(state, keys, what, entry):
-    """Training checkpoints of the original hold the weights some levels down. Raises BadInput for
-    anything but names and tensors, `entry` among them."""
-    for key in keys:
-        state = state.get(key, state) if isinstance(state, dict) else {}
-    if not (isinstance(state, dict) and state and all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())):
+def unwrap(state, what, entry):
+    """The state dict inside a training checkpoint, without the prefixes that DDP and torch.compile
+    add to its names. Raises BadInput unless it holds tensors only, `entry` among them."""
+    for key in ("trainer", "vae_local", "var_wo_ddp", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise BadInput(f"not a released VAR {what}: it should hold names and tensors only")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): v for name, v in state.items()}
     if entry not in state:
         raise BadInput(f"not a released VAR {what}: it has no entry {entry!r}")
     return state
@@ -149,52 +140,31 @@ def unwrap(state, keys, what, entry):
 def renamed(state, rename):
     state = {rename(name): value.float() if value.is_floating_point() else value
              for name, value in state.items()}
-    state.pop(None, None)                                  # derived buffers: not needed
+    state.pop(None, None)                                  # derived buffers, which we compute
     return state
 
 
-@contextlib.contextmanager
-def other_layouts_refused():
-    """Turn what goes wrong with entries of other names or shapes into one line."""
-    try:
-        yield
-    except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:250]
-        raise BadInput(f"not in the released layout: {reason}") from None
-
-
-@contextlib.contextmanager
-def weights_to_come():
-    """A model built in this context has its buffers, but no memory and no random values for its
-    parameters: fill() gives it the ones that were loaded."""
-    hook = register_module_parameter_registration_hook(
-        lambda module, name, value: nn.Parameter(value.to("meta"), value.requires_grad))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def fill(model, state):
-    """Give a model its weights. Every name must be known and none missing, except what training
-    alone uses. -> the model, in eval mode"""
+    """Give a model its weights. Every name must be known and none missing, except the statistics
+    that only training uses. -> the model, frozen and in eval mode. Raises BadInput"""
     own = model.state_dict()
-    unused = {name: own[name] for name in ("quantizer.hits", "quantizer.sums",
-                                           "quantizer.initialised") if name in own}
-    with other_layouts_refused():
-        if unused:                  # the sums begin as the codes; those of the model are random
-            unused["quantizer.sums"] = state["quantizer.codebook"].clone()
-        model.load_state_dict({**state, **unused}, assign=True)
+    for name in ("quantizer.hits", "quantizer.sums", "quantizer.initialised"):
+        if name in own:
+            state.setdefault(name, own[name])
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise BadInput(f"not in the released layout: {' '.join(str(error).split())[:250]}") from None
     return model.eval().requires_grad_(False)
 
 
-def fetch(name, given=None):
+def fetch(name, given=""):
     """The state dict in the file `given`, or in `name`, downloaded once into data/downloads/."""
     if given:
         return load_checkpoint(Path(given))
-    path = files.DOWNLOADS / name
+    path = DOWNLOADS / name
     if not path.exists():
-        files.download(URL + name, path)
+        download(URL + name, path)
     try:
         return load_checkpoint(path)
     except BadInput as error:

@@ -1,0 +1,61 @@
+"""Which device to compute on, and in which precision."""
+import contextlib
+import os
+import time
+
+import torch
+
+from engine import BadInput
+
+
+def best_device():
+    """The device that "auto" stands for on this machine."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pick_device(name):
+    """ "auto", "cpu" or "cuda" -> torch.device. Under torchrun each process gets its own GPU.
+    Raises BadInput if there is no GPU."""
+    name = best_device() if name == "auto" else name
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def fast_bfloat16(device):
+    """Is bfloat16 faster than float32 here? Some CPUs have units for it and others emulate it ten
+    times slower, so a CPU is judged by timing one small product of each kind."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(256, 256).to(dtype)
+        tries = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            a @ a
+            tries.append(time.perf_counter() - begin)
+        seconds[dtype] = min(tries)
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+def best_precision(device):
+    """The precision that "auto" stands for: bfloat16 where it is fast, float16 on older GPUs, which
+    multiply it several times faster than float32, and float32 elsewhere."""
+    if fast_bfloat16(device):
+        return "bfloat16"
+    return "float16" if device.type == "cuda" else "float32"
+
+
+def autocast(device, precision):
+    """A context in which products and convolutions are computed in this precision."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))
+
+
+def cores():
+    """The number of CPU cores that this process may use. A cluster often grants only a few."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,156 @@
+"""One process or many. torchrun starts the processes; these functions work in a single one, too."""
+import contextlib
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import BadInput
+from engine.device import pick_device
+
+_signals = []                             # numbers of the signals that asked this process to stop
+
+
+def launch(gpus, device):
+    """Replace this process by torchrun, which runs the same command in `gpus` processes, one per
+    GPU (with --device cpu they share the CPU). Raises BadInput if there are too few GPUs."""
+    found = torch.cuda.device_count()
+    if gpus > found and device != "cpu":
+        raise BadInput(f"--gpus {gpus}: torch finds {found} CUDA GPUs on this machine; with "
+                       f"--device cpu {gpus} processes share the CPU")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={gpus}", *sys.argv]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def start(device):
+    """Join the other processes if torchrun started this one. device: "auto", "cpu" or "cuda"
+    -> torch.device of this process"""
+    device = pick_device(device)
+    torch.backends.cudnn.benchmark = True                  # sizes repeat: find the fastest kernels
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Rank 0 may download or list a million files while the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(line):
+    """Print a line, in rank 0 only."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
+def share(indices):
+    """This process's part of a batch or of a data set."""
+    return indices[rank()::world()]
+
+
+def total(tensor):
+    """The sum of a tensor over all processes."""
+    if world() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean(tensor):
+    """The average of a tensor over all processes."""
+    return total(tensor) / world()
+
+
+def agreed(value):
+    """The value (any plain Python object) of rank 0, in all processes."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def barrier():
+    """Wait until every process has reached this line."""
+    if world() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block before the others do: one download instead of eight."""
+    if rank():
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def data_parallel(model, compiled=False):
+    """The model to call in training: compiled if asked, and with several processes its backward pass
+    averages the gradients."""
+    if compiled:
+        model = torch.compile(model)
+    if world() > 1:
+        # The quantizer keeps its own buffers equal, so they need no broadcast.
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    return model
+
+
+def average_gradients(model):
+    """For a model that is not wrapped by data_parallel()."""
+    for p in model.parameters():
+        if p.grad is not None and world() > 1:
+            p.grad = mean(p.grad)
+
+
+def listen_for_signals():
+    """From now on Ctrl-C, SIGTERM and a closed terminal only ask the run to stop."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)               # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:    # `nohup` ignores SIGHUP
+            signal.signal(number, _receive)
+
+
+def _receive(number, frame):
+    if not _signals:
+        say("stopping soon: saving first")
+    _signals.append(number)
+
+
+def signalled():
+    """-> the number of the first signal that asked this process to stop, or 0"""
+    return _signals[0] if _signals else 0
+
+
+def stop_requested(step):
+    """The same, but with one answer for all processes, which compare notes in every tenth step."""
+    if world() == 1:
+        return signalled()
+    if step % 10:
+        return 0
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(signalled(), device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def leave_if_signalled(number, where):
+    """End this process if a signal asked for it. Its exit status tells which signal."""
+    if number:
+        say(f"stopped {where}; the same command resumes")
+        sys.exit(128 + number)
