@@ -22,7 +22,6 @@ Sources: VAR (Tian et al. 2024), section 4, and its released code for the ImageN
 (Esser et al. 2021) for stage 1; Muon (Jordan et al. 2024) for small models.
 """
 import hashlib
-import math
 import os
 import subprocess
 import sys
@@ -46,7 +45,7 @@ from data.registry import load_splits
 from engine import BadInput, checkpoints, distributed, perceptual, released
 from engine.device import autocast
 from engine.distributed import say
-from engine.optimizers import make_optimizers, take_step
+from engine.optimizers import make_optimizers, set_schedule, take_step
 from engine.options import option, read_options, run_main
 from engine.progress import clock, progress
 from report import health
@@ -88,6 +87,7 @@ class Settings:
                             choices=("auto", "float32", "bfloat16", "float16"))
     optimizer: str = option("muon", "for the matrices inside the blocks; the rest uses adamw",
                             choices=("muon", "adamw"))
+    clip: float = option(2.0, "largest norm of the gradient")
     image_size: int = option(32, "side of the square images, in pixels")
     scales: tuple = option((1, 2, 3, 4, 6, 8), "sides of the token maps")
     vocab_size: int = option(512, "V, number of codes")
@@ -123,6 +123,7 @@ class Settings:
     heads: int = option(4, "attention heads; 0: depth", low=0)
     shared_adaln: bool = option(False, "one AdaLN layer for all blocks")
     drop_path: float = option(0.0, "drop-path rate of the last block")
+    label_dropout: float = option(0.1, "share of labels hidden in training, for guidance")
 
 
 NAMES = [field.name for field in fields(Settings)]
@@ -227,13 +228,10 @@ def var_config(settings, tokenizer, num_classes):
         num_classes=num_classes, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
         latent_dim=tokenizer.latent_dim, depth=settings.depth, width=settings.width or None,
         heads=settings.heads or None, shared_adaln=settings.shared_adaln,
-        drop_path=settings.drop_path)
+        drop_path=settings.drop_path, label_dropout=settings.label_dropout)
 
 
 # -- Schedule, order and randomness ----------------------------------------------------------------
-
-CLIP = 2.0                                # largest norm of the gradient
-
 
 def learning_rate(progress, final):
     """Share of the peak learning rate: it warms up over the first 2 % of the run, stays flat up to
@@ -243,28 +241,15 @@ def learning_rate(progress, final):
     return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
 
 
-def set_schedule(optimizers, progress, final_lr, final_decay=None):
-    """Set the learning rate of every parameter group. Weight decay, where there is any, moves to
-    `final_decay` along half a cosine."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            first_lr = group.setdefault("first_lr", group["lr"])
-            group["lr"] = first_lr * learning_rate(progress, final_lr)
-            first_decay = group.setdefault("first_decay", group["weight_decay"])
-            if final_decay is not None and first_decay:
-                done = (1 - math.cos(math.pi * progress)) / 2
-                group["weight_decay"] = first_decay + done * (final_decay - first_decay)
-
-
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def batch_indices(step, n, batch, seed):
-    """Which of n images step number `step` (from 0) sees: every epoch is a new shuffle, and the epochs
-    are laid end to end. They depend on (step, seed) alone, so a run can resume at any step and on
-    any number of GPUs. -> (batch,) int64"""
+    """Which of n images a step (counted from 0) sees: every epoch is a new shuffle, and the epochs
+    are laid end to end. The answer depends on step and seed alone, so a run can resume at any
+    step and on any number of GPUs. -> (batch,) int64"""
     # Exercise 05_2
     places = np.arange(step * batch, (step + 1) * batch)
     epochs = places // n
@@ -282,8 +267,8 @@ def crops_to_load(start, n, settings):
 
 
 def seed_step(settings, stage, step):
-    """Derive all random numbers of a step from (seed, stage, step, process). So a run resumes bit for
-    bit, although no random state is saved."""
+    """Derive all random numbers of a step from (seed, stage, step, process). A run therefore
+    resumes bit for bit, although no random state is saved."""
     words = [settings.seed, ["tokenizer", "transformer"].index(stage), step, distributed.rank()]
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
@@ -346,11 +331,11 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     model = distributed.data_parallel(tokenizer, settings.compile and not settings.adversarial)
 
     batches = picture_batches(images, crops_to_load(start, len(images), settings), settings.workers)
-    began, skipped, errors, counts = time.monotonic(), 0, [], 0
+    began, skipped, losses, errors, counts = time.monotonic(), 0, [], [], 0
     for step, batch in enumerate(batches, start + 1):
         progress = (step - 1) / steps
         seed_step(settings, "tokenizer", step - 1)
-        set_schedule(optimizers, progress, final_lr=0.0)
+        set_schedule(optimizers, progress, learning_rate(progress, 0.0))
         tokenizer.train()
         image = to_float(batch.to(device))                                     # (B, 3, H, W)
         if settings.flip:
@@ -361,30 +346,32 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
             share = settings.adversarial * perceptual.start_late(progress)
             adversarial, critic_loss = 0.0, 0.0
             with compute():
-                decoded, tokens, losses = model(part)                # the codes learn in here, too
-                image_loss = losses["reconstruction"]
+                decoded, tokens, parts = model(part)                 # the codes learn in here, too
+                image_loss = parts["reconstruction"]
                 if settings.perceptual:
                     image_loss = image_loss + settings.perceptual * lpips(decoded, part).mean()
                 if share:
                     adversarial, critic_loss = perceptual.adversarial_losses(
                         critic, part, decoded, image_loss, tokenizer.decoder.conv_out.weight)
-            loss = image_loss + 0.25 * (losses["vq"] + losses["extra"]) + share * adversarial
+            loss = image_loss + 0.25 * (parts["vq"] + parts["extra"]) + share * adversarial
             ((loss + critic_loss) / settings.accumulate).backward()
-            errors.append(losses["reconstruction"].detach())
+            losses.append(loss.detach())
+            errors.append(parts["reconstruction"].detach())
             counts = counts + health.count_codes(tokens, tokenizer.config.vocab_size)
         if settings.adversarial:
             distributed.average_gradients(critic)                    # DDP does it for the tokenizer
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         skipped = take_step(optimizers, norm, skipped)
 
         if step % settings.log_every == 0 or step == steps:
             db = float(health.decibels(distributed.mean(torch.stack(errors).mean())))
-            numbers = dict(loss=float(loss), psnr=db, **health.usage(distributed.total(counts)),
+            loss = float(distributed.mean(torch.stack(losses).mean()))
+            numbers = dict(loss=loss, psnr=db, **health.usage(distributed.total(counts)),
                            grad=float(norm), lr=optimizers[0].param_groups[0]["lr"])
             seconds = (time.monotonic() - began) / (step - start)
             text = f"psnr {db:.1f} dB | {health.short(tokenizer.scales, numbers)}"
             report(path, step, steps, settings.tokenizer_batch_size, seconds, text, numbers)
-            errors, counts = [], 0
+            losses, errors, counts = [], [], 0
         if 4 * step % steps < 4 and distributed.rank() == 0:         # after each quarter
             text, numbers = health.check_up(tokenizer.eval(), held_out, device, compute,
                                             path.with_name("reconstructions.png"))
@@ -482,7 +469,8 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
     for step in range(start + 1, steps + 1):
         progress = (step - 1) / steps
         seed_step(settings, "transformer", step - 1)
-        set_schedule(optimizers, progress, settings.final_lr, settings.final_weight_decay)
+        set_schedule(optimizers, progress, learning_rate(progress, settings.final_lr),
+                     settings.final_weight_decay)
         var.train()
         indices = batch_indices(step - 1, len(train[0]) * len(train[1]), settings.batch_size,
                                 settings.seed + 1)
@@ -497,7 +485,7 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
             hits.append(right.float().mean())
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(var.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(var.parameters(), settings.clip)
         skipped = take_step(optimizers, norm, skipped, scaler)
 
         if step % settings.log_every == 0 or step == steps:
@@ -552,8 +540,8 @@ def load_transformer(path):
 
 
 def tokenizer_for_stage_2(settings):
-    """The tokenizer of --stage transformer: the run's own, or that of --tokenizer-file, trained here
-    or released, which becomes the run's own. Raises BadInput if there is none or another one."""
+    """The tokenizer of --stage transformer: the run's own, or that of --tokenizer-file (trained
+    here or released), which becomes the run's own. Raises BadInput"""
     path, given = Path(settings.out) / "tokenizer.pt", settings.tokenizer_file
     if not given:
         if not path.exists():

@@ -1,4 +1,5 @@
 """AdamW, and Muon (Jordan et al. 2024) for the matrices inside the blocks."""
+import math
 import re
 
 import torch
@@ -30,6 +31,18 @@ def make_optimizers(model, lr, weight_decay, kind="adamw", precision="float32"):
         optimizers.append(Muon(inside, MUON_LR, weight_decay=weight_decay,
                                dtype=getattr(torch, precision)))
     return optimizers
+
+
+def set_schedule(optimizers, progress, share, final_decay=None):
+    """Set every learning rate to this share of its first value. Weight decay, where there is any,
+    moves to `final_decay` along half a cosine. progress: from 0 to 1"""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("first_lr", group["lr"]) * share
+            decay = group.setdefault("first_decay", group["weight_decay"])
+            if final_decay is not None and decay:
+                done = (1 - math.cos(math.pi * progress)) / 2
+                group["weight_decay"] = decay + done * (final_decay - decay)
 
 
 def take_step(optimizers, norm, skipped, scaler=None):
