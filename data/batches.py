@@ -1,39 +1,29 @@
-"""From images to batches: which images in which order, decoded ahead by worker processes."""
+"""From images to batches. Image files are decoded ahead of time by worker processes."""
 import atexit
-import functools
 import hashlib
 import multiprocessing
 import signal
-import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from engine.devices import cores
+from engine.device import cores
+
+IN_MEMORY = (np.ndarray, torch.Tensor)      # types of images that are not read from files
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def batch_indices(step, n, batch, seed):
-    """The images of a step: every epoch is a fresh shuffle, laid end to end. -> (batch,) int64"""
-    places = np.arange(step * batch, (step + 1) * batch)
-    epochs = places // n
-    return np.concatenate([epoch_order(n, seed, epoch)[places[epochs == epoch] % n]
-                           for epoch in np.unique(epochs)])
-
-
-class Crops:
-    """Image files as DataLoader wants them; an index is (image, seeds of its crops)."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __getitem__(self, index):
-        return self.images.crops(*index)
+def picture_batches(images, batches, workers):
+    """batches: lists of (index of an image, seed of its crop; -1: the centre) -> uint8 tensors
+    (B, H, W, 3), in order. Images in memory are not cropped."""
+    if isinstance(images, IN_MEMORY):
+        for batch in batches:
+            yield torch.as_tensor(images[[i for i, seed in batch]])
+    else:
+        atexit.register(kill_workers)
+        yield from DataLoader(images, batch_sampler=batches, collate_fn=stack,
+                              num_workers=min(workers, cores()), worker_init_fn=ignore_signals)
 
 
 def stack(arrays):
@@ -41,51 +31,46 @@ def stack(arrays):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and SIGTERM often reach every process at once. A loading worker leaves them to the
-    process that it works for, which still needs its images to finish the step."""
+    """Ctrl-C and SIGTERM often reach every process of a run. The workers ignore them, because the
+    run needs their images to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@functools.cache                                           # register it once
-def kill_workers_at_exit():
-    """A process that fails while images are being loaded would wait for its workers for ever:
-    Python ends them with SIGTERM, which they ignore."""
-    def kill():
-        if hasattr(signal, "SIGCHLD"):                     # torch would report it
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-    atexit.register(kill)
+def kill_workers():
+    """At exit, Python sends SIGTERM to workers that are still loading and would wait forever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch would report the kill
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
-def crop_batches(images, batches, workers):
-    """Each file is decoded once for all its crops. batches: lists of (image, seeds of its crops)
-    -> uint8 tensors (B, crops, H, W, 3), in order"""
-    kill_workers_at_exit()
-    yield from DataLoader(Crops(images), batch_sampler=batches, collate_fn=stack,
-                          num_workers=min(workers, cores()),
-                          worker_init_fn=ignore_signals)
-    if skipped := images.skipped():
-        print(f"{skipped:,} of {len(images):,} images skipped: others of their class stand in for "
-              "them", file=sys.stderr)
+def view_batches(images, view, rows_list, workers):
+    """One view of the images in each of these arrays of rows -> float (B, 3, H, W) in [-1, 1].
+
+    View 0 of a file is its centre, and the others are random crops. For images in memory, see
+    `view_of`."""
+    batches = ([(i, view - 1) for i in rows.tolist()] for rows in rows_list)
+    for rows, batch in zip(rows_list, picture_batches(images, batches, workers)):
+        image = to_float(batch)
+        in_memory = isinstance(images, IN_MEMORY)
+        yield view_of(image, view, rows, len(images)) if in_memory else image
 
 
-def picture_batches(images, batches, workers):
-    """batches: lists of (image, seed of its crop) -> uint8 tensors (B, H, W, 3), in order. Images
-    in memory, a GPU's too, are not cropped."""
-    if torch.is_tensor(images):
-        for batch in batches:
-            rows = torch.tensor([i for i, _ in batch])
-            rows = rows.pin_memory() if images.is_cuda else rows     # or the GPU is waited for
-            yield images[rows.to(images.device, non_blocking=True)]
-    elif isinstance(images, np.ndarray):
-        for batch in batches:
-            yield torch.from_numpy(images[[i for i, _ in batch]])
-    else:
-        for crops in crop_batches(images, ([(i, [seed]) for i, seed in batch]
-                                           for batch in batches), workers):
-            yield crops[:, 0]
+def view_of(image, view, rows, n):
+    """A view of images in memory (B, 3, H, W): rows (B,) of a data set of n. View 0 is the image
+    itself, and odd views are mirrored. From view 2 on, each image is shifted by its own number of
+    pixels, up to a sixteenth of the side, and reflected at the border. -> (B, 3, H, W)"""
+    image = image.flip(3) if view % 2 else image
+    side = image.shape[-1]
+    reach = side // 16
+    if view < 2 or not reach:
+        return image
+    # Drawn for all n, so that an image is shifted alike in every batch.
+    shifts = np.random.default_rng(view).integers(0, 2 * reach + 1, (n, 2))[rows]
+    padded = F.pad(image, (reach,) * 4, "reflect")
+    return torch.stack([one[:, down:down + side, right:right + side]
+                        for one, (down, right) in zip(padded, shifts)])
 
 
 def to_float(images):
@@ -94,24 +79,26 @@ def to_float(images):
 
 
 def rows_of(n, count):
-    """Up to `count` of n rows, always the same ones, in rising order. They are drawn at random:
-    in a sorted data set every tenth image may be of one class."""
+    """Up to `count` of n rows, always the same ones, rising. They are drawn at random, because in a
+    sorted data set every tenth image may be of one class."""
     return np.sort(np.random.default_rng(0).permutation(n)[:count])
 
 
 def sample_of(images, count):
-    """The images of these rows. -> uint8 tensor (n, H, W, 3)"""
+    """The images of these rows -> uint8 tensor (count, H, W, 3)"""
     return stack([images[int(i)] for i in rows_of(len(images), count)])
 
 
 def image_fingerprint(images):
-    """A short name for these images: a hash of all bytes in memory; of files, a hash of all names
-    and of the pixels of twenty."""
-    digest = hashlib.sha256(images.tobytes() if isinstance(images, np.ndarray)
-                            else images.names + sample_of(images, 20).numpy().tobytes())
-    return f"{len(images)}-{digest.hexdigest()[:16]}"
+    """A short text that identifies these images: a hash of all pixels in memory; of files, a hash
+    of all names and of the pixels of twenty."""
+    if isinstance(images, np.ndarray):
+        data = images.tobytes()
+    else:
+        data = images.names.tobytes() + sample_of(images, 20).numpy().tobytes()
+    return f"{len(images)}-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def per_pass(side):
-    """How many images to encode at once: about a megapixel, whatever their size."""
+    """How many images of this side to encode at once: about a megapixel."""
     return max(1, min(250, 2 ** 20 // side ** 2))

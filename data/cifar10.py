@@ -1,83 +1,94 @@
 """CIFAR-10 (Krizhevsky, 2009): 60,000 images of 32x32 pixels in ten classes.
 
-Reads the official binary layout: six files of 10,000 records, each 1 label byte and 3072 pixel
-bytes (a red, a green and a blue plane). The archive, 170 MB, is downloaded once and checked.
+Reads the official binary files or those of the Python version (which torchvision leaves), from a
+folder or an archive. Each of six files holds 10,000 images: a label, and 3072 bytes of pixels in a
+red, a green and a blue plane. If there are none, the binary archive (170 MB) is downloaded.
 """
+import codecs
+import io
+import pickle
 import tarfile
 from pathlib import Path
 
 import numpy as np
 
-from engine import BadInput, files
+from engine import BadInput
+from engine.checkpoints import DOWNLOADS, download
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-ARCHIVE = "cifar-10-binary.tar.gz"
-ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-FOLDER = "cifar-10-batches-bin"
-FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
-PER_FILE, RECORD = 10_000, 1 + 3 * 32 * 32   # records in a file, bytes in a record
+SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def load(split, *, data_dir=None, size=None):
     """One split, in memory: (images uint8 (N, 32, 32, 3), labels int64 (N,), class names).
 
-    split: "train" (N = 50,000) or "test" (10,000). data_dir holds the .bin files, or the folder
-    cifar-10-batches-bin, or the archive; if none of them is there, the archive is downloaded to it
-    (default: data/downloads/). Raises BadInput if the data cannot be had or is wrong.
-    """
+    split: "train" (N = 50,000) or "test" (10,000). data_dir is the folder of the six files or of an
+    archive (default: data/downloads/). Raises BadInput if the data are damaged or cannot be had."""
     if split not in FILES:
         raise BadInput(f"CIFAR-10 has the splits train and test, not {split!r}")
     if size not in (None, 32):
         raise BadInput(f"CIFAR-10 images are 32x32: leave the size out or give 32, not {size}")
-    root = Path(data_dir).expanduser() if data_dir else files.DOWNLOADS
+    root = Path(data_dir or DOWNLOADS).expanduser()
     try:
-        folder = _find_or_fetch(root, FILES[split])
-        images, labels = zip(*[_read(folder / name) for name in FILES[split]])
-    except OSError as error:   # no permission, disk full, a file where a folder should be
-        raise BadInput(f"cannot use {root} for CIFAR-10: {error}") from error
+        parts = [_parse(name, raw) for name, raw in _read(root, FILES[split])]
+    except BadInput:
+        raise
+    except Exception as error:             # damaged archives and pickles raise nearly anything
+        raise BadInput(f"cannot read CIFAR-10 in {root}: {error!r}") from None
+    images, labels = zip(*parts)
     return np.concatenate(images), np.concatenate(labels), [*CLASSES]
 
 
 def examples():
-    """Four test images of each class, which come with the code (from JPEG copies). -> as load()"""
+    """Four test images of each class, shipped with the code (from JPEG copies). -> as load()"""
     with np.load(Path(__file__).with_name("cifar10_held_out.npz")) as file:
         return file["images"], file["labels"], [*CLASSES]
 
 
-def _find_or_fetch(root, names):
-    archive = root / ARCHIVE
-    for folder in (root, root / FOLDER):
-        missing = [name for name in names if not (folder / name).is_file()]
-        if not missing:
-            return folder
-        if len(missing) < len(names) and not archive.is_file():   # never mix ours into theirs
-            raise BadInput(f"{folder} lacks {missing[0]}: add it, or put {ARCHIVE} in {root}")
-    if not archive.is_file():
-        files.download(URL, archive, ARCHIVE_SHA256)
-    elif files.sha256_of(archive) != ARCHIVE_SHA256:
-        raise BadInput(f"{archive} is damaged, its sha256 is wrong: remove it, then it is fetched "
-                       "again")
-    return _unpack(archive, root / FOLDER)
+def _read(root, names):
+    """Find these files, unpacked or in an archive. -> [(file name, bytes)]"""
+    for place in ("{}.bin", "cifar-10-batches-bin/{}.bin", "{}", "cifar-10-batches-py/{}"):
+        paths = [root / place.format(name) for name in names]
+        if all(path.is_file() for path in paths):
+            return [(path.name, path.read_bytes()) for path in paths]
+    archives = [root, root / "cifar-10-python.tar.gz", root / "cifar-10-binary.tar.gz"]
+    archive = next((path for path in archives if path.is_file()), None)
+    if archive is None:
+        if any(root.glob("cifar-100*")) or (root / "meta").is_file():
+            raise BadInput(f"{root} holds CIFAR-100, not CIFAR-10")
+        archive = archives[-1]
+        download(URL, archive, SHA256)
+    with tarfile.open(archive) as tar:
+        found = [(Path(member.name).name, tar.extractfile(member).read()) for member in tar
+                 if Path(member.name).stem in names]
+    if len(found) < len(names):
+        raise BadInput(f"{archive} is not CIFAR-10: it lacks {names[0]}, or another of its files")
+    return sorted(found)
 
 
-def _unpack(archive, folder):
-    """The six files of the archive, whose sha256 has been checked."""
-    wanted = {f"{FOLDER}/{name}": name for names in FILES.values() for name in names}
-    with tarfile.open(archive, "r:gz") as tar:
-        for member in tar:
-            if member.name in wanted:
-                with files.written_whole(folder / wanted[member.name]) as out:
-                    out.write(tar.extractfile(member).read())
-    return folder
+def _parse(name, raw):
+    """The contents of one file -> images uint8 (10000, 32, 32, 3), labels int64 (10000,)"""
+    if name.endswith(".bin"):
+        records = np.frombuffer(raw, np.uint8).reshape(10_000, 1 + 3072)
+        labels, pixels = records[:, 0], records[:, 1:]
+    else:
+        batch = PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
+        labels, pixels = batch[b"labels"], batch[b"data"]
+    labels, planes = np.array(labels, np.int64), pixels.reshape(-1, 3, 32, 32)
+    if len(labels) != len(planes) or labels.max() >= len(CLASSES):
+        raise BadInput(f"{name} of CIFAR-10 is damaged: labels up to {labels.max()}")
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
 
 
-def _read(path):
-    if (found := path.stat().st_size) != PER_FILE * RECORD:
-        raise BadInput(f"{path} has {found} bytes, not {PER_FILE * RECORD}: it is damaged")
-    records = np.fromfile(path, np.uint8).reshape(PER_FILE, RECORD)
-    if (worst := records[:, 0].max()) >= len(CLASSES):
-        raise BadInput(f"{path} holds the label {worst}, but labels are 0..9: it is damaged")
-    planes = records[:, 1:].reshape(PER_FILE, 3, 32, 32)
-    images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))   # (N, 32, 32, 3)
-    return images, records[:, 0].astype(np.int64)
+class PlainUnpickler(pickle.Unpickler):
+    """Loads plain values and numpy arrays only: other pickles can run any program. Modules are
+    ignored, because numpy has renamed them (numpy.core became numpy._core)."""
+    allowed = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray,
+               "dtype": np.dtype, "encode": codecs.encode}
+
+    def find_class(self, module, name):
+        if name not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.allowed[name]

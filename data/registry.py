@@ -1,11 +1,8 @@
-"""The data sets by name. A new one is a file with its reader and one line in DATASETS.
-
-It is trained with the preset "folder" (64 px), unless engine/presets.py has one of its name."""
+"""The data sets by name. A new one is a file with its reader and one line in DATASETS."""
 import difflib
-import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -16,88 +13,82 @@ from engine import BadInput
 @dataclass(frozen=True)
 class Dataset:
     """load(split, *, data_dir, size) -> (images uint8 (N, size, size, 3), labels int64 (N,), class
-    names). Images are in memory, or read on demand as those of data/folder.py are."""
+    names). Images are in memory, or read on demand like those of data/folder.py."""
     load: Callable
     judge_steps: int = 2000     # how long the judge of its samples is trained (report/judge.py)
-    judge_width: int = 24       # and channels of its first layers
+    judge_width: int = 24       # channels of the judge's first layers
     mirrored: bool = False      # an image and its mirror image are of one class
-    examples: Callable | None = None    # a few held-out images that come with the code, as of load
+    examples: Callable | None = None    # a few held-out images shipped with the code, as from load
 
 
 DATASETS = {
     "shapes": Dataset(shapes.load, judge_steps=100),
-    "cifar10": Dataset(cifar10.load, 9000, judge_width=48, mirrored=True,
+    "cifar10": Dataset(cifar10.load, judge_steps=9000, judge_width=48, mirrored=True,
                        examples=cifar10.examples),
     "imagenet": Dataset(imagenet.load),
 }
 
 
 def dataset_named(name):
-    """A name that is not in DATASETS is the path of a folder. Raises BadInput if there is none."""
+    """A name in DATASETS or the path of a folder of images -> Dataset. Raises BadInput"""
     if name in DATASETS:
         return DATASETS[name]
-    if os.path.exists(name):
-        return Dataset(functools.partial(load_folder, name))
-    raise BadInput(f"unknown data set {name!r}: use {', '.join(DATASETS)} or the path of a folder "
-                   "with pictures")
-
-
-def load_folder(path, split, *, data_dir, size):
-    return folder.load(split, data_dir=path, size=size)
+    if Path(name).expanduser().exists():
+        return Dataset(folder.load)
+    raise BadInput(f"unknown data set {name!r}: use {', '.join(DATASETS)} or the path of a folder")
 
 
 def load_data(dataset, split, image_size, data_dir=""):
-    """dataset: a name or a path; split: "train" or "test". -> images, labels, class names"""
-    return dataset_named(dataset).load(split, data_dir=data_dir or None, size=image_size)
+    """dataset: a name or a path; split: "train" or "test" -> images, labels, class names"""
+    where = data_dir if dataset in DATASETS else dataset
+    return dataset_named(dataset).load(split, data_dir=where or None, size=image_size)
 
 
 def load_splits(dataset, image_size, data_dir="", wanted=()):
-    """-> {split: (images, labels)}, the same with the images of the classes `wanted` alone (see
-    chosen_classes; nothing: all), the names of these classes"""
-    *train, names = load_data(dataset, "train", image_size, data_dir)
-    *test, _ = load_data(dataset, "test", image_size, data_dir)
-    splits = {"train": train, "test": test}
+    """-> {split: (images, labels)} of the whole data set, the same of the classes `wanted` alone
+    (see chosen_classes; none: all), and the names of these classes"""
+    splits = {}
+    for split in ("train", "test"):
+        images, labels, names = load_data(dataset, split, image_size, data_dir)
+        splits[split] = images, labels
     if not wanted:
         return splits, splits, names
     classes = chosen_classes(names, wanted)
-    return (splits, {split: subset(*found, classes) for split, found in splits.items()},
-            [names[c] for c in classes])
+    chosen = {split: subset(*found, classes) for split, found in splits.items()}
+    return splits, chosen, [names[k] for k in classes]
 
 
 def find_class(names, text):
-    """The index of a class by its name, index, wnid, or a part of its name that no other has.
-    Raises BadInput, with suggestions, if none or more than one fits."""
-    text, folded, every = text.strip(), [name.casefold() for name in names], range(len(names))
-    wanted, its_name = text.casefold(), imagenet.name_of(text)
-    same = [k for k in every if names[k] == text]          # Cardigan is a dog, cardigan is knitted
-    alike = [k for k in every if folded[k] == wanted]
-    counted = [k for k in every if str(k) == text]
-    numbered = [k for k in every if names[k] == its_name]
-    parts = [k for k in every if wanted and wanted in folded[k]]
-    hits = same or alike or counted or numbered or parts
+    """The index of the class with this name or wnid, this index, or this part of its name, in this
+    order. Raises BadInput, with suggestions, unless one class fits."""
+    name = imagenet.wnid_names().get(text.strip(), text.strip())
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(names):
+        return int(name)
+    alike = [k for k, other in enumerate(names) if other.casefold() == name.casefold()]
+    parts = [k for k, other in enumerate(names) if name.casefold() in other.casefold()]
+    hits = alike or parts
     if len(hits) == 1:
         return hits[0]
-    near = hits or [folded.index(name) for name in difflib.get_close_matches(wanted, folded)]
-    listed = ", ".join(f"{names[k]} ({k})" for k in (near or every)[:10])
-    raise BadInput(f"{text!r} fits {len(hits) or 'none'} of the {len(names)} classes; there are "
-                   f"{listed}")
+    near = [names[k] for k in hits] or difflib.get_close_matches(name, names) or names
+    raise BadInput(f"{text!r} fits {len(hits) or 'none'} of the {len(names)} classes, such as "
+                   f"{', '.join(near[:10])}")
 
 
 def chosen_classes(names, wanted):
-    """wanted: names or wnids, or one number N for the first N classes.
-    -> indices, in the order of the data set"""
-    if len(wanted) == 1 and wanted[0].isdecimal():
-        count = int(wanted[0])
-        if not 1 <= count <= len(names):
+    """wanted: texts for find_class; or one number N, unless a class has this name, for the first N
+    classes. -> indices in the order of the data set"""
+    if len(wanted) == 1 and wanted[0].isdecimal() and wanted[0] not in names:
+        if not 1 <= int(wanted[0]) <= len(names):
             raise BadInput(f"--classes {wanted[0]}: there are {len(names)} classes")
-        return list(range(count))
+        return list(range(int(wanted[0])))
     return sorted({find_class(names, text) for text in wanted})
 
 
 def subset(images, labels, classes):
     """The images of some classes (rising indices), whose labels become 0, 1, 2, ..."""
     rows = np.flatnonzero(np.isin(labels, classes))
-    new_labels = np.searchsorted(classes, labels[rows]).astype(np.int64)
-    if isinstance(images, np.ndarray):
-        return images[rows], new_labels
-    return images.subset(rows, new_labels), new_labels
+    labels = np.searchsorted(classes, labels[rows])
+    chosen = images[rows] if isinstance(images, np.ndarray) else images.subset(rows, labels)
+    return chosen, labels

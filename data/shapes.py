@@ -1,60 +1,53 @@
 """The built-in data set: ten kinds of figure, each drawn from (seed, split, index) alone.
 
-Nothing is stored or downloaded. Image i depends on no other image, so asking for one or for forty
-thousand gives the same bytes. Only + - * / and square roots touch the numbers, which IEEE rounds
-exactly, so every machine should draw the same bytes too.
+Nothing is stored or downloaded, and no image depends on another. Only + - * / and square roots
+touch the numbers. IEEE rounds these exactly, so every machine should draw the same bytes.
 
-A figure is a few signed distances: negative inside, in units of the figure's radius. A distance in
-pixels says how much of a pixel the figure covers. This gives smooth edges at every size: image i
-at 256 pixels is image i at 32 pixels, only sharper.
+A figure is a list of signed distances: negative inside, in units of the figure's radius. The
+distance in pixels determines how much of a pixel the figure covers, which gives smooth edges at
+every size: image i at 256 pixels is image i at 32 pixels, only sharper.
 
-    coarse to see:  which figure, its colour, where it is, the background's soft ramp
-    fine to see:    edges, windows, eyes, the light from the upper left
+    coarse scales show   which figure, its colour, its position, the background's soft ramp
+    fine scales show     edges, windows, eyes, the light from the upper left
 """
 import numpy as np
 
 from engine import BadInput
 
-CLASS_NAMES = ["heart", "star", "moon", "ring", "flower", "house", "tree", "mushroom", "fish",
-               "boat"]
+CLASS_NAMES = "heart star moon ring flower house tree mushroom fish boat".split()
 DEFAULT_COUNT = {"train": 20_000, "test": 4_000}
 
-# Figures are saturated and of middle brightness, backgrounds pale: any pair can be told apart.
+# Figures are saturated and of medium brightness, backgrounds are pale, so any pair contrasts.
 FIGURES = np.float32([
     [214, 57, 61], [235, 110, 52], [226, 158, 34], [108, 160, 58], [38, 140, 96],
     [26, 146, 160], [48, 112, 196], [92, 82, 184], [150, 74, 170], [216, 76, 134]]) / 255
 BACKGROUNDS = np.float32([
     [206, 226, 244], [212, 236, 220], [248, 232, 206], [228, 220, 244], [248, 222, 222],
     [226, 228, 232]]) / 255
-# A layer is painted in a share of the figure's own colour plus a fixed colour.
+# The paint of a layer: a share of the figure's own colour, plus a fixed colour.
 MAIN, DARK, PALE = (1, 0), (0.62, 0), (0.3, 0.7 * (np.float32([255, 248, 232]) / 255))
 INK, WOOD = (0, np.float32([74, 56, 52]) / 255), (0, np.float32([164, 122, 88]) / 255)
 
 
 def load(split, *, data_dir=None, size=32, count=None, seed=0):
-    """One split: (images uint8 (N, size, size, 3), labels int64 (N,), class names).
-
-    `data_dir` is not used: every data set is loaded by the same call. Raises BadInput for an
-    unknown split, a size outside 16..256 or a count below one.
-    """
-    count = DEFAULT_COUNT.get(split, 1) if count is None else count  # draw() refuses the split
-    if count < 1:
-        raise BadInput(f"shapes: count must be 1 or more, not {count}")
+    """One split: (images uint8 (N, size, size, 3), labels int64 (N,), class names). `data_dir` is
+    not used. Raises BadInput for an unknown split, or a size or count out of range."""
+    count = DEFAULT_COUNT.get(split, 1) if count is None else count
     images, labels = draw(np.arange(count), split=split, size=size, seed=seed)
     return images, labels, list(CLASS_NAMES)
 
 
 def draw(indices, *, split="train", size=32, seed=0):
     """The images with these indices (integers >= 0, in any order).
-    -> images uint8 (N, size, size, 3), labels int64 (N,): index % 10"""
+    -> images uint8 (N, size, size, 3), labels int64 (N,), which are index % 10"""
     if split not in DEFAULT_COUNT:
         raise BadInput(f"shapes: split must be 'train' or 'test', not {split!r}")
     if not 16 <= size <= 256:
-        raise BadInput(f"shapes: size must lie in 16..256 pixels, not {size}")
+        raise BadInput(f"shapes: size must be 16 to 256 pixels, not {size}")
     indices = np.asarray(indices, dtype=np.int64).reshape(-1)
     labels = indices % len(CLASS_NAMES)
     images = np.empty((len(indices), size, size, 3), np.uint8)
-    chunk = max(1, 2**17 // size**2)  # half a megabyte per float32 plane: it stays in the cache
+    chunk = max(1, 2**17 // size**2)                  # half a megabyte per float32 plane
     for label, figure in enumerate(FIGURE_LAYERS):
         rows = np.flatnonzero(labels == label)
         for start in range(0, len(rows), chunk):
@@ -64,38 +57,36 @@ def draw(indices, *, split="train", size=32, seed=0):
 
 
 def _uniforms(indices, split, seed, fields=7):
-    """(N, fields) numbers in [0, 1), hashed from seed, split and index (splitmix64's mixer). A
-    generator object would have to be run from its start; a hash can be read at any index."""
+    """(N, fields) numbers in [0, 1), hashed from seed, split and index (splitmix64's mixer)."""
     def mix(word):
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return word ^ (word >> np.uint64(31))
 
     golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):  # wrapping round at 2**64 is what a hash wants
+    with np.errstate(over="ignore"):                  # the hash relies on wrapping at 2**64
         stream = np.uint64(seed % 2**63 * 2) + np.uint64(split == "test")
         word = mix(np.asarray(indices, np.uint64) + mix(golden * (stream + np.uint64(1))))
-        step = np.arange(1, fields + 1, dtype=np.uint64) * golden
-        word = mix(word[:, None] + step)
+        word = mix(word[:, None] + np.arange(1, fields + 1, dtype=np.uint64) * golden)
     return (word >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
 
 def _render(figure, uniforms, size):
     """Paint one kind of figure: uniforms (N, 7) -> uint8 (N, size, size, 3)."""
-    hue, back, radius, left, up, turn, ramp = uniforms.T[:, :, None, None]
+    hue, back, radius, left, up, turn, ramp = uniforms.T[:, :, None, None]      # (N, 1, 1) each
     main = FIGURES[(hue * len(FIGURES)).astype(np.int64)[:, 0, 0]]              # (N, 3)
     paper = BACKGROUNDS[(back * len(BACKGROUNDS)).astype(np.int64)[:, 0, 0]]    # (N, 3)
-    radius = 0.33 + 0.07 * radius                                       # of the image's side
+    radius = 0.33 + 0.07 * radius                                      # share of the image's side
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     x = (axis[None, None, :] - 0.10 * (left - 0.5)) / radius                    # (N, 1, size)
     y = (0.10 * (up - 0.5) - axis[None, :, None]) / radius                      # (N, size, 1)
     # Half-angle tangent instead of sin and cos, whose last bit differs between machines.
-    half = 0.22 * (turn - 0.5)                                      # turns by up to 0.22 radians
+    half = 0.22 * (turn - 0.5)                                         # rotates by up to 0.22 rad
     cos, sin = (1 - half**2) / (1 + half**2), 2 * half / (1 + half**2)
 
-    shade = (1 - (0.04 + 0.10 * ramp) * (axis[None, :, None] + 0.5))    # darker towards the ground
-    light = 1 + 0.13 * np.clip(0.7 * y - 0.7 * x, -1, 1)                # lit from the upper left
-    planes = [paper[:, c, None, None] * shade + 0 * x for c in range(3)]
+    shade = (1 - (0.04 + 0.10 * ramp) * (axis[None, :, None] + 0.5))   # darker towards the ground
+    light = 1 + 0.13 * np.clip(0.7 * y - 0.7 * x, -1, 1)               # lit from the upper left
+    planes = [paper[:, c, None, None] * shade + 0 * x for c in range(3)]        # (N, size, size)
     for distance, paint in figure(cos * x - sin * y, sin * x + cos * y):
         cover = np.clip(0.5 - distance * (radius * size), 0, 1)
         colour = paint[0] * main + paint[1]                                     # (N, 3)
@@ -104,7 +95,7 @@ def _render(figure, uniforms, size):
     return (np.clip(np.stack(planes, -1), 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-# Distances: arrays x, y (N, size, size), y upwards -> distance (N, size, size).
+# Signed distances: arrays x, y (N, size, size), y upwards -> distance (N, size, size).
 def _disc(x, y, x0, y0, radius):
     return np.sqrt((x - x0)**2 + (y - y0)**2) - radius
 
@@ -116,25 +107,19 @@ def _box(x, y, x0, y0, half_width, half_height):
 
 
 def _polygon(x, y, *corners, rounding=0.0):
-    """Distance to a closed polygon; inside or outside by counting crossed edges (even or odd)."""
+    """Distance to a closed polygon. A point is inside if a ray to the right crosses an odd number
+    of edges."""
     squared, inside = np.full_like(x, np.inf), np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
         edge_x, edge_y, to_x, to_y = bx - ax, by - ay, x - ax, y - ay
         along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
         squared = np.minimum(squared, (to_x - along * edge_x)**2 + (to_y - along * edge_y)**2)
-        if ay != by:  # the ray to the right meets this edge
+        if ay != by:
             inside ^= ((y >= ay) != (y >= by)) & (to_x < to_y * (edge_x / edge_y))
     return np.sqrt(squared) * np.where(inside, -1, 1).astype(x.dtype) - rounding
 
 
-def _union(*distances):
-    merged = distances[0]
-    for distance in distances[1:]:
-        merged = np.minimum(merged, distance)
-    return merged
-
-
-# Figures, back to front: a list of (distance, paint). They fill a circle of radius 1 or so.
+# Figures, back to front: a list of (distance, paint). They fill a circle of radius about 1.
 def _heart(x, y):
     x, y = abs(x) / 1.7, (y + 0.92) / 1.7
     lobe = np.sqrt((x - 0.25)**2 + (y - 0.75)**2) - np.float32(0.5 * 0.5**0.5)
@@ -158,9 +143,9 @@ def _ring(x, y):
 
 
 def _flower(x, y):
-    petals = [(0, .6), (.57, .19), (.35, -.49), (-.35, -.49), (-.57, .19)]
-    return [(_union(*[_disc(x, y, x0, y0, 0.40) for x0, y0 in petals]), MAIN),
-            (_disc(x, y, 0, 0, 0.32), PALE)]
+    centres = [(0, .6), (.57, .19), (.35, -.49), (-.35, -.49), (-.57, .19)]
+    petals = np.minimum.reduce([_disc(x, y, x0, y0, 0.40) for x0, y0 in centres])
+    return [(petals, MAIN), (_disc(x, y, 0, 0, 0.32), PALE)]
 
 
 def _house(x, y):
@@ -172,14 +157,14 @@ def _house(x, y):
 def _tree(x, y):
     crown = [_polygon(x, y, (-w, low), (w, low), (0, top), rounding=0.05)
              for w, low, top in [(.78, -.58, .20), (.62, -.10, .62), (.44, .36, 1.0)]]
-    return [(_box(x, y, 0, -0.78, 0.15, 0.24), WOOD), (_union(*crown), MAIN)]
+    return [(_box(x, y, 0, -0.78, 0.15, 0.24), WOOD), (np.minimum.reduce(crown), MAIN)]
 
 
 def _mushroom(x, y):
     cap = np.maximum(_disc(x, y, 0, -0.08, 1.0), -0.08 - y)
+    dots = [_disc(x, y, -.48, .26, .16), _disc(x, y, .06, .56, .18), _disc(x, y, .50, .18, .16)]
     return [(_box(x, y, 0, -0.45, 0.24, 0.45) - 0.06, WOOD), (cap, MAIN),
-            (_union(_disc(x, y, -.48, .26, .16), _disc(x, y, .06, .56, .18),
-                    _disc(x, y, .50, .18, .16)), PALE)]
+            (np.minimum.reduce(dots), PALE)]
 
 
 def _fish(x, y):
