@@ -286,8 +286,6 @@ def resume(path, facts, modules, optimizers):
     """Load a stage's checkpoint, if there is one. -> the number of steps it was trained for"""
     defaults = asdict(Settings()) | asdict(type(modules["model"].config)())
     start = checkpoints.resume(path, facts["settings"], defaults, modules, optimizers)
-    if distributed.rank() == 0:
-        checkpoints.rewind_log(path.parent, path.stem, start)
     if start:
         say(f"{path.stem}: resuming at step {start}")
     return start
@@ -380,7 +378,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
         stopping = distributed.stop_requested(step)
         if step % settings.save_every == 0 or step == steps or stopping:
             checkpoints.save(path, facts, modules, optimizers, step)
-        distributed.leave_if_signalled(stopping, f"at step {step} of the tokenizer, saved")
+        distributed.leave_if(stopping, f"at step {step} of the tokenizer, saved")
     tokenizer.eval().requires_grad_(False)
 
 
@@ -415,7 +413,7 @@ def encode_once(settings, tokenizer, images, split, device):
             with autocast(device, settings.precision):
                 tokens = tokenizer.image_to_tokens(image.to(device))           # K maps (B, n)
             cache[part] = torch.cat(tokens, 1).cpu().numpy()                   # (B, L)
-            distributed.leave_if_signalled(distributed.signalled(), "while tokenizing")
+            distributed.leave_if(distributed.stop_requested(), "while tokenizing")
         cache.flush()
         distributed.barrier()
         if distributed.rank() == 0:
@@ -503,7 +501,7 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
         stopping = distributed.stop_requested(step)
         if step % settings.save_every == 0 or step == steps or stopping:
             checkpoints.save(path, facts, modules, optimizers, step)
-        distributed.leave_if_signalled(stopping, f"at step {step} of the transformer, saved")
+        distributed.leave_if(stopping, f"at step {step} of the transformer, saved")
     var.eval().requires_grad_(False)
 
 

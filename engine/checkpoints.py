@@ -19,8 +19,8 @@ TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampli
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file open for writing that takes the place of `path` only when it is complete: a
-    reader sees the old bytes or all of the new ones. Raises OSError that names `path`."""
+    """A file open for writing bytes, which replaces `path` only when it is complete: a reader sees
+    the old bytes or all of the new ones. Raises OSError that names `path`."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -29,19 +29,16 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())       # the bytes must reach the disk before the name does
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:               # torch reports a full disk by the latter
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"cannot write {path}: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_atomically(value, path):
-    """torch.save into a file that is replaced only when it is complete."""
-    try:
-        with replacing(path) as file:
-            torch.save(value, file)
-    except RuntimeError as error:                          # how torch reports a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    with replacing(path) as file:
+        torch.save(value, file)
 
 
 def write_atomically(text, path):
@@ -49,9 +46,11 @@ def write_atomically(text, path):
         file.write(text.encode())
 
 
+# -- Checkpoints -----------------------------------------------------------------------------------
+
 def load_checkpoint(path):
     """The dict in a checkpoint, with all tensors on the CPU. Only tensors and plain values are
-    loaded, so that a hostile file can do no harm. Raises BadInput"""
+    loaded, so a hostile file can do no harm. Raises BadInput"""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -87,19 +86,18 @@ def model_fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-def save(path, about, modules, optimizers, step):
-    """Write the checkpoint of a stage. Every process must call this, and rank 0 writes. about: dict of
-    plain values that the checkpoint holds besides."""
+def save(path, facts, modules, optimizers, step):
+    """Write the checkpoint of a stage, in rank 0. Every process must call this. facts: plain values
+    to keep; modules: {name: module}"""
     if rank() == 0:
         weights = {name: module.state_dict() for name, module in modules.items()}
         states = [optimizer.state_dict() for optimizer in optimizers]
-        save_atomically(dict(about, **weights, optimizers=states, step=step), path)
+        save_atomically(dict(facts, **weights, optimizers=states, step=step), path)
     barrier()
 
 
 def resume(path, identity, defaults, modules, optimizers):
-    """Load a checkpoint into modules {name: module} and optimizers. -> the number of steps it was
-    trained for, 0 if there is no file.
+    """Load a checkpoint into modules and optimizers. -> its step, or 0 if there is no file
 
     identity: {setting: value} that must equal those in the checkpoint; where the checkpoint is older
     than a setting, defaults[setting] counts. Raises BadInput if the file belongs to another run or
@@ -107,7 +105,17 @@ def resume(path, identity, defaults, modules, optimizers):
     if not path.exists():
         return 0
     state = load_checkpoint(path)
-    check_identity(path, state, identity, defaults)
+    if not state.get("settings"):
+        raise BadInput(f"{path} came with --tokenizer-file: give --stage transformer, or choose "
+                       "another folder with --out")
+    changed = []
+    for name, value in identity.items():
+        before = state["settings"].get(name, defaults.get(name))
+        if before != value:
+            changed.append(f"{name} {before} -> {value}")
+    if changed:
+        raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}): use the "
+                       "old ones, choose another folder with --out, or start over with --fresh")
     try:
         for name, module in modules.items():
             module.load_state_dict(state[name])
@@ -120,22 +128,6 @@ def resume(path, identity, defaults, modules, optimizers):
         raise BadInput(f"{path} is damaged; --fresh starts over") from None
 
 
-def check_identity(path, state, identity, defaults):
-    """Raises BadInput unless the checkpoint was trained with these settings."""
-    old = state.get("settings")
-    if not old:
-        raise BadInput(f"{path} came with --tokenizer-file: train with --stage transformer, or choose "
-                       "another folder with --out")
-    changed = []
-    for name, value in identity.items():
-        before = old.get(name, defaults.get(name))
-        if before != value:
-            changed.append(f"{name} {before} -> {value}")
-    if changed:
-        raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}); use the old "
-                       "ones, choose another folder with --out, or start over with --fresh")
-
-
 def export(folder, path):
     """Write both models of a run to one file to give away: in half precision, for sampling only."""
     both = {}
@@ -146,30 +138,29 @@ def export(folder, path):
     save_atomically(both, path)
 
 
+# -- The folder of a run ---------------------------------------------------------------------------
+
 def open_run(settings, device):
-    """Prepare the folder of a run: lock it, forget what --fresh trains again, choose the precision and
-    the number of workers where the settings leave them open, and write settings.json.
-    -> the lock, which lasts until this process ends. Raises BadInput if another run uses it"""
+    """Prepare the folder of a run: lock it, choose the precision and the number of workers where
+    the settings leave them open, remove what --fresh trains again, and write settings.json.
+    -> the lock, which lasts until this process ends. Raises BadInput if another run has it"""
     folder = Path(settings.out)
     lock = claim(folder) if rank() == 0 else None
-    if settings.precision == "auto":
-        settings.precision = agreed(usual_precision(folder, settings.fresh, device))
+    known = folder / "settings.json"
+    if settings.precision == "auto":      # a run keeps the precision it had before
+        again = known.exists() and not settings.fresh
+        settings.precision = agreed(json.loads(known.read_text())["precision"] if again
+                                    else best_precision(device))
     if settings.workers < 0:
         settings.workers = max(1, min(16, cores() // max(settings.gpus, 1)))
     if rank() == 0:
-        fresh = ["transformer"] if settings.stage == "transformer" else ["transformer", "tokenizer"]
-        for stage in fresh if settings.fresh else []:
-            (folder / f"{stage}.pt").unlink(missing_ok=True)
-        write_atomically(json.dumps(vars(settings), indent=1), folder / "settings.json")
+        if settings.fresh:
+            (folder / "transformer.pt").unlink(missing_ok=True)
+        if settings.fresh and settings.stage != "transformer":
+            (folder / "tokenizer.pt").unlink(missing_ok=True)
+        write_atomically(json.dumps(vars(settings), indent=1), known)
     barrier()
     return lock
-
-
-def usual_precision(folder, fresh, device):
-    """The precision that the run had before, else the best one on this device."""
-    if (folder / "settings.json").exists() and not fresh:
-        return json.loads((folder / "settings.json").read_text())["precision"]
-    return best_precision(device)
 
 
 def claim(folder):
@@ -180,8 +171,8 @@ def claim(folder):
         import fcntl
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise BadInput(f"{folder} is in use by another run: wait for it, stop it, or choose another "
-                       "folder with --out") from None
+        raise BadInput(f"{folder} is in use by another run: wait for it, stop it, or choose "
+                       "another folder with --out") from None
     except (ImportError, OSError):                         # Windows, or a disk without locks
         pass
     return lock
@@ -191,18 +182,6 @@ def log(folder, **entry):
     """Append an entry to the run's log.jsonl."""
     with open(Path(folder) / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
-
-
-def rewind_log(folder, stage, step):
-    """Drop the log entries of a stage from after `step`: these steps will be logged again."""
-    path = Path(folder) / "log.jsonl"
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):              # a line that a crash cut short
-            entry = json.loads(line)
-            if entry["stage"] != stage or entry["step"] <= step:
-                kept.append(line + "\n")
-    write_atomically("".join(kept), path)
 
 
 def download(url, path, sha256=""):

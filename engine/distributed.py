@@ -1,4 +1,4 @@
-"""One process or many. torchrun starts the processes; these functions work in a single one, too."""
+"""One process or several, started by torchrun. The functions also work in a single process."""
 import contextlib
 import os
 import signal
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import BadInput
 from engine.device import pick_device
 
-_signals = []                             # numbers of the signals that asked this process to stop
+_signals = []                             # signals that asked this process to stop
 
 
 def launch(gpus, device):
@@ -22,11 +22,10 @@ def launch(gpus, device):
     if gpus > found and device != "cpu":
         raise BadInput(f"--gpus {gpus}: torch finds {found} CUDA GPUs on this machine; with "
                        f"--device cpu {gpus} processes share the CPU")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={gpus}", *sys.argv]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              f"--nproc-per-node={gpus}", *sys.argv])
 
 
 def start(device):
@@ -48,6 +47,7 @@ def rank():
 
 
 def world():
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -58,14 +58,14 @@ def say(line):
 
 
 def share(indices):
-    """This process's part of a batch or of a data set."""
+    """This process's part of a batch."""
     return indices[rank()::world()]
 
 
 def total(tensor):
     """The sum of a tensor over all processes."""
+    tensor = tensor.clone()
     if world() > 1:
-        tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
 
@@ -76,11 +76,10 @@ def mean(tensor):
 
 
 def agreed(value):
-    """The value (any plain Python object) of rank 0, in all processes."""
-    if world() == 1:
-        return value
+    """Rank 0's value, any plain Python object, in all processes."""
     values = [value]
-    dist.broadcast_object_list(values, 0)
+    if world() > 1:
+        dist.broadcast_object_list(values, 0)
     return values[0]
 
 
@@ -101,20 +100,19 @@ def rank_0_first():
 
 
 def data_parallel(model, compiled=False):
-    """The model to call in training: compiled if asked, and with several processes its backward pass
-    averages the gradients."""
+    """The model to call in training: compiled if asked, and with several processes its backward
+    pass averages the gradients."""
     if compiled:
         model = torch.compile(model)
-    if world() > 1:
-        # The quantizer keeps its own buffers equal, so they need no broadcast.
+    if world() > 1:                       # the quantizer keeps its own buffers equal
         model = DistributedDataParallel(model, broadcast_buffers=False)
     return model
 
 
 def average_gradients(model):
-    """For a model that is not wrapped by data_parallel()."""
+    """For a model that data_parallel() does not wrap."""
     for p in model.parameters():
-        if p.grad is not None and world() > 1:
+        if p.grad is not None:
             p.grad = mean(p.grad)
 
 
@@ -123,33 +121,23 @@ def listen_for_signals():
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)               # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:    # `nohup` ignores SIGHUP
-            signal.signal(number, _receive)
+            signal.signal(number, lambda number, frame: _signals.append(number))
 
 
-def _receive(number, frame):
-    if not _signals:
-        say("stopping soon: saving first")
-    _signals.append(number)
-
-
-def signalled():
-    """-> the number of the first signal that asked this process to stop, or 0"""
-    return _signals[0] if _signals else 0
-
-
-def stop_requested(step):
-    """The same, but with one answer for all processes, which compare notes in every tenth step."""
-    if world() == 1:
-        return signalled()
+def stop_requested(step=None):
+    """-> the number of the signal that asked for a stop, or 0. With a step, all processes get the
+    same answer, which they agree on in every tenth step."""
+    number = _signals[0] if _signals else 0
+    if step is None or world() == 1:
+        return number
     if step % 10:
         return 0
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor(signalled(), device=device)
+    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
 
-def leave_if_signalled(number, where):
+def leave_if(number, where):
     """End this process if a signal asked for it. Its exit status tells which signal."""
     if number:
         say(f"stopped {where}; the same command resumes")

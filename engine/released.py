@@ -15,8 +15,8 @@ TOKENIZER = dict(image_size=256, scales=SCALES[680], vocab_size=4096, latent_dim
                  multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32, attention=True,
                  learn="gradient")
 
-# Released name -> ours, in order. Levels count from fine to coarse there, in our decoder the way
-# the data flows.
+# Released name -> ours, in order. Levels count from fine to coarse there; in our decoder they follow
+# the data.
 TOKENIZER_NAMES = [
     (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.middle.0."),
     (r"^(encoder|decoder)\.mid\.attn_1\.", r"\1.middle.1."),
@@ -26,44 +26,6 @@ TOKENIZER_NAMES = [
     (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"phis.\1."),
     (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
 ]
-TOKENIZER_SKIPPED = re.compile(r"^quantize\.ema_vocab_hit_SV$")      # statistics, not weights
-
-
-def tokenizer_name(name, levels=5, blocks=2):
-    """Name in the released state dict -> name in ours (None: a buffer we do not need)."""
-    if TOKENIZER_SKIPPED.match(name):
-        return None
-    for pattern, ours in TOKENIZER_NAMES:
-        name = re.sub(pattern, ours, name)
-    found = re.match(r"^(encoder|decoder)\.(?:down|up)\.(\d+)\.(\w+?)\.(?:(\d+)\.)?(.*)$", name)
-    if not found:
-        return name
-    side, i, part, j, rest = found.groups()
-    i, n = int(i), blocks + (side == "decoder")
-    lowest = i == levels - 1                               # the only level with attention
-    step = 2 if lowest else 1
-    if part in ("downsample", "upsample"):
-        position = n * step
-    else:
-        position = int(j) * step + (part == "attn")
-    return f"{side}.levels.{i if side == 'encoder' else levels - 1 - i}.{position}.{rest}"
-
-
-def tokenizer_sizes(state, scales=None):
-    """Fields of TokenizerConfig, read off the shapes; `scales` is what shapes cannot tell."""
-    channels = state["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-    blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block."))
-    multipliers = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels
-                        for i in range(levels))
-    vocab_size, latent_dim = state["quantize.embedding.weight"].shape
-    phis = sum(k.startswith("quantize.quant_resi.qresi_ls.") for k in state) // 2
-    scales = tuple(scales or SCALES[680])
-    return dict(TOKENIZER, image_size=scales[-1] * 2 ** (levels - 1), scales=scales, phis=phis,
-                vocab_size=vocab_size, latent_dim=latent_dim, channels=channels, blocks=blocks,
-                multipliers=multipliers)
-
-
 VAR_NAMES = [
     (r"^pos_start$", "start"), (r"^pos_1LC$", "position"), (r"^word_embed\.", "word_embed."),
     (r"^class_emb\.", "class_embed."), (r"^lvl_embed\.", "scale_embed."),
@@ -73,39 +35,57 @@ VAR_NAMES = [
     (r"\.attn\.", ".attention."), (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2."),
     (r"\.ada_lin\.1\.", ".modulation."), (r"\.ada_gss$", ".modulation_offset"),
 ]
-VAR_SKIPPED = re.compile(r"^(lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias)$")
+# Statistics and buffers that are not weights.
+SKIPPED = re.compile(r"^(quantize\.ema_vocab_hit_SV|lvl_1L|attn_bias_for_masking|"
+                     r"blocks\.\d+\.attn\.zero_k_bias)$")
 
 
-def var_name(name):
-    """Name in the released state dict -> name in ours (None: a derived buffer)."""
-    if VAR_SKIPPED.match(name):
-        return None
-    for pattern, ours in VAR_NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
+def renamed(state, names):
+    """A released state dict with our names, in float32."""
+    found = {}
+    for name, value in state.items():
+        if SKIPPED.match(name):
+            continue
+        for pattern, ours in names:
+            name = re.sub(pattern, ours, name)
+        found[name] = value.float() if value.is_floating_point() else value
+    return found
 
 
-def var_sizes(state, scales, heads=None):
-    """Fields of VARConfig, read off the shapes; `heads` only if nothing in the file tells them."""
-    rows, width = state["class_emb.weight"].shape
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    temperature = state.get("blocks.0.attn.scale_mul_1H11")
-    return dict(
-        num_classes=rows - 1, scales=tuple(scales), vocab_size=state["head.weight"].shape[0],
-        latent_dim=state["word_embed.weight"].shape[1], depth=depth, width=width,
-        heads=temperature.shape[1] if temperature is not None else heads or depth,
-        mlp_ratio=state["blocks.0.ffn.fc1.weight"].shape[0] / width,
-        shared_adaln="shared_ada_lin.1.weight" in state, qk_norm=temperature is not None)
+def level_name(name, levels, blocks):
+    """ "encoder.down.4.attn.1.x" -> "encoder.levels.4.3.x": a level is one sequence of layers here"""
+    found = re.match(r"^(encoder|decoder)\.(?:down|up)\.(\d+)\.(\w+?)\.(?:(\d+)\.)?(.*)$", name)
+    if not found:
+        return name
+    half, level, part, j, rest = found.groups()
+    step = 2 if int(level) == levels - 1 else 1            # attention follows each block there
+    if part in ("downsample", "upsample"):
+        place = step * (blocks + (half == "decoder"))
+    else:
+        place = step * int(j) + (part == "attn")
+    level = int(level) if half == "encoder" else levels - 1 - int(level)
+    return f"{half}.levels.{level}.{place}.{rest}"
 
 
 def read_tokenizer(state, scales=None):
     """A released tokenizer's state dict -> (fields of TokenizerConfig, state dict with our names).
     scales: sides of the token maps, which no shape reveals. Raises BadInput for other layouts."""
     state = unwrap(state, "tokenizer", "quantize.embedding.weight")
+    scales = tuple(scales or SCALES[680])
     try:
-        return tokenizer_sizes(state, scales), renamed(state, tokenizer_name)
+        channels = state["encoder.conv_in.weight"].shape[0]
+        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+        blocks = sum(bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state)
+        widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)]
+        vocab_size, latent_dim = state["quantize.embedding.weight"].shape
+        sizes = dict(TOKENIZER, image_size=scales[-1] * 2 ** (levels - 1), scales=scales,
+                     vocab_size=vocab_size, latent_dim=latent_dim, channels=channels, blocks=blocks,
+                     multipliers=tuple(width // channels for width in widths),
+                     phis=sum(k.startswith("quantize.quant_resi.qresi_ls.") for k in state) // 2)
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise BadInput(f"not in the released layout: {error}") from None
+        raise BadInput(f"not a released VAR tokenizer: {error}") from None
+    weights = renamed(state, TOKENIZER_NAMES)
+    return sizes, {level_name(name, levels, blocks): value for name, value in weights.items()}
 
 
 def read_transformer(state, scales=None, heads=None):
@@ -118,9 +98,17 @@ def read_transformer(state, scales=None, heads=None):
         raise BadInput(f"the transformer has {length} positions, but the scales {scales} have "
                        f"{sum(side * side for side in scales)}: give those it was trained with")
     try:
-        return var_sizes(state, scales, heads), renamed(state, var_name)
+        rows, width = state["class_emb.weight"].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        factor = state.get("blocks.0.attn.scale_mul_1H11")
+        sizes = dict(num_classes=rows - 1, scales=scales, vocab_size=len(state["head.weight"]),
+                     latent_dim=state["word_embed.weight"].shape[1], depth=depth, width=width,
+                     heads=heads or depth if factor is None else factor.shape[1],
+                     mlp_ratio=len(state["blocks.0.ffn.fc1.weight"]) / width,
+                     shared_adaln="shared_ada_lin.1.weight" in state, qk_norm=factor is not None)
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise BadInput(f"not in the released layout: {error}") from None
+        raise BadInput(f"not a released VAR transformer: {error}") from None
+    return sizes, renamed(state, VAR_NAMES)
 
 
 def unwrap(state, what, entry):
@@ -129,18 +117,12 @@ def unwrap(state, what, entry):
     for key in ("trainer", "vae_local", "var_wo_ddp", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value)
+                                              for name, value in state.items()):
         raise BadInput(f"not a released VAR {what}: it should hold names and tensors only")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): v for name, v in state.items()}
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in state.items()}
     if entry not in state:
         raise BadInput(f"not a released VAR {what}: it has no entry {entry!r}")
-    return state
-
-
-def renamed(state, rename):
-    state = {rename(name): value.float() if value.is_floating_point() else value
-             for name, value in state.items()}
-    state.pop(None, None)                                  # derived buffers, which we compute
     return state
 
 
@@ -154,19 +136,14 @@ def fill(model, state):
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise BadInput(f"not in the released layout: {' '.join(str(error).split())[:250]}") from None
+        reason = " ".join(str(error).split())[:250]
+        raise BadInput(f"not in the released layout: {reason}") from None
     return model.eval().requires_grad_(False)
 
 
 def fetch(name, given=""):
     """The state dict in the file `given`, or in `name`, downloaded once into data/downloads/."""
-    if given:
-        return load_checkpoint(Path(given))
-    path = DOWNLOADS / name
-    if not path.exists():
+    path = Path(given) if given else DOWNLOADS / name
+    if not given and not path.exists():
         download(URL + name, path)
-    try:
-        return load_checkpoint(path)
-    except BadInput as error:
-        raise BadInput(f"{error}; remove it to download it again, or give --tokenizer-file and "
-                       "--var-file") from None
+    return load_checkpoint(path)
