@@ -1,25 +1,25 @@
 """Chapter 5: train. Images -> tokenizer -> cached tokens -> transformer.
 
     images --(stage 1)--> tokenizer --(once)--> tokens --(stage 2)--> transformer
-             tokenizer.pt           tokens_train_*.npy          transformer.pt      in out/NAME/
+              out/NAME/tokenizer.pt      tokens_train_*.npy           transformer.pt
 
     stage 1   L2 + 0.25 vq (chapter 2) + lambda_P LPIPS + lambda_G weight adversarial
               (the shapes use neither of the last two, which are in engine/perceptual.py)
     stage 2   cross-entropy of each token given all coarser maps, all tokens weighted alike
 
-    python 05_train.py                                   built-in shapes on a CPU, minutes
-    python 05_train.py --dataset cifar10                 one GPU; finds or downloads CIFAR-10
-    python 05_train.py --dataset imagenet --gpus 8       data/imagenet/, or --data-dir elsewhere
-    python 05_train.py --dataset /path/to/folder         class folders of your own images
+    python 05_train.py                               built-in shapes on a CPU, minutes
+    python 05_train.py --dataset cifar10             one GPU; finds or downloads CIFAR-10
+    python 05_train.py --dataset imagenet --gpus 8   data/imagenet/, or give --data-dir
+    python 05_train.py --dataset /path/to/folder     class folders of your own images
 
 The same command resumes, --fresh starts over, --help lists all settings. Read `train_tokenizer`,
 `encode_once` and `train_transformer` first; the rest serves them.
 
-Shapes: image (B, 3, H, W) in [-1, 1]; tokens (B, L) int64; logits (B, L, V). The token cache holds
-an array (N, L) for each view of the images (as they are, mirrored, shifted).
+Shapes: image (B, 3, H, W) in [-1, 1]; tokens (B, L) int64; logits (B, L, V). The token cache
+holds an array (N, L) for each view of the images (as they are, mirrored, shifted).
 
-Sources: VAR (Tian et al. 2024), section 4, and its released code for the ImageNet recipe; VQGAN
-(Esser et al. 2021) for stage 1; Muon (Jordan et al. 2024) for small models.
+Sources: VAR (Tian et al. 2024), section 4, and its released code for the ImageNet recipe;
+VQGAN (Esser et al. 2021) for stage 1; Muon (Jordan et al. 2024) for small models.
 """
 import hashlib
 import os
@@ -31,8 +31,8 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
-# Threads that wait for each other spin, and beside another busy process each step then takes forty
-# times as long. Less spinning costs a few per cent. It must be set before torch is imported.
+# Threads spin while they wait for each other. Beside another busy process a step then takes
+# forty times as long. Less spinning costs a few per cent; torch reads this when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -54,23 +54,22 @@ vqvae = import_module("02_multiscale_vqvae")
 transformer = import_module("04_var_transformer")
 
 
-# -- Settings --------------------------------------------------------------------------------------
+# -- Settings ------------------------------------------------------------------------------
 
 @dataclass
 class Settings:
-    """Every setting is a command-line option. The defaults are those of the built-in shapes."""
+    """Every setting is a command-line option. The defaults train on the built-in shapes."""
     # The run: these may change when it is resumed.
     out: str = option("", "folder of this run; default: out/<preset or data set>")
     preset: str = option("", "settings to start from; default: those of the data set")
     stage: str = option("all", "train the tokenizer (stage 1), the transformer (2) or both",
                         choices=("all", "tokenizer", "transformer"))
-    tokenizer_file: str = option("", "stage 2 uses this tokenizer, e.g. vae_ch160v4096z32.pth")
+    tokenizer_file: str = option("", "use this tokenizer in stage 2, trained here or released")
     data_dir: str = option("", "folder of the data, if not the usual one")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     gpus: int = option(1, "number of processes on this machine, one per GPU")
     compile: bool = option(False, "use torch.compile, which pays off in long runs")
-    workers: int = option(-1, "processes per GPU that decode image files; -1: its share of the "
-                          "cores", low=-1)
+    workers: int = option(-1, "processes per GPU that decode files; -1: by its cores", low=-1)
     accumulate: int = option(1, "compute each batch in this many parts, to save memory")
     activation_checkpointing: bool = option(False, "stage 2 saves memory and computes more")
     save_every: int = option(500, "steps between checkpoints")
@@ -85,7 +84,7 @@ class Settings:
     seed: int = option(0, "the same seed gives the same run", low=0)
     precision: str = option("auto", "auto: bfloat16 where it is fast",
                             choices=("auto", "float32", "bfloat16", "float16"))
-    optimizer: str = option("muon", "for the matrices inside the blocks; the rest uses adamw",
+    optimizer: str = option("muon", "for matrices inside the blocks; adamw for the rest",
                             choices=("muon", "adamw"))
     clip: float = option(2.0, "largest norm of the gradient")
     image_size: int = option(32, "side of the square images, in pixels")
@@ -100,7 +99,7 @@ class Settings:
     perceptual: float = option(0.0, "weight of the perceptual loss (LPIPS); 0: off")
     adversarial: float = option(0.0, "weight of the adversarial loss (PatchGAN); 0: off")
     channels: int = option(64, "width of the tokenizer's first convolution")
-    multipliers: tuple = option((1,), "widths at each resolution, as multiples of --channels")
+    multipliers: tuple = option((1,), "width at each resolution over --channels")
     blocks: int = option(1, "residual blocks at each resolution")
     unshuffle: int = option(4, "fold this many pixels a side into channels first")
     groups: int = option(8, "groups of the group normalisation")
@@ -108,7 +107,7 @@ class Settings:
     quantizer: str = option("vq", "how features become codes", choices=("vq", "lfq"))
     learn: str = option("ema", "how codes learn", choices=("ema", "gradient"))
     # Stage 2: the transformer.
-    classes: tuple = option((), "train stage 2 on these classes (names or wnids) or on the first N",
+    classes: tuple = option((), "train on these classes (names or wnids), or on the first N",
                             nargs="+", metavar="NAME")
     views: int = option(1, "versions of each image (mirrored, shifted) in the token cache")
     steps: int = option(1200, "steps of stage 2", low=0)
@@ -117,7 +116,7 @@ class Settings:
     lr: float = option(1.5e-3, "peak learning rate of stage 2")
     final_lr: float = option(0.0, "share of the peak learning rate that is left at the end")
     weight_decay: float = option(0.05, "weight decay of matrices in stage 2")
-    final_weight_decay: float = option(0.05, "its value at the end, reached along half a cosine")
+    final_weight_decay: float = option(0.05, "its value at the end of the run")
     depth: int = option(4, "number of transformer blocks")
     width: int = option(128, "D, width of the transformer; 0: 64 * depth", low=0)
     heads: int = option(4, "attention heads; 0: depth", low=0)
@@ -135,37 +134,39 @@ OF_STAGE_2 = NAMES[NAMES.index("classes"):]
 PRESETS = {
     "shapes": dict(),
     "cifar10": dict(
-        dataset="cifar10", vocab_size=1024, channels=96, flip=True, views=16, adversarial=0.2,
-        tokenizer_steps=25_000, tokenizer_batch_size=128, depth=6, width=256, shared_adaln=True,
-        drop_path=0.1, steps=30_000, batch_size=256, cfg=2.0, top_p=0.9, log_every=200,
+        dataset="cifar10", vocab_size=1024, channels=96, flip=True, adversarial=0.2,
+        tokenizer_steps=25_000, tokenizer_batch_size=128, views=16, steps=30_000, batch_size=256,
+        depth=6, width=256, shared_adaln=True, drop_path=0.1, cfg=2.0, top_p=0.9, log_every=200,
         save_every=1000),
     "cifar10-cpu": dict(
-        dataset="cifar10", classes=("automobile", "horse", "ship"), flip=True, views=4,
-        adversarial=0.2, tokenizer_steps=12_000, depth=6, width=192, heads=3, shared_adaln=True,
-        drop_path=0.05, steps=14_000, batch_size=24, cfg=3.0, top_p=0.8, log_every=200),
+        dataset="cifar10", classes=("automobile", "horse", "ship"), flip=True, adversarial=0.2,
+        tokenizer_steps=12_000, views=4, steps=14_000, batch_size=24, depth=6, width=192, heads=3,
+        shared_adaln=True, drop_path=0.05, cfg=3.0, top_p=0.8, log_every=200),
     "folder": dict(
-        image_size=64, vocab_size=1024, views=4, tokenizer_steps=20_000, tokenizer_batch_size=32,
-        depth=8, width=384, heads=6, drop_path=0.03, steps=30_000, batch_size=64, cfg=1.5),
+        image_size=64, vocab_size=1024, tokenizer_steps=20_000, tokenizer_batch_size=32, views=4,
+        steps=30_000, batch_size=64, depth=8, width=384, heads=6, drop_path=0.03, cfg=1.5),
     "imagenet": dict(
-        released.TOKENIZER, dataset="imagenet", learn="ema", views=8, tokenizer_steps=250_000,
-        tokenizer_batch_size=256, tokenizer_lr=1e-4, perceptual=1.0, adversarial=0.5,
-        optimizer="adamw", depth=16, width=0, heads=0, save_every=1000, cfg=1.5, top_k=900,
-        top_p=0.96),
+        released.TOKENIZER, dataset="imagenet", learn="ema", perceptual=1.0, adversarial=0.5,
+        tokenizer_steps=250_000, tokenizer_batch_size=256, tokenizer_lr=1e-4, views=8,
+        optimizer="adamw", depth=16, width=0, heads=0, cfg=1.5, top_k=900, top_p=0.96,
+        save_every=1000),
 }
 # Side of the last token map -> sides of all maps. Those of 16 and 32 are the paper's.
 SCALES = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: released.SCALES[680],
           32: released.SCALES[2240]}
-# Image size -> multipliers of our small tokenizers, which halve the sides between two of them.
+# Image size -> multipliers of our small tokenizers, which halve the side between them.
 MULTIPLIERS = {64: (1, 2), 128: (1, 2), 256: (1, 2, 2), 512: (1, 2, 2)}
 
 
 def imagenet_recipe(depth):
     """How the original code trains a transformer of this depth (its README)."""
     recipe = dict(epochs=200 if depth < 20 else 250 if depth < 24 else 350,
-                  batch_size=1024 if 30 <= depth < 36 else 768,
+                  batch_size=1024 if 30 <= depth < 36 else 768, drop_path=0.1 * depth / 24,
                   final_lr=0.1 if depth < 24 else 0.01,
-                  final_weight_decay=0.05 if depth < 30 else 0.08, drop_path=0.1 * depth / 24)
-    return recipe | (dict(image_size=512, shared_adaln=True) if depth >= 36 else {})
+                  final_weight_decay=0.05 if depth < 30 else 0.08)
+    if depth >= 36:
+        recipe.update(image_size=512, shared_adaln=True)
+    return recipe
 
 
 def read_settings(argv=None):
@@ -190,7 +191,8 @@ def read_settings(argv=None):
     if "unshuffle" not in preset and "multipliers" not in typed:
         settings.multipliers = MULTIPLIERS.get(settings.image_size, settings.multipliers)
     if "scales" not in typed:
-        side = settings.image_size // settings.unshuffle // 2 ** (len(settings.multipliers) - 1)
+        halvings = len(settings.multipliers) - 1
+        side = settings.image_size // settings.unshuffle // 2 ** halvings
         settings.scales = SCALES.get(side, settings.scales)
     check_settings(settings)
     return settings
@@ -201,8 +203,9 @@ def check_settings(settings):
     parts = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate
     for name in ("tokenizer_batch_size", "batch_size"):
         if getattr(settings, name) % parts:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)} must be a "
-                           f"multiple of {parts}, the number of processes times --accumulate")
+            option_name = name.replace("_", "-")
+            raise BadInput(f"--{option_name} {getattr(settings, name)} must be a multiple of "
+                           f"{parts}, the number of processes times --accumulate")
     if settings.perceptual and settings.image_size < 16:
         raise BadInput("--perceptual needs images of at least 16 pixels")
     if settings.tokenizer_file and settings.stage != "transformer":
@@ -231,11 +234,11 @@ def var_config(settings, tokenizer, num_classes):
         drop_path=settings.drop_path, label_dropout=settings.label_dropout)
 
 
-# -- Schedule, order and randomness ----------------------------------------------------------------
+# -- Schedule, order and randomness --------------------------------------------------------
 
 def learning_rate(progress, final):
-    """Share of the peak learning rate: it warms up over the first 2 % of the run, stays flat up to
-    5 %, and falls along a straight line to `final`."""
+    """Share of the peak learning rate: a warm-up over the first 2 % of the run, flat up to 5 %,
+    then a straight line down to `final`."""
     if progress < 0.02:
         return 0.005 + 0.995 * progress / 0.02
     return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
@@ -247,9 +250,9 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(step, n, batch, seed):
-    """Which of n images a step (counted from 0) sees: every epoch is a new shuffle, and the epochs
-    are laid end to end. The answer depends on step and seed alone, so a run can resume at any
-    step and on any number of GPUs. -> (batch,) int64"""
+    """Which of n images a step (counted from 0) sees: every epoch is a new shuffle, and epochs
+    are laid end to end. They depend on step and seed alone, so a run can resume at any step and
+    on any number of GPUs. -> (batch,) int64"""
     # Exercise 05_2
     places = np.arange(step * batch, (step + 1) * batch)
     epochs = places // n
@@ -259,8 +262,8 @@ def batch_indices(step, n, batch, seed):
 
 
 def crops_to_load(start, n, settings):
-    """What stage 1 sees from step `start` on: for each step, (index of an image, seed of its random
-    crop) for this process's share of the batch."""
+    """What this process sees of each batch of stage 1, from step `start` on: a list of (index of
+    an image, seed of its random crop)."""
     for step in range(start, settings.tokenizer_steps):
         indices = batch_indices(step, n, settings.tokenizer_batch_size, settings.seed)
         yield [(int(i), settings.seed * 10 ** 9 + step) for i in distributed.share(indices)]
@@ -269,21 +272,23 @@ def crops_to_load(start, n, settings):
 def seed_step(settings, stage, step):
     """Derive all random numbers of a step from (seed, stage, step, process). A run therefore
     resumes bit for bit, although no random state is saved."""
-    words = [settings.seed, ["tokenizer", "transformer"].index(stage), step, distributed.rank()]
+    stage = ["tokenizer", "transformer"].index(stage)
+    words = [settings.seed, stage, step, distributed.rank()]
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
 
-# -- What the two loops share ----------------------------------------------------------------------
+# -- What the two loops share --------------------------------------------------------------
 
 def facts_of(settings, model, about, of_other_stage):
-    """What a checkpoint holds besides weights. Its "settings" must be the same when it resumes."""
-    names = [name for name in NAMES if name not in OF_THE_RUN and name not in of_other_stage]
-    same = {name: getattr(settings, name) for name in names} | asdict(model.config)
+    """What a checkpoint holds besides weights. A run that resumes has the same "settings"."""
+    free = OF_THE_RUN + of_other_stage
+    same = {name: getattr(settings, name) for name in NAMES if name not in free}
+    same |= asdict(model.config)
     return about | dict(config=asdict(model.config), settings=same)
 
 
 def resume(path, facts, modules, optimizers):
-    """Load a stage's checkpoint, if there is one. -> the number of steps it was trained for"""
+    """Load the checkpoint of a stage, if there is one. -> the steps it was trained for"""
     defaults = asdict(Settings()) | asdict(type(modules["model"].config)())
     start = checkpoints.resume(path, facts["settings"], defaults, modules, optimizers)
     if start:
@@ -295,19 +300,20 @@ def report(path, step, steps, batch_size, seconds, text, numbers):
     """Print a log line, and append the same numbers to log.jsonl. seconds: of one step"""
     if distributed.rank() == 0:
         eta = clock((steps - step) * seconds)
-        print(f"{path.stem} {step}/{steps} ({100 * step // steps}%) | loss {numbers['loss']:.4g} | "
-              f"{text} | lr {numbers['lr']:.1e} | grad {numbers['grad']:.2f} | "
-              f"{batch_size / seconds:.0f} img/s | eta {eta}", flush=True)
+        print(f"{path.stem} {step}/{steps} ({100 * step // steps}%) | "
+              f"loss {numbers['loss']:.4g} | {text} | lr {numbers['lr']:.1e} | "
+              f"grad {numbers['grad']:.2f} | {batch_size / seconds:.0f} img/s | eta {eta}",
+              flush=True)
         checkpoints.log(path.parent, stage=path.stem, step=step, **numbers)
 
 
-# -- Stage 1: the tokenizer ------------------------------------------------------------------------
+# -- Stage 1: the tokenizer ----------------------------------------------------------------
 
 def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     """Train a MultiScaleVQVAE from its last checkpoint to settings.tokenizer_steps.
 
-    images: uint8 (N, H, W, 3), in memory or read on demand; held_out: uint8 tensor (n, H, W, 3);
-    about: class_names and dataset. Raises BadInput if the checkpoint is of another run."""
+    images: uint8 (N, H, W, 3), in memory or read on demand; held_out: a uint8 tensor; about: the
+    class_names and the dataset. Raises BadInput if the checkpoint is of another run."""
     path, steps = Path(settings.out) / "tokenizer.pt", settings.tokenizer_steps
     # float16 overflows in the encoder.
     precision = "float32" if settings.precision == "float16" else settings.precision
@@ -321,43 +327,47 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     if settings.adversarial:
         critic = perceptual.Discriminator(settings.image_size).to(device)
         modules["critic"] = critic
-        optimizers.append(torch.optim.AdamW(critic.parameters(), min(settings.tokenizer_lr, 3e-4),
-                                            betas=(0.5, 0.9), fused=True))
+        critic_lr = min(settings.tokenizer_lr, 3e-4)
+        optimizers.append(torch.optim.AdamW(critic.parameters(), critic_lr, (0.5, 0.9),
+                                            fused=True))
     parameters = [p for module in modules.values() for p in module.parameters()]
     start = resume(path, facts, modules, optimizers)
-    # The adversarial weight needs gradients from inside the graph, which a compiled graph hides.
+    # The adversarial weight needs gradients from inside the graph; a compiled graph hides them.
     model = distributed.data_parallel(tokenizer, settings.compile and not settings.adversarial)
 
-    batches = picture_batches(images, crops_to_load(start, len(images), settings), settings.workers)
+    crops = crops_to_load(start, len(images), settings)
+    batches = picture_batches(images, crops, settings.workers)
     began, skipped, losses, errors, counts = time.monotonic(), 0, [], [], 0
     for step, batch in enumerate(batches, start + 1):
-        progress = (step - 1) / steps
+        done = (step - 1) / steps
         seed_step(settings, "tokenizer", step - 1)
-        set_schedule(optimizers, progress, learning_rate(progress, 0.0))
+        set_schedule(optimizers, done, learning_rate(done, final=0.0))
         tokenizer.train()
-        image = to_float(batch.to(device))                                     # (B, 3, H, W)
+        image = to_float(batch.to(device))                             # (B, 3, H, W)
         if settings.flip:
             mirrored = torch.rand(len(image), 1, 1, 1, device=device) < 0.5
             image = torch.where(mirrored, image.flip(3), image)
 
         for part in image.chunk(settings.accumulate):
-            share = settings.adversarial * perceptual.start_late(progress)
+            share = settings.adversarial * perceptual.start_late(done)
             adversarial, critic_loss = 0.0, 0.0
             with compute():
-                decoded, tokens, parts = model(part)                 # the codes learn in here, too
-                image_loss = parts["reconstruction"]
+                decoded, tokens, terms = model(part)         # here the codes learn, too
+                image_loss = terms["reconstruction"]
                 if settings.perceptual:
-                    image_loss = image_loss + settings.perceptual * lpips(decoded, part).mean()
+                    distance = lpips(decoded, part).mean()
+                    image_loss = image_loss + settings.perceptual * distance
                 if share:
+                    last = tokenizer.decoder.conv_out.weight
                     adversarial, critic_loss = perceptual.adversarial_losses(
-                        critic, part, decoded, image_loss, tokenizer.decoder.conv_out.weight)
-            loss = image_loss + 0.25 * (parts["vq"] + parts["extra"]) + share * adversarial
+                        critic, part, decoded, image_loss, last)
+            loss = image_loss + 0.25 * (terms["vq"] + terms["extra"]) + share * adversarial
             ((loss + critic_loss) / settings.accumulate).backward()
             losses.append(loss.detach())
-            errors.append(parts["reconstruction"].detach())
+            errors.append(terms["reconstruction"].detach())
             counts = counts + health.count_codes(tokens, tokenizer.config.vocab_size)
         if settings.adversarial:
-            distributed.average_gradients(critic)                    # DDP does it for the tokenizer
+            distributed.average_gradients(critic)            # DDP does it for the tokenizer
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         skipped = take_step(optimizers, norm, skipped)
 
@@ -370,7 +380,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
             text = f"psnr {db:.1f} dB | {health.short(tokenizer.scales, numbers)}"
             report(path, step, steps, settings.tokenizer_batch_size, seconds, text, numbers)
             losses, errors, counts = [], [], 0
-        if 4 * step % steps < 4 and distributed.rank() == 0:         # after each quarter
+        if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
             text, numbers = health.check_up(tokenizer.eval(), held_out, device, compute,
                                             path.with_name("reconstructions.png"))
             say(f"  held out at step {step}: {text}")
@@ -382,17 +392,18 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     tokenizer.eval().requires_grad_(False)
 
 
-# -- The token cache: every image is encoded only once ---------------------------------------------
+# -- The token cache: every image is encoded only once -------------------------------------
 
 @torch.no_grad()
 def encode_once(settings, tokenizer, images, split, device):
     """Encode all images of a split with the frozen tokenizer. -> a list of arrays (N, L), one per
     view, memory-mapped from files. The name of a file holds a hash of images and tokenizer, so a
-    finished file is used again, and only by the run that it belongs to."""
-    facts = [settings.dataset, image_fingerprint(images), checkpoints.model_fingerprint(tokenizer)]
+    complete file is used again, and never for other images or by another tokenizer."""
+    facts = [image_fingerprint(images), checkpoints.model_fingerprint(tokenizer)]
     key = hashlib.sha256(" ".join(facts).encode()).hexdigest()[:12]
     count = settings.views if split == "train" else 1
-    paths = [Path(settings.out) / f"tokens_{split}_{key}_{view}.npy" for view in range(count)]
+    folder = Path(settings.out)
+    paths = [folder / f"tokens_{split}_{key}_{view}.npy" for view in range(count)]
     shape = (len(images), sum(side * side for side in tokenizer.scales))
     dtype = np.uint16 if tokenizer.config.vocab_size <= 2 ** 16 else np.int32
     mine = np.array_split(np.arange(len(images)), distributed.world())[distributed.rank()]
@@ -403,16 +414,16 @@ def encode_once(settings, tokenizer, images, split, device):
             continue
         unfinished = path.with_suffix(".tmp")
         if distributed.rank() == 0:
-            with open(unfinished, "wb") as file:                     # notices a full disk here
+            with open(unfinished, "wb") as file:             # a full disk is noticed here
                 np.save(file, np.zeros(shape, dtype))
         distributed.barrier()
         cache = np.load(unfinished, mmap_mode="r+")
         batches = zip(rows, view_batches(images, view, rows, settings.workers))
-        what = f"tokenized for {split}, view {view + 1} of {count}"
-        for part, image in progress(batches, len(mine), what, size=lambda pair: len(pair[0])):
+        text = f"tokenized for {split}, view {view + 1} of {count}"
+        for part, image in progress(batches, len(mine), text, lambda pair: len(pair[0])):
             with autocast(device, settings.precision):
-                tokens = tokenizer.image_to_tokens(image.to(device))           # K maps (B, n)
-            cache[part] = torch.cat(tokens, 1).cpu().numpy()                   # (B, L)
+                tokens = tokenizer.image_to_tokens(image.to(device))   # K maps (B, n)
+            cache[part] = torch.cat(tokens, 1).cpu().numpy()           # (B, L)
             distributed.leave_if(distributed.stop_requested(), "while tokenizing")
         cache.flush()
         distributed.barrier()
@@ -426,20 +437,21 @@ def cached_rows(views, labels, indices, device):
     """Images by their number, counted through all views -> tokens (B, L), labels (B,)"""
     n = len(labels)
     tokens = np.stack([views[i // n][i % n] for i in indices]).astype(np.int64)
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(labels[indices % n]).to(device)
+    labels = labels[indices % n]
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)
 
 
-# -- Stage 2: the transformer ----------------------------------------------------------------------
+# -- Stage 2: the transformer --------------------------------------------------------------
 
 def token_losses(model, tokenizer, tokens, labels):
-    """Teacher forcing: the inputs are made from the real coarser maps. Output i predicts token i of
-    its own map; unlike in a language model, nothing is shifted by one.
+    """Teacher forcing: the inputs are made from the real coarser maps. Output i predicts token i,
+    of its own map; unlike in a language model, nothing is shifted by one.
     tokens (B, L), labels (B,) -> cross-entropy in nats (B, L), right (B, L) bool"""
     # Exercise 05_1
-    maps = list(tokens.split([side * side for side in tokenizer.scales], 1))   # K maps (B, n)
+    sizes = [side * side for side in tokenizer.scales]
     with torch.no_grad():
-        inputs = tokenizer.teacher_inputs(maps)                                # (B, L - first, C)
-    logits = model(labels, inputs)                                             # (B, L, V)
+        inputs = tokenizer.teacher_inputs(list(tokens.split(sizes, 1)))  # (B, L - first, C)
+    logits = model(labels, inputs)                                       # (B, L, V)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")
     return loss.view_as(tokens), logits.argmax(-1) == tokens
 
@@ -447,15 +459,16 @@ def token_losses(model, tokenizer, tokens, labels):
 def train_transformer(settings, var, tokenizer, train, test, about, device):
     """Train a VAR from its last checkpoint to settings.steps.
 
-    train, test: (list of views (N, L), labels (N,)), see encode_once; about: class_names and
-    dataset. Raises BadInput if the checkpoint is of another run."""
+    train, test: (list of views (N, L), labels (N,)), see encode_once; about: the class_names and
+    the dataset. Raises BadInput if the checkpoint is of another run."""
     path, steps = Path(settings.out) / "transformer.pt", settings.steps
     compute = partial(autocast, device, settings.precision)
     facts = facts_of(settings, var, about, OF_STAGE_1)
     facts["settings"]["tokenizer"] = checkpoints.model_fingerprint(tokenizer)
     facts["sampling"] = dict(cfg=settings.cfg, top_k=settings.top_k, top_p=settings.top_p)
-    # Gradients below 6e-8 vanish in float16. There the loss is multiplied before the backward pass.
-    scaler = torch.amp.GradScaler(device.type, 2.0 ** 11, enabled=settings.precision == "float16")
+    # In float16 gradients below 6e-8 vanish, so the loss is multiplied before backward().
+    half = settings.precision == "float16"
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 11, enabled=half)
     modules = {"model": var.to(device), "scaler": scaler}
     optimizers = make_optimizers(var, settings.lr, settings.weight_decay, settings.optimizer,
                                  settings.precision)
@@ -463,23 +476,23 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
     var.activation_checkpointing = settings.activation_checkpointing
     model = distributed.data_parallel(var, settings.compile)
 
+    images = len(train[0]) * len(train[1])                   # in all views
     began, skipped, losses, hits = time.monotonic(), 0, [], []
     for step in range(start + 1, steps + 1):
-        progress = (step - 1) / steps
+        done = (step - 1) / steps
         seed_step(settings, "transformer", step - 1)
-        set_schedule(optimizers, progress, learning_rate(progress, settings.final_lr),
+        set_schedule(optimizers, done, learning_rate(done, settings.final_lr),
                      settings.final_weight_decay)
         var.train()
-        indices = batch_indices(step - 1, len(train[0]) * len(train[1]), settings.batch_size,
-                                settings.seed + 1)
+        indices = batch_indices(step - 1, images, settings.batch_size, settings.seed + 1)
         tokens, labels = cached_rows(*train, distributed.share(indices), device)
 
-        for part in range(settings.accumulate):                      # every n-th image
+        for part in range(settings.accumulate):
+            rows = slice(part, None, settings.accumulate)    # every n-th image of the batch
             with compute():
-                loss, right = token_losses(model, tokenizer, tokens[part::settings.accumulate],
-                                           labels[part::settings.accumulate])
+                loss, right = token_losses(model, tokenizer, tokens[rows], labels[rows])
             scaler.scale(loss.mean() / settings.accumulate).backward()
-            losses.append(loss.detach().mean(0))                               # (L,)
+            losses.append(loss.detach().mean(0))             # (L,)
             hits.append(right.float().mean())
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -487,14 +500,14 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
         skipped = take_step(optimizers, norm, skipped, scaler)
 
         if step % settings.log_every == 0 or step == steps:
-            loss = distributed.mean(torch.stack(losses).mean(0))               # (L,)
+            loss = distributed.mean(torch.stack(losses).mean(0))       # (L,)
             right = float(distributed.mean(torch.stack(hits).mean()))
             text, numbers = describe(loss, right, tokenizer.scales)
             numbers.update(grad=float(norm), lr=optimizers[0].param_groups[0]["lr"])
             seconds = (time.monotonic() - began) / (step - start)
             report(path, step, steps, settings.batch_size, seconds, text, numbers)
             losses, hits = [], []
-        if 4 * step % steps < 4 and distributed.rank() == 0:         # after each quarter
+        if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
             text, numbers = evaluate(var.eval(), tokenizer, test, device, compute)
             say(f"  held out at step {step}: loss {numbers['loss']:.3f} | {text}")
             checkpoints.log(path.parent, stage="transformer", step=step, held_out=numbers)
@@ -507,7 +520,8 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
 
 def describe(loss, right, scales):
     """loss (L,) in nats, right in [0, 1] -> text and numbers for the log"""
-    per_scale = [float(part.mean()) for part in loss.split([side * side for side in scales])]
+    sizes = [side * side for side in scales]
+    per_scale = [float(part.mean()) for part in loss.split(sizes)]
     text = f"per-scale {' '.join(f'{x:.2f}' for x in per_scale)} | right {right:.1%}"
     return text, dict(loss=float(loss.mean()), per_scale=per_scale, right=right)
 
@@ -522,19 +536,22 @@ def evaluate(var, tokenizer, test, device, compute):
             loss, right = token_losses(var, tokenizer, *cached_rows(*test, rows, device))
         losses.append(loss)
         hits.append(right.float())
-    return describe(torch.cat(losses).mean(0), float(torch.cat(hits).mean()), tokenizer.scales)
+    right = float(torch.cat(hits).mean())
+    return describe(torch.cat(losses).mean(0), right, tokenizer.scales)
 
 
-# -- Models from files -----------------------------------------------------------------------------
+# -- Models from files ---------------------------------------------------------------------
 
 def load_tokenizer(path):
     """-> (frozen MultiScaleVQVAE in eval mode, the rest of its checkpoint). Raises BadInput"""
-    return checkpoints.load_model(path, "tokenizer", vqvae.MultiScaleVQVAE, vqvae.TokenizerConfig)
+    return checkpoints.load_model(path, "tokenizer", vqvae.MultiScaleVQVAE,
+                                  vqvae.TokenizerConfig)
 
 
 def load_transformer(path):
     """-> (frozen VAR in eval mode, the rest of its checkpoint). Raises BadInput"""
-    return checkpoints.load_model(path, "transformer", transformer.VAR, transformer.VARConfig)
+    return checkpoints.load_model(path, "transformer", transformer.VAR,
+                                  transformer.VARConfig)
 
 
 def tokenizer_for_stage_2(settings):
@@ -543,8 +560,8 @@ def tokenizer_for_stage_2(settings):
     path, given = Path(settings.out) / "tokenizer.pt", settings.tokenizer_file
     if not given:
         if not path.exists():
-            raise BadInput(f"there is no {path}: train it with --stage tokenizer, or give another "
-                           "one with --tokenizer-file")
+            raise BadInput(f"there is no {path}: train it with --stage tokenizer, or give "
+                           "--tokenizer-file")
         return load_tokenizer(path)[0]
     state = checkpoints.load_checkpoint(given)
     if "config" in state or "tokenizer" in state:
@@ -555,14 +572,14 @@ def tokenizer_for_stage_2(settings):
         released.fill(tokenizer, weights)
     fingerprint = checkpoints.model_fingerprint
     if path.exists() and fingerprint(load_tokenizer(path)[0]) != fingerprint(tokenizer):
-        raise BadInput(f"{path} is another tokenizer than {given}: choose a new folder with --out")
+        raise BadInput(f"{path} differs from {given}: choose a new folder with --out")
     if not path.exists() and distributed.rank() == 0:
         checkpoints.save_atomically(dict(config=asdict(tokenizer.config), settings={}, step=0,
                                          model=tokenizer.state_dict()), path)
     return tokenizer
 
 
-# -- End to end ------------------------------------------------------------------------------------
+# -- End to end ----------------------------------------------------------------------------
 
 def train_both(settings):
     """Stages 1 and 2, or the one of --stage."""
@@ -596,7 +613,7 @@ def train_both(settings):
                   for split, (images, labels) in chosen.items()}
         torch.manual_seed(settings.seed)
         var = transformer.VAR(var_config(settings, tokenizer.config, len(class_names)))
-        train_transformer(settings, var, tokenizer, tokens["train"], tokens["test"], about, device)
+        train_transformer(settings, var, tokenizer, **tokens, about=about, device=device)
     if settings.export and distributed.rank() == 0:
         checkpoints.export(settings.out, settings.export)
     return lock

@@ -5,6 +5,7 @@ import re
 import torch
 
 from engine import BadInput
+from engine.distributed import say
 
 MUON_LR = 0.02                            # peak learning rate of Muon
 # Where Muon is used: the blocks of the transformer, and those of the encoder and the decoder.
@@ -12,8 +13,8 @@ INSIDE_BLOCKS = r"^blocks\..*(attention|mlp)|^(en|de)coder\.(levels|middle)"
 
 
 def make_optimizers(model, lr, weight_decay, kind="adamw", precision="float32"):
-    """A list with AdamW and, if kind is "muon", a second optimizer for the matrices inside the blocks,
-    whose products have this precision. Weights of linear layers and convolutions decay; biases,
+    """A list with AdamW and, if kind is "muon", a second optimizer for the matrices inside the
+    blocks, which computes in this precision. Weights of linear layers and convolutions decay; biases,
     embeddings and gains do not."""
     matrices = {id(module.weight) for module in model.modules()
                 if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
@@ -46,32 +47,33 @@ def set_schedule(optimizers, progress, share, final_decay=None):
 
 
 def take_step(optimizers, norm, skipped, scaler=None):
-    """Let the optimizers step, unless the norm of the gradient is not finite, and clear the gradients.
-    skipped: how many steps in a row were skipped before; scaler: torch's GradScaler
-    -> how many it is now. Raises BadInput at ten"""
+    """Let the optimizers step, unless the norm of the gradient is not finite, and clear the
+    gradients. skipped: the number of steps skipped in a row so far; scaler: a torch GradScaler
+    -> the new number. Raises BadInput at ten"""
     if norm.isfinite():
         skipped = 0
         for optimizer in optimizers:
             scaler.step(optimizer) if scaler else optimizer.step()
     else:
         skipped += 1
+        say(f"  skipped a step whose gradient was not finite, {skipped} in a row")
     if scaler:
         scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
     if skipped == 10:
-        raise BadInput("the gradient was not finite in ten steps in a row: lower the learning rate "
-                       "and train this stage again with --fresh")
+        raise BadInput("ten steps in a row had no finite gradient: lower the learning rate and "
+                       "train this stage again with --fresh")
     return skipped
 
 
 class Muon(torch.optim.Optimizer):
-    """For the weight matrices inside the blocks: making the update orthogonal gives all its singular
-    values about the same size.
+    """For the weight matrices inside the blocks. An orthogonal update changes all directions of a
+    matrix by about the same amount.
 
     torch.optim.Muon is the same algorithm, but it takes no convolutions and always multiplies in
-    bfloat16, which some CPUs only emulate. This one treats a convolution (out, in, h, w) as a matrix
-    (out, in*h*w). dtype: precision of the products."""
+    bfloat16, which some CPUs only emulate. This one treats a convolution (out, in, h, w) as a
+    matrix (out, in*h*w). dtype: the precision of the products."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
