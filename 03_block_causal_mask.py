@@ -29,7 +29,7 @@ The paper argues that raster order has four weaknesses: a token also depends on 
 its right and below, which come later; an image cannot be completed from its lower part;
 cells that touch vertically are a row apart in the sequence; n x n tokens take n x n steps.
 
-Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...) are sides; L = sum of their squares.
+Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...), the map sides; L = sum of squares.
 Sources: VAR (Tian et al. 2024), section 3, figure 4; attention from Vaswani et al. 2017.
 Differs from the original code: a bool mask; raster order is the case scales (1, 1, ...).
 

@@ -83,21 +83,21 @@ class SelfAttention(nn.Module):
     def project(self, x):
         """x (B, n, D) -> queries, keys, values (B, heads, n, d) and the factor on q.k"""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)                        # (B, n, 3 D)
+        qkv = F.linear(x, self.qkv.weight, bias)                       # (B, n, 3 D)
         qkv = qkv.unflatten(2, (3, self.heads, -1))                    # (B, n, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, n, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # (B, heads, n, d)
         if not self.qk_norm:
-            return q, k, v, 0.25 / math.sqrt(q.shape[-1])               # as in the original
-        factor = self.log_scale.clamp(max=math.log(100)).exp()          # (1, heads, 1, 1)
+            return q, k, v, 0.25 / math.sqrt(q.shape[-1])              # as in the original
+        factor = self.log_scale.clamp(max=math.log(100)).exp()         # (1, heads, 1, 1)
         q, k = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
         return q.to(v.dtype), k.to(v.dtype), v, 1.0    # autocast leaves q and k in float32
 
-    def forward(self, x, mask=None, cache=None):                        # (B, n, D)
+    def forward(self, x, mask=None, cache=None):                       # (B, n, D)
         q, k, v, qk_factor = self.project(x)
         if cache is not None:          # it holds this map and coarser ones: nothing to mask
             k, v = cache.append(k, v)
-        y = masking.attention(q, k, v, mask, qk_factor)                 # (B, heads, n, d)
-        return self.proj(y.transpose(1, 2).flatten(2))                  # (B, n, D)
+        y = masking.attention(q, k, v, mask, qk_factor)                # (B, heads, n, d)
+        return self.proj(y.transpose(1, 2).flatten(2))                 # (B, n, D)
 
 
 class KVCache:
@@ -163,7 +163,7 @@ class Conditioning(NamedTuple):
 class VAR(nn.Module):
     """The next-scale predictor: stage 2 of VAR."""
 
-    activation_checkpointing = False           # True saves memory and computes blocks twice
+    activation_checkpointing = False           # True: less memory, more computation
 
     def __init__(self, config):
         super().__init__()
@@ -171,7 +171,7 @@ class VAR(nn.Module):
         D, scales = cfg.width, cfg.scales
         self.K, self.first, self.L = len(scales), scales[0] ** 2, sum(s * s for s in scales)
         # 1. What a position holds (the start or a cell of f_hat), of which map, and where.
-        # All L positions are learned; nothing tells the model which cells are neighbours.
+        # The L positions are learned: nothing tells the model which cells are neighbours.
         self.class_embed = nn.Embedding(cfg.num_classes + 1, D)
         self.start = nn.Parameter(torch.empty(1, self.first, D))
         self.word_embed = nn.Linear(cfg.latent_dim, D)
