@@ -158,15 +158,15 @@ SCALES = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: released.SCALES[680],
 MULTIPLIERS = {64: (1, 2), 128: (1, 2), 256: (1, 2, 2), 512: (1, 2, 2)}
 
 
-def imagenet_recipe(depth):
-    """How the original code trains a transformer of this depth (its README)."""
-    recipe = dict(epochs=200 if depth < 20 else 250 if depth < 24 else 350,
-                  batch_size=1024 if 30 <= depth < 36 else 768, drop_path=0.1 * depth / 24,
-                  final_lr=0.1 if depth < 24 else 0.01,
-                  final_weight_decay=0.05 if depth < 30 else 0.08)
-    if depth >= 36:
-        recipe.update(image_size=512, shared_adaln=True)
-    return recipe
+# Depth -> how the original code trains it (its README); other depths follow the next smaller one.
+RECIPES = {
+    1: dict(epochs=200, batch_size=768, final_lr=0.1),
+    20: dict(epochs=250, batch_size=768, final_lr=0.1),
+    24: dict(epochs=350, batch_size=768, final_lr=0.01),
+    30: dict(epochs=350, batch_size=1024, final_lr=0.01, final_weight_decay=0.08),
+    36: dict(epochs=350, batch_size=768, final_lr=0.01, final_weight_decay=0.08,
+             image_size=512, shared_adaln=True),
+}
 
 
 def read_settings(argv=None):
@@ -178,14 +178,17 @@ def read_settings(argv=None):
         raise BadInput(f"--preset {name}: use one of {', '.join(PRESETS)}")
     preset = PRESETS.get(name, PRESETS["folder"])
     if typed.get("tokenizer_file"):
-        preset = preset | released.TOKENIZER
+        preset = preset | released.TOKENIZER | dict(stage="transformer")
     if name == "imagenet":
-        preset = preset | imagenet_recipe(typed.get("depth", preset["depth"]))
+        depth = typed.get("depth", preset["depth"])
+        preset = preset | RECIPES[max(known for known in RECIPES if known <= depth)]
     settings = Settings(**(preset | typed))
-    settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
     # What follows from other settings, unless it was typed.
+    settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
     if name == "imagenet" and "lr" not in typed:
         settings.lr = (1e-4 if settings.depth < 24 else 8e-5) * settings.batch_size / 256
+    if name == "imagenet" and "drop_path" not in typed:
+        settings.drop_path = 0.1 * settings.depth / 24
     if "steps" in typed and "epochs" not in typed:
         settings.epochs = 0
     if "unshuffle" not in preset and "multipliers" not in typed:
@@ -194,28 +197,17 @@ def read_settings(argv=None):
         halvings = len(settings.multipliers) - 1
         side = settings.image_size // settings.unshuffle // 2 ** halvings
         settings.scales = SCALES.get(side, settings.scales)
-    check_settings(settings)
-    return settings
 
-
-def check_settings(settings):
-    """Raises BadInput for settings that do not fit together."""
     parts = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate
-    for name in ("tokenizer_batch_size", "batch_size"):
-        if getattr(settings, name) % parts:
-            option_name = name.replace("_", "-")
-            raise BadInput(f"--{option_name} {getattr(settings, name)} must be a multiple of "
-                           f"{parts}, the number of processes times --accumulate")
-    if settings.perceptual and settings.image_size < 16:
-        raise BadInput("--perceptual needs images of at least 16 pixels")
-    if settings.tokenizer_file and settings.stage != "transformer":
-        raise BadInput("--tokenizer-file is for stage 2 alone: add --stage transformer")
-    if settings.export and not Path(settings.export).absolute().parent.is_dir():
-        raise BadInput(f"--export {settings.export}: there is no such folder")
+    if settings.tokenizer_batch_size % parts or settings.batch_size % parts:
+        raise BadInput(f"--tokenizer-batch-size {settings.tokenizer_batch_size} and --batch-size "
+                       f"{settings.batch_size} must be multiples of {parts}, the number of "
+                       "processes times --accumulate")
     try:
         var_config(settings, tokenizer_config(settings), num_classes=1)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    return settings
 
 
 def tokenizer_config(settings):
@@ -557,12 +549,10 @@ def load_transformer(path):
 def tokenizer_for_stage_2(settings):
     """The tokenizer of --stage transformer: the run's own, or that of --tokenizer-file (trained
     here or released), which becomes the run's own. Raises BadInput"""
-    path, given = Path(settings.out) / "tokenizer.pt", settings.tokenizer_file
-    if not given:
-        if not path.exists():
-            raise BadInput(f"there is no {path}: train it with --stage tokenizer, or give "
-                           "--tokenizer-file")
-        return load_tokenizer(path)[0]
+    path = Path(settings.out) / "tokenizer.pt"
+    given = Path(settings.tokenizer_file or path)
+    if not given.exists():
+        raise BadInput(f"there is no {given}: train a tokenizer first, with --stage tokenizer")
     state = checkpoints.load_checkpoint(given)
     if "config" in state or "tokenizer" in state:
         tokenizer = load_tokenizer(given)[0]
