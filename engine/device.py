@@ -53,6 +53,11 @@ def autocast(device, precision):
     """A context in which products and convolutions are computed in this precision."""
     if precision == "float32":
         return contextlib.nullcontext()
+    if device.type == "cpu":
+        # On a CPU, fused attention has a slow backward pass in half precision. Despite their names
+        # these two settings of torch also act on CPUs.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return torch.autocast(device.type, getattr(torch, precision))
 
 
