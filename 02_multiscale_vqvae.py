@@ -1,32 +1,21 @@
 """Chapter 2: an image as K token maps, coarse to fine.
 
-Chapter 1 quantized a vector, then what was left, then what was left of that. Here the rounds are
-*scales*: the first has a single token for the whole feature map, the last one token per cell. What
-they stand for adds up to the feature map that the decoder turns into an image. Only feature maps
-are resized, never the image.
+An autoencoder learns to squeeze an image into a small feature map and to rebuild it. It
+cannot generate, because nothing says which feature maps are images; chapter 4 learns that
+for tokens. Chapter 1 quantized a vector, then what was left of it, and so on; here the
+rounds are *scales*, from one token for the whole feature map to one token per cell. Only
+feature maps are resized, never the image.
 
     image 32x32x3 --encode--> f 8x8xC --quantize--> 1   2x2  3x3  4x4  6x6  8x8   token maps
                                                     1 +  4 +  9 + 16 + 36 + 64  = 130 tokens
     f_hat = phi(up(z[r_1])) + phi(up(z[r_2])) + ... + phi(z[r_6])  --decode--> image
-    r_k: tokens of scale k, z[r_k]: their codes; phi: half identity, half a 3x3 convolution
+    r_k: tokens of scale k; z[r_k]: their codes; phi: half identity, half a 3x3 convolution
 
-Shapes: image (B, 3, H, W) in [-1, 1]; f, f_hat (B, C, h, w); tokens: list of K int64 (B, h_k*w_k);
-scales (1, 2, 3, 4, 6, 8) the sides of the token maps; V codes; C latent channels; L = 130.
+Shapes: image (B, 3, H, W) in [-1, 1]; f, f_hat (B, C, h, w), C latent channels; scales
+(1, 2, 3, 4, 6, 8): sides of the token maps; tokens: list of K int64 (B, h_k*w_k); L = 130.
 
-Sources: VAR (Tian et al. 2024), Algorithms 1 and 2, section 3.2, equation 5 for the loss;
-VQGAN (Esser et al. 2021) for encoder and decoder.
-
-A scale errs twice: it is too coarse for the details of f (resizing), and its vectors become codes
-(rounding). Finer scales correct both; only the rounding error of the last scale is never corrected.
-
-All scales share one codebook, so that the transformer has one vocabulary and one softmax. Codes are
-running means (EMA): trained by gradients they follow slowly, and a few do most of the work (1.5 dB
-worse on CIFAR-10, experiments/README.md). Each scale quantizes what coarser scales left over: if
-every scale quantized f itself, fine tokens would repeat what coarse ones say (1.4 dB worse).
-
-Differs from the original VAR code: it can be trained, with other quantizers and independent scales
-as settings; a plain VQ-VAE is scales=(8,). In the loss each coarse f_hat counts 0.2 and the last
-f_hat the rest; the original counts all alike.
+Sources: VAR (Tian et al. 2024), Algorithms 1 and 2, equation 5; VQGAN (Esser et al. 2021).
+Differs from the original VAR code: it can be trained. scales=(8,) makes it a plain VQ-VAE.
 
     python 02_multiscale_vqvae.py      trains for seconds, shows images after 1..K scales
 """
@@ -39,89 +28,76 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import shapes
-from engine import BadInput
-from engine.devices import GroupNorm
-from report import health, plots
-
 # `import 01_vq` is a syntax error: a module's name cannot start with a digit there.
 vq = import_module("01_vq")
 
 
 @dataclass
 class TokenizerConfig:
-    """Every size of the tokenizer. Raises BadInput where they do not fit together."""
-    image_size: int = 32                         # side of the square image, in pixels
-    scales: tuple = (1, 2, 3, 4, 6, 8)           # sides of the token maps, as 1,2,3
-    vocab_size: int = 512                        # V, codes shared by all scales
-    latent_dim: int = 32                         # C, length of a code
-    channels: int = 64                           # width of the first convolution
-    multipliers: tuple = (1,)                    # of `channels` at each resolution, as 1,2
-    blocks: int = 1                              # ResidualBlocks at each (decoder: one more)
-    unshuffle: int = 4                           # fold 4x4 pixels into channels first (1: do not)
-    groups: int = 8                              # of GroupNorm
-    attention: bool = False                      # at the lowest resolution and in the middle
-    phis: int = 4                                # small convolutions after upsampling, shared
-    residual: bool = True                        # False: each scale quantizes f, f_hat is the last
-    quantizer: str = "vq"                        # a name in QUANTIZERS of chapter 1
-    learn: str = "ema"                           # "ema" or "gradient": how learned codes move
-    beta: float = 0.25                           # weight of the commitment loss
-    coarse: float = 0.2                          # weight in the loss of each f_hat before the last
+    """Every size of the tokenizer. Raises ValueError if they do not fit together."""
+    image_size: int = 32                 # side of the square image, in pixels
+    scales: tuple = (1, 2, 3, 4, 6, 8)   # sides of the token maps
+    vocab_size: int = 512                # V, codes shared by all scales
+    latent_dim: int = 32                 # C, length of a code
+    channels: int = 64                   # width of the first convolution
+    multipliers: tuple = (1,)            # of `channels` at each resolution
+    blocks: int = 1                      # ResidualBlocks per resolution (decoder: one more)
+    unshuffle: int = 4                   # first fold 4x4 pixels into channels (1: do not)
+    groups: int = 8                      # of GroupNorm
+    attention: bool = False              # at the lowest resolution and in the middle
+    phis: int = 4                        # small convolutions after upsampling, shared
+    residual: bool = True                # False: each scale quantizes f, f_hat is the last
+    quantizer: str = "vq"                # a name in QUANTIZERS of chapter 1
+    learn: str = "ema"                   # how codes learn: "ema" or "gradient"
+    beta: float = 0.25                   # weight of the commitment loss
+    coarse: float = 0.2                  # weight in the loss of each f_hat before the last
 
     def __post_init__(self):
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)
         check_sizes(self)
 
 
-# -- The tokenizer ---------------------------------------------------------------------------------
+# -- The tokenizer -------------------------------------------------------------------------
 
 class MultiScaleVQVAE(nn.Module):
-    """Image <-> feature map f <-> tokens of K scales, and what the transformer is shown of them."""
+    """Image <-> feature map f <-> tokens of K scales, and the inputs of the transformer."""
 
     def __init__(self, config):
         super().__init__()
         self.config, self.scales, self.K = config, config.scales, len(config.scales)
         C = config.latent_dim
-        # The autoencoder around the quantizer. Two convolutions mix cells: before they are
-        # quantized and afterwards.
         self.encoder, self.decoder = make_encoder(config), make_decoder(config)
-        self.quant_conv, self.post_quant_conv = conv3x3(C, C), conv3x3(C, C)
-        self.quantizer = vq.QUANTIZERS[config.quantizer].build(config.vocab_size, C, config.learn)
+        self.quant_conv, self.post_quant_conv = conv3x3(C, C), conv3x3(C, C)   # mix cells
+        # One codebook for all scales, so that the transformer has one vocabulary.
+        self.quantizer = vq.QUANTIZERS[config.quantizer](config.vocab_size, C, config.learn)
         self.phis = nn.ModuleList(conv3x3(C, C) for _ in range(config.phis))
         self.phi_index = phi_of_scale(self.K, config.phis)
-        for i, phi in enumerate(self.phis):                # with few scales some serve none of them
-            phi.requires_grad_(i in self.phi_index)
-        # Resizing is a product with matrices (h_k, h): S f S^t makes a map small, U^t x U large.
-        for k, side in enumerate(self.scales):
-            S = resize_matrix(self.scales[-1], side, "area")
-            U = resize_matrix(side, self.scales[-1], "bicubic").t().contiguous()
-            self.register_buffer(f"down{k}", S, persistent=False)
-            self.register_buffer(f"up{k}", U, persistent=False)
+        for i, phi in enumerate(self.phis):
+            phi.requires_grad_(i in self.phi_index)         # with few scales, some are unused
 
     def downsample_to(self, f, k):
-        """A feature map as the vectors of scale k: each is the mean of its area, the vector that
-        differs least from all the cells it stands for. (B, C, h, w) -> (B, h_k*w_k, C)"""
-        S = self.get_buffer(f"down{k}")
-        small = S @ f @ S.t() if k < self.K - 1 else f
-        return small.flatten(2).transpose(1, 2)
+        """A feature map as the vectors of scale k: each is the mean of its area, the vector
+        closest to all the cells it stands for. (B, C, h, w) -> (B, h_k*w_k, C)"""
+        if k < self.K - 1:
+            f = F.interpolate(f, size=self.scales[k], mode="area")
+        return f.flatten(2).transpose(1, 2)
 
     def upsample_from(self, x, k):
-        """(B, h_k*w_k, C) -> (B, C, h, w). Bicubic, as copies of a vector would leave edges."""
-        U = self.get_buffer(f"up{k}")
+        """(B, h_k*w_k, C) -> (B, C, h, w). Bicubic, as copies of a vector leave edges."""
         # Exercise 02_1
-        x = x.transpose(1, 2).unflatten(2, (self.scales[k], self.scales[k]))
-        return U.t() @ x @ U if k < self.K - 1 else x
+        x = x.transpose(1, 2).unflatten(2, (self.scales[k], -1))        # (B, C, h_k, w_k)
+        if k < self.K - 1:
+            x = F.interpolate(x, size=self.scales[-1], mode="bicubic")
+        return x
 
     def embed(self, k, tokens_k):
-        """What scale k adds to f_hat: its codes, upsampled, corrected by phi.
-        (B, h_k*w_k) -> (B, C, h, w). Mixtures of codes (B, h_k*w_k, C) may stand for tokens.
-
-        phi turns enlarged codes into what fits f; half of it is the identity, so that codes pass
-        from the first step on. As in the original code four of them serve all scales: neighbours
-        share, as their residuals look alike, and coarse and fine ones need not."""
+        """What scale k adds to f_hat: its codes, upsampled, corrected by phi. Tokens may be
+        mixtures of codes (B, h_k*w_k, C), see chapter 6. (B, h_k*w_k) -> (B, C, h, w)"""
+        # Half of phi is the identity, so that codes pass from the first step on. Four serve
+        # all scales, as in the original code (the paper has K): neighbouring scales share.
         z = tokens_k if tokens_k.is_floating_point() else self.quantizer.lookup(tokens_k)
         # Exercise 02_1
-        h = self.upsample_from(z, k)
+        h = self.upsample_from(z, k)                                    # (B, C, h, w)
         return 0.5 * h + 0.5 * self.phis[self.phi_index[k]](h)
 
     def _add(self, k, f_hat, tokens_k):
@@ -129,16 +105,16 @@ class MultiScaleVQVAE(nn.Module):
         return f_hat + h if self.config.residual else h
 
     def rounds(self, f):
-        """Algorithm 1, one scale at a time: yields (the vectors to quantize (B, h_k*w_k, C),
-        tokens_k, f_hat). Each scale sees only what the coarser ones left over."""
-        f_hat = torch.zeros_like(f)
+        """Algorithm 1, one scale at a time: yields x (the vectors to quantize), tokens_k,
+        f_hat. Each scale sees only what the coarser ones left over."""
+        f_hat = torch.zeros_like(f)                                     # (B, C, h, w)
         for k in range(self.K):
             # Exercise 02_2
-            # Detached: codes and phi learn from the loss on f_hat, not through later choices.
-            target = f - f_hat.detach() if self.config.residual else f
-            x = self.downsample_to(target, k)
-            tokens_k = self.quantizer.nearest(x.detach())
-            f_hat = self._add(k, f_hat, tokens_k)
+            # Detached: phi learns from the loss on f_hat, not through later choices.
+            target = f - f_hat.detach() if self.config.residual else f  # (B, C, h, w)
+            x = self.downsample_to(target, k)                           # (B, h_k*w_k, C)
+            tokens_k = self.quantizer.nearest(x)                        # (B, h_k*w_k)
+            f_hat = self._add(k, f_hat, tokens_k)                       # (B, C, h, w)
             yield x, tokens_k, f_hat
 
     @torch.no_grad()
@@ -160,46 +136,50 @@ class MultiScaleVQVAE(nn.Module):
         return self.pyramid(tokens)[-1]
 
     def next_input(self, k, f_hat, tokens_k):
-        """One step of sampling: adds scale k to f_hat (B, C, h, w), 0 at k = 0.
+        """One step of sampling: adds scale k to f_hat (B, C, h, w), which starts as 0.
         -> (f_hat, input of scale k+1 (B, h_{k+1}*w_{k+1}, C), None after the last scale)"""
         f_hat = self._add(k, f_hat, tokens_k)
         return f_hat, self.downsample_to(f_hat, k + 1) if k + 1 < self.K else None
 
     def teacher_inputs(self, tokens):
-        """The inputs of scales 2..K all at once (section 3.1): f_hat so far, at the size of the
-        next map. Not the codes of the map before alone: they only correct what precedes them.
-        tokens -> (B, L - scales[0]**2, C)"""
+        """The transformer's inputs for scales 2..K, all at once: f_hat so far, resized to
+        the next map, as in the original code (the paper's figure 4 draws r_k, which only
+        corrects what precedes it). tokens -> (B, L - scales[0]**2, C)"""
         # Exercise 02_3
-        steps = self.pyramid(tokens)[:-1]
-        shown = [self.downsample_to(f_hat, k + 1) for k, f_hat in enumerate(steps)]
+        steps = self.pyramid(tokens)[:-1]                               # K - 1 (B, C, h, w)
+        inputs = [self.downsample_to(f_hat, k + 1) for k, f_hat in enumerate(steps)]
         empty = self.phis[0].weight.new_zeros(len(tokens[0]), 0, self.config.latent_dim)
-        return torch.cat([empty, *shown], dim=1)           # K = 1: there is nothing to show
+        return torch.cat([empty, *inputs], dim=1)          # K = 1: there are no inputs
 
-    def learn_to_quantize(self, f):
-        """Algorithm 1 with its losses; in training the quantizer observes all vectors and their
-        codes. f (B, C, h, w) -> (f_hat, tokens, equation 5 weighted by scale, extra loss)"""
-        if self.training and not self.quantizer.started:
-            self.quantizer.start_on_data(self._unquantized(f.detach()))
+    def quantize_with_losses(self, f):
+        """Algorithm 1 and its losses; in training mode the codes learn, too.
+        f (B, C, h, w) -> (f_hat (B, C, h, w), tokens, vq (), extra ())
+
+            vq = 1/K sum_k w_k (beta |f - sg(f_hat_k)|^2 + |sg(f) - f_hat_k|^2)
+
+        The first part moves the encoder, the second phi (and codes if learn="gradient").
+        This is the middle term of equation 5, which the paper asks of the last f_hat alone
+        (coarse codes then collapse), the original code of all alike (f is then pulled to
+        what few tokens can say). Here w_k = coarse, and the last gets the rest of K."""
+        if self.training and not self.quantizer.initialised:
+            self.quantizer.start_on_data(self.unquantized(f.detach()))
+        K, beta, coarse = self.K, self.config.beta, self.config.coarse
         groups, tokens, loss, extra = [], [], 0, 0
         for k, (x, tokens_k, f_hat) in enumerate(self.rounds(f)):
             groups.append(x)
             tokens.append(tokens_k)
-            # Equation 5 asks this of the last f_hat alone, the original code of every f_hat alike.
-            # The first lets coarse codes collapse; the second pulls f towards what few tokens can
-            # say. So coarse f_hats count a little, and the last has the rest of the weight K.
             # Exercise 02_4
-            last = k == self.K - 1
-            weight = self.K - self.config.coarse * (self.K - 1) if last else self.config.coarse
-            loss = loss + weight * self.config.beta * vq.commitment_loss(f, f_hat)
-            loss = loss + weight * vq.codebook_loss(f, f_hat)        # moves phi (and codes)
+            weight = K - coarse * (K - 1) if k == K - 1 else coarse
+            loss = loss + weight * beta * vq.commitment_loss(f, f_hat)
+            loss = loss + weight * vq.codebook_loss(f, f_hat)
             # End of exercise
-            extra = extra + self.quantizer.extra_loss(x)
+            extra = extra + self.quantizer.extra_loss(x)   # x has a gradient for this alone
         if self.training:
-            self.quantizer.observe(groups, tokens)
-        return f_hat, tokens, loss / self.K, extra / self.K
+            torch.compiler.disable(self.quantizer.learn)(groups, tokens)  # runs uncompiled
+        return f_hat, tokens, loss / K, extra / K
 
-    def _unquantized(self, f):
-        """What each scale would see if coarser scales lost nothing: where codes start."""
+    def unquantized(self, f):
+        """Where codes start: what scales would see if coarser ones lost nothing. -> groups"""
         f_hat, groups = torch.zeros_like(f), []
         for k in range(self.K):
             groups.append(self.downsample_to(f - f_hat if self.config.residual else f, k))
@@ -212,7 +192,6 @@ class MultiScaleVQVAE(nn.Module):
 
     def decode(self, f_hat):
         """f_hat (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped"""
-        f_hat = f_hat.to(self.post_quant_conv.weight.dtype)          # half, if stored so
         return self.decoder(self.post_quant_conv(f_hat))
 
     def image_to_tokens(self, image):
@@ -224,14 +203,14 @@ class MultiScaleVQVAE(nn.Module):
         return self.decode(self.features(tokens)).float().clamp(-1, 1)
 
     def forward(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), tokens, losses dict)
-
-        losses: "reconstruction" squared error, "vq" equation 5 over all scales, "extra" the
-        quantizer's own. Codes learn without gradients, by `quantizer.update()` after each step."""
-        f = self.encode(image)
+        """image (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), tokens, losses),
+        a dict: "reconstruction" (squared error), "vq" and "extra" (quantize_with_losses)"""
+        f = self.encode(image)                                          # (B, C, h, w)
         with torch.autocast(f.device.type, enabled=False):  # the nearest code needs float32
-            f_hat, tokens, vq_loss, extra = self.learn_to_quantize(f.float())
-        reconstruction = self.decode(vq.straight_through(f, f_hat))
+            f_hat, tokens, vq_loss, extra = self.quantize_with_losses(f.float())
+        # Straight-through is applied once, to the sum of all scales. The decoder is trained
+        # on this last f_hat alone, although figures decode all of them.
+        reconstruction = self.decode(vq.straight_through(f, f_hat))     # (B, 3, H, W)
         error = F.mse_loss(reconstruction.float(), image)
         return reconstruction, tokens, dict(reconstruction=error, vq=vq_loss, extra=extra)
 
@@ -239,20 +218,12 @@ class MultiScaleVQVAE(nn.Module):
 def phi_of_scale(K, phis):
     """Which phi serves which scale: the one whose tick lies nearest to k/(K-1).
     -> list of K ints. (10, 4) -> 0 0 1 1 1 2 2 3 3 3"""
-    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis   # as the original code has it
-    ticks = np.linspace(margin, 1 - margin, phis)          # float64: k = 2 of 10 is a near tie
+    margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis   # as in the original code
+    ticks = np.linspace(margin, 1 - margin, phis)          # float64: 2/9 is nearly a tie
     return [int(np.argmin(np.abs(ticks - k / max(K - 1, 1)))) for k in range(K)]
 
 
-def resize_matrix(n_in, n_out, mode):
-    """Resizing is linear: column i is what becomes of the i-th unit vector. -> (n_out, n_in)
-    Two small products per map take less time than F.interpolate."""
-    # Made on the CPU even while the model is built without memory.
-    eye = torch.eye(n_in, device="cpu")[None, None]
-    return F.interpolate(eye, size=(n_in, n_out), mode=mode)[0, 0].t().contiguous()
-
-
-# -- Ordinary convolutions (VQGAN) -----------------------------------------------------------------
+# -- Ordinary convolutions (VQGAN) ---------------------------------------------------------
 
 def chain(**layers):
     return nn.Sequential(OrderedDict(layers))
@@ -265,12 +236,12 @@ def conv3x3(c_in, c_out):
 class ResidualBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(c_in, groups), conv3x3(c_in, c_out)
-        self.norm2, self.conv2 = GroupNorm(c_out, groups), conv3x3(c_out, c_out)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), conv3x3(c_in, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), conv3x3(c_out, c_out)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x):                                  # (B, c_in, h, w) -> (B, c_out, h, w)
-        h = self.conv1(F.silu(self.norm1(x)))
+    def forward(self, x):                                               # (B, c_in, h, w)
+        h = self.conv1(F.silu(self.norm1(x)))                           # (B, c_out, h, w)
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
@@ -279,17 +250,17 @@ class Attention(nn.Module):
 
     def __init__(self, c, groups):
         super().__init__()
-        self.norm = GroupNorm(c, groups)
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.qkv, self.proj = nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
 
-    def forward(self, x):                                  # (B, C, h, w) -> (B, C, h, w)
+    def forward(self, x):                                               # (B, c, h, w)
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)
-        y = F.scaled_dot_product_attention(q, k, v)        # (B, h*w, C)
+        y = F.scaled_dot_product_attention(q, k, v)                     # (B, h*w, c)
         return x + self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 def downsample(c):
-    """An even side needs one row of padding for stride 2; the original adds it at the bottom."""
+    """Stride 2 needs padding on one side; the original pads at the bottom and right."""
     return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
 
@@ -298,9 +269,8 @@ def upsample(c):
 
 
 def resolutions(cfg, c, widths, blocks, attention_at, resample):
-    """One after another: ResidualBlocks of each width (number `attention_at` with Attention), and
-    between two resolutions a step up or down. c: channels of the input"""
-    found = []
+    """ResidualBlocks of each width, and a step down or up in size between two widths."""
+    levels = []
     for i, width in enumerate(widths):
         layers = []
         for _ in range(blocks):
@@ -310,105 +280,105 @@ def resolutions(cfg, c, widths, blocks, attention_at, resample):
             c = width
         if i < len(widths) - 1:
             layers.append(resample(width))
-        found.append(nn.Sequential(*layers))
-    return nn.Sequential(*found)
+        levels.append(nn.Sequential(*layers))
+    return nn.Sequential(*levels)
 
 
 def middle(c, cfg):
-    between = [Attention(c, cfg.groups)] if cfg.attention else []
-    return nn.Sequential(ResidualBlock(c, c, cfg.groups), *between, ResidualBlock(c, c, cfg.groups))
+    attention = [Attention(c, cfg.groups)] if cfg.attention else []
+    blocks = ResidualBlock(c, c, cfg.groups), ResidualBlock(c, c, cfg.groups)
+    return nn.Sequential(blocks[0], *attention, blocks[1])
 
 
 def make_encoder(cfg):
     """image (B, 3, H, W) -> (B, C, h, w)"""
-    widths = [cfg.channels * m for m in cfg.multipliers]
-    return chain(unshuffle=nn.PixelUnshuffle(cfg.unshuffle),               # (B, 3 u u, H/u, W/u)
-                 conv_in=conv3x3(3 * cfg.unshuffle ** 2, cfg.channels),
-                 levels=resolutions(cfg, cfg.channels, widths, cfg.blocks, len(widths) - 1,
-                                    downsample),
-                 middle=middle(widths[-1], cfg),                           # (B, widest, h, w)
-                 norm_out=GroupNorm(widths[-1], cfg.groups), silu=nn.SiLU(),
-                 conv_out=conv3x3(widths[-1], cfg.latent_dim))             # (B, C, h, w)
+    widths, last = [cfg.channels * m for m in cfg.multipliers], len(cfg.multipliers) - 1
+    return chain(
+        unshuffle=nn.PixelUnshuffle(cfg.unshuffle),                     # (B, 3uu, H/u, W/u)
+        conv_in=conv3x3(3 * cfg.unshuffle ** 2, cfg.channels),
+        levels=resolutions(cfg, cfg.channels, widths, cfg.blocks, last, downsample),
+        middle=middle(widths[-1], cfg),                                 # (B, widest, h, w)
+        norm_out=nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
+        conv_out=conv3x3(widths[-1], cfg.latent_dim))                   # (B, C, h, w)
 
 
 def make_decoder(cfg):
     """(B, C, h, w) -> image (B, 3, H, W)"""
-    widths = [cfg.channels * m for m in cfg.multipliers][::-1]
-    return chain(conv_in=conv3x3(cfg.latent_dim, widths[0]),
-                 middle=middle(widths[0], cfg),                            # (B, widest, h, w)
-                 levels=resolutions(cfg, widths[0], widths, cfg.blocks + 1, 0, upsample),
-                 norm_out=GroupNorm(widths[-1], cfg.groups), silu=nn.SiLU(),
-                 conv_out=conv3x3(widths[-1], 3 * cfg.unshuffle ** 2),     # (B, 3 u u, H/u, W/u)
-                 shuffle=nn.PixelShuffle(cfg.unshuffle))
+    widths = [cfg.channels * m for m in reversed(cfg.multipliers)]
+    return chain(
+        conv_in=conv3x3(cfg.latent_dim, widths[0]),
+        middle=middle(widths[0], cfg),                                  # (B, widest, h, w)
+        levels=resolutions(cfg, widths[0], widths, cfg.blocks + 1, 0, upsample),
+        norm_out=nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
+        conv_out=conv3x3(widths[-1], 3 * cfg.unshuffle ** 2),           # (B, 3uu, H/u, W/u)
+        shuffle=nn.PixelShuffle(cfg.unshuffle))
 
 
 def check_sizes(cfg):
-    """Raises BadInput for settings that do not fit together."""
-    if cfg.quantizer not in vq.QUANTIZERS:
-        raise BadInput(f"quantizer must be {' or '.join(vq.QUANTIZERS)}, not {cfg.quantizer}")
-    sizes = (*cfg.scales, *cfg.multipliers, cfg.phis, cfg.blocks, cfg.vocab_size)
-    if not cfg.scales or min(sizes) < 1:
-        raise BadInput("scales, multipliers, phis, blocks and vocab_size must be 1 or more")
-    if list(cfg.scales) != sorted(set(cfg.scales)):
-        raise BadInput(f"scales must grow, not {cfg.scales}")
-    if not 0 <= cfg.coarse <= 1:
-        raise BadInput(f"coarse must be between 0 and 1, not {cfg.coarse}")
-    if any(cfg.channels * m % cfg.groups for m in cfg.multipliers):
-        raise BadInput(f"every width, {cfg.channels} times {cfg.multipliers}, must be a multiple "
-                       f"of groups, {cfg.groups}")
+    """Raises ValueError for settings that do not fit together."""
+    def need(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    need(cfg.scales and cfg.multipliers and min(
+        cfg.vocab_size, cfg.latent_dim, cfg.channels, cfg.blocks, cfg.unshuffle, cfg.groups,
+        cfg.phis, *cfg.scales, *cfg.multipliers) > 0, "all sizes must be 1 or more")
+    need(list(cfg.scales) == sorted(set(cfg.scales)), f"scales must grow, not {cfg.scales}")
+    need(0 <= cfg.coarse <= 1, f"coarse must be between 0 and 1, not {cfg.coarse}")
+    need(cfg.learn in ("ema", "gradient"), "learn must be ema or gradient")
+    need(cfg.quantizer in vq.QUANTIZERS, f"quantizer must be one of {list(vq.QUANTIZERS)}")
+    need(cfg.quantizer != "lfq" or cfg.vocab_size == 2 ** cfg.latent_dim <= 2 ** 24,
+         "lfq needs vocab_size = 2**latent_dim, with latent_dim at most 24")
+    need(cfg.channels % cfg.groups == 0, f"channels must be a multiple of groups, {cfg.groups}")
     side = cfg.image_size / (cfg.unshuffle * 2 ** (len(cfg.multipliers) - 1))
-    if cfg.scales[-1] != side:
-        raise BadInput(f"the last scale must be {side:g} = image_size / downsampling, not "
-                       f"{cfg.scales[-1]}: choose scales, multipliers and unshuffle")
-    try:
-        with torch.device("meta"):                         # it knows which sizes it can have
-            vq.QUANTIZERS[cfg.quantizer].build(cfg.vocab_size, cfg.latent_dim, cfg.learn)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
+    need(cfg.scales[-1] == side, f"the last scale must be {side:g} (image_size / downsampling)")
 
 
-# -- Demo ------------------------------------------------------------------------------------------
+# -- Demo ----------------------------------------------------------------------------------
 
 def train(tokenizer, images, steps=340):
     optimizer = torch.optim.AdamW(tokenizer.parameters())
-    for step in range(steps):                              # warm up, then a straight line to 0
+    for step in range(steps):                              # warm up, then decay to 0
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 20) * (1 - step / steps)
         _, _, losses = tokenizer(images[torch.randint(len(images), (8,))])
         optimizer.zero_grad()
         (losses["reconstruction"] + 0.25 * losses["vq"]).backward()
         optimizer.step()
-        tokenizer.quantizer.update()                       # codes learn without gradients
     return tokenizer.eval()
 
 
 @torch.no_grad()
+def show_scales(tokenizer, images):
+    """Print what each scale adds. -> {label: images (B, 3, H, W) as rebuilt so far}"""
+    f = tokenizer.encode(images)                                        # (B, C, h, w)
+    before, rows, missing = 0, {"original": images}, []
+    print("scale   f missing with this map unrounded   in codes   PSNR, dB")
+    for k, (x, _, f_hat) in enumerate(tokenizer.rounds(f)):
+        unrounded = F.mse_loss(before + tokenizer.upsample_from(x, k), f) / f.square().mean()
+        missing.append(F.mse_loss(f_hat, f) / f.square().mean())
+        rebuilt = tokenizer.decode(f_hat).clamp(-1, 1)                  # (B, 3, H, W)
+        psnr = -10 * torch.log10(F.mse_loss(rebuilt, images) / 4)       # 4: range squared
+        label = f"{tokenizer.scales[k]}x{tokenizer.scales[k]}"
+        print(f"{label}{unrounded:>38.1%}{missing[-1]:>11.1%}{psnr:>11.1f}")
+        rows[f"{label}, {psnr:.1f} dB"] = rebuilt
+        before = f_hat
+    assert missing == sorted(missing, reverse=True), "every scale must help"
+    assert torch.allclose(tokenizer.features(tokenizer.quantize(f)), f_hat)  # Algorithm 2
+    return rows
+
+
 def main():
+    from data import shapes
+    from report import plots
     torch.manual_seed(0)
     images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
-    with torch.enable_grad():
-        tokenizer = train(MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32)), images)
-    shown = images[:8]
-    f = tokenizer.encode(shown)
-    before, missing, rows, labels = torch.zeros_like(f), [], [shown], ["original"]
-    print("scale   f missing with exact vectors   with codes   PSNR, dB")
-    for k, (x, tokens_k, f_hat) in enumerate(tokenizer.rounds(f)):
-        exact = before + tokenizer.upsample_from(x, k)     # resized, but not rounded
-        lost = [float((f - g).square().mean() / f.square().mean()) for g in (exact, f_hat)]
-        rows.append(tokenizer.decode(f_hat).clamp(-1, 1))
-        db = float(health.psnr(shown, rows[-1]).mean())
-        labels.append(f"{tokenizer.scales[k]}x{tokenizer.scales[k]}, {db:.1f} dB")
-        print(f"{labels[-1][:3]}{lost[0]:>33.1%}{lost[1]:>13.1%}{db:>11.1f}")
-        before, missing = f_hat, [*missing, lost[1]]
-    print("coarse maps lose by resizing (phi regains some of it), the last one by rounding alone")
-    assert missing == sorted(missing, reverse=True), "every scale must help"
-    undone = tokenizer.features(tokenizer.quantize(f))
-    assert torch.allclose(undone, f_hat), "Algorithm 2 undoes Algorithm 1"
-    # One token is the same vector in every cell: only zero padding tells the decoder of the rim.
-    plots.save_grid("out/02_multiscale_vqvae.png", (torch.cat(rows) + 1) / 2, 8, row_labels=labels,
-                    footer=plots.legend("Why a box at 1x1: one token gives every cell the same "
-                                        "vector, but zero padding shows where the rim is."))
-    print("wrote out/02_multiscale_vqvae.png (soft after so few steps; chapter 5 trains longer)\n"
-          "PSNR = 10 log10(range^2 / squared error): 10 dB more is a tenth of the error")
+    tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32))
+    rows = show_scales(train(tokenizer, images), images[:8])
+    print("coarse maps lose by resizing (phi regains some), the last one by rounding alone")
+    note = "At 1x1, all cells have the same vector; the box comes from zero padding."
+    plots.save_grid("out/02_multiscale_vqvae.png", torch.cat([*rows.values()]) / 2 + 0.5, 8,
+                    row_labels=list(rows), footer=plots.legend(note))
+    print("wrote out/02_multiscale_vqvae.png (chapter 5 trains longer, for sharper images)")
 
 
 if __name__ == "__main__":
