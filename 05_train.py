@@ -279,15 +279,6 @@ def facts_of(settings, model, about, of_other_stage):
     return about | dict(config=asdict(model.config), settings=same)
 
 
-def resume(path, facts, modules, optimizers):
-    """Load the checkpoint of a stage, if there is one. -> the steps it was trained for"""
-    defaults = asdict(Settings()) | asdict(type(modules["model"].config)())
-    start = checkpoints.resume(path, facts["settings"], defaults, modules, optimizers)
-    if start:
-        say(f"{path.stem}: resuming at step {start}")
-    return start
-
-
 def report(path, step, steps, batch_size, seconds, text, numbers):
     """Print a log line, and append the same numbers to log.jsonl. seconds: of one step"""
     if distributed.rank() == 0:
@@ -323,7 +314,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
         optimizers.append(torch.optim.AdamW(critic.parameters(), critic_lr, (0.5, 0.9),
                                             fused=True))
     parameters = [p for module in modules.values() for p in module.parameters()]
-    start = resume(path, facts, modules, optimizers)
+    start = checkpoints.resume(path, facts, Settings(), modules, optimizers)
     # The adversarial weight needs gradients from inside the graph; a compiled graph hides them.
     model = distributed.data_parallel(tokenizer, settings.compile and not settings.adversarial)
 
@@ -464,7 +455,7 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
     modules = {"model": var.to(device), "scaler": scaler}
     optimizers = make_optimizers(var, settings.lr, settings.weight_decay, settings.optimizer,
                                  settings.precision)
-    start = resume(path, facts, modules, optimizers)
+    start = checkpoints.resume(path, facts, Settings(), modules, optimizers)
     var.activation_checkpointing = settings.activation_checkpointing
     model = distributed.data_parallel(var, settings.compile)
 

@@ -11,7 +11,7 @@ import torch
 
 from engine import BadInput
 from engine.device import best_precision, cores
-from engine.distributed import agreed, barrier, rank
+from engine.distributed import agreed, barrier, rank, say
 
 DOWNLOADS = Path(__file__).resolve().parents[1] / "data" / "downloads"
 TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampling does not need
@@ -71,7 +71,7 @@ def load_model(path, part, model_class, config_class):
     try:
         model = model_class(config_class(**state["config"]))
         model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0][:120]
         raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
     about = {key: value for key, value in state.items() if key not in ("model", *TRAINING_ONLY)}
@@ -96,23 +96,23 @@ def save(path, facts, modules, optimizers, step):
     barrier()
 
 
-def resume(path, identity, defaults, modules, optimizers):
-    """Load a checkpoint into modules and optimizers. -> its step, or 0 if there is no file
+def resume(path, facts, defaults, modules, optimizers):
+    """Load the checkpoint of a stage into modules and optimizers. -> the steps it was trained for, 0
+    if there is no file
 
-    identity: {setting: value} that must equal those in the checkpoint; where the checkpoint is older
-    than a setting, defaults[setting] counts. Raises BadInput if the file belongs to another run or
-    is damaged."""
+    All of facts["settings"] must equal the settings in the checkpoint. Where the checkpoint is older
+    than a setting, the field of `defaults`, a dataclass, counts, or the default of the model's
+    config. Raises BadInput if the file belongs to another run or is damaged."""
     if not path.exists():
         return 0
     state = load_checkpoint(path)
     if not state.get("settings"):
         raise BadInput(f"{path} came with --tokenizer-file: give --stage transformer, or choose "
                        "another folder with --out")
-    changed = []
-    for name, value in identity.items():
-        before = state["settings"].get(name, defaults.get(name))
-        if before != value:
-            changed.append(f"{name} {before} -> {value}")
+    config_defaults = type(modules["model"].config)()
+    before = vars(config_defaults) | vars(defaults) | state["settings"]
+    changed = [f"{name} {before.get(name)} -> {value}"
+               for name, value in facts["settings"].items() if before.get(name) != value]
     if changed:
         raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}): use the "
                        "old ones, choose another folder with --out, or start over with --fresh")
@@ -121,11 +121,12 @@ def resume(path, identity, defaults, modules, optimizers):
             module.load_state_dict(state[name])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        return state["step"]
     except torch.OutOfMemoryError:
         raise
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
         raise BadInput(f"{path} is damaged; --fresh starts over") from None
+    say(f"{path.stem}: resuming at step {state['step']}")
+    return state["step"]
 
 
 def export(folder, path):
