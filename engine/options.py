@@ -72,17 +72,17 @@ def run_main(main):
     the exit status is 2."""
     try:
         sys.exit(main())
-    except (BadInput, OSError) as error:
-        line = str(error) or type(error).__name__
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError:
         line = ("the GPU's memory is full: use a smaller --batch-size, or in training "
                 "--accumulate 2 or --activation-checkpointing")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionResetError) as error:  # the latter: killed while sending images
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         line = ("a process that loads images was killed, perhaps because memory ran out: use fewer "
                 "--workers; the same command resumes from the last checkpoint")
+    except (BadInput, OSError) as error:
+        line = str(error) or type(error).__name__
     print(f"{Path(sys.argv[0]).name}: {line.splitlines()[-1]}", file=sys.stderr)
     sys.exit(2)

@@ -1,409 +1,505 @@
-"""Chapter 5: both stages, what they train on, and how a run is resumed."""
-import copy
+"""Chapter 5: settings, both loops, what they log, and how they resume. The graders of the exercises
+(exercises/grade_05.py) check the loss of a token, the order of images and the adversarial weight."""
+import contextlib
 import json
 import os
+import re
 import shutil
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import log_of, same, stage_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import ROOT, TINY, log_of, same
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data import batches
-from data.registry import load_data
-from engine import BadInput, checkpoints, devices
+from data import imagenet
+from data.batches import to_float
+from engine import BadInput, checkpoints, distributed, perceptual, released
 from report import health
 
-m1, m2 = import_module("01_vq"), import_module("02_multiscale_vqvae")
-m4, m5 = import_module("04_var_transformer"), import_module("05_train")
-SCRIPT = "05_train.py"
+m2, m4, m5 = map(import_module, ("02_multiscale_vqvae", "04_var_transformer", "05_train"))
+SCRIPT, CPU = "05_train.py", torch.device("cpu")
+
+
+# -- Settings --------------------------------------------------------------------------------------
+
+def test_the_options_that_scripts_of_other_people_use_exist():
+    assert set("""dataset preset data_dir classes stage tokenizer_file tokenizer_steps
+        tokenizer_batch_size steps batch_size lr depth image_size vocab_size views workers gpus
+        device precision compile accumulate activation_checkpointing perceptual adversarial seed out
+        fresh save_every log_every export width heads channels scales""".split()) <= set(m5.NAMES)
+
+
+FREE = dict(seed=st.integers(0, 9), cfg=st.floats(0, 4), views=st.integers(1, 4),
+            label_dropout=st.floats(0, 1), save_every=st.integers(1, 9), flip=st.just(True),
+            perceptual=st.floats(0, 1), tokenizer_steps=st.integers(0, 9))
+
+
+@given(name=st.sampled_from(sorted(m5.PRESETS)), by_preset=st.booleans(),
+       typed=st.fixed_dictionaries({}, optional=FREE))
+def test_a_typed_option_wins_over_the_preset_and_the_preset_over_the_default(
+        name, by_preset, typed):
+    """No option follows from those in FREE."""
+    argv = ["--preset", name] if by_preset or name not in ("shapes", "cifar10", "imagenet") else [
+        "--dataset", name]
+    for key, value in typed.items():
+        argv += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    settings = m5.read_settings(argv)
+    for key in FREE:
+        default = getattr(m5.Settings(), key)
+        assert getattr(settings, key) == typed.get(key, m5.PRESETS[name].get(key, default)), key
+    assert settings.out == os.path.join("out", name)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "cifar10", str(ROOT), "imagenet"])
+def test_the_token_maps_follow_from_the_image_size(dataset):
+    known = {32: (1, 2, 3, 4, 6, 8), 256: released.SCALES[680], 512: released.SCALES[2240]}
+    for side in [64, 128, 256, 512] if dataset == "imagenet" else [32, 64, 128, 256, 512]:
+        settings = m5.read_settings(["--dataset", dataset, "--image-size", str(side)])
+        scales, halvings = settings.scales, len(settings.multipliers) - 1
+        assert scales == known.get(side, scales) and scales[0] == 1
+        assert scales[-1] == side // settings.unshuffle // 2 ** halvings
+        assert all(small < large <= 2 * small for small, large in pairwise(scales))
+
+
+def test_sizes_that_are_typed_stay_as_they_are():
+    words = "--image-size 64 --multipliers 1,2,2,2 --scales 1,3,4 --unshuffle 2".split()
+    settings = m5.read_settings(words)
+    assert (settings.multipliers, settings.scales) == ((1, 2, 2, 2), (1, 3, 4))
+    config = m5.var_config(settings, m5.tokenizer_config(settings), num_classes=7)
+    assert (config.num_classes, config.scales, config.width) == (7, (1, 3, 4), 128)
+
+
+@pytest.mark.parametrize("depth, side, batch, epochs, rate, last_decay, final", [
+    (16, 256, 768, 200, 1e-4, 0.05, 0.1), (20, 256, 768, 250, 1e-4, 0.05, 0.1),
+    (24, 256, 768, 350, 8e-5, 0.05, 0.01), (30, 256, 1024, 350, 8e-5, 0.08, 0.01),
+    (36, 512, 768, 350, 8e-5, 0.08, 0.01)])
+def test_the_imagenet_recipe_is_that_of_the_original(
+        depth, side, batch, epochs, rate, last_decay, final):
+    for typed in ([], ["--batch-size", "64"]):
+        words = ["--dataset", "imagenet", "--depth", str(depth), *typed]
+        found, size = m5.read_settings(words), 64 if typed else batch
+        assert (found.batch_size, found.epochs, found.optimizer) == (size, epochs, "adamw")
+        assert found.lr == pytest.approx(rate * size / 256)
+        assert (found.weight_decay, found.final_weight_decay) == (0.05, last_decay)
+        assert (found.final_lr, found.clip, found.image_size) == (final, 2.0, side)
+        var = m5.var_config(found, m5.tokenizer_config(found), 1000)
+        assert (var.width, var.heads, var.shared_adaln) == (64 * depth, depth, depth == 36)
+        assert var.drop_path == pytest.approx(0.1 * depth / 24)
+        assert m5.read_settings([*words, "--lr", "1", "--steps", "7"]).lr == 1
+        assert m5.read_settings([*words, "--steps", "7"]).epochs == 0
+
+
+@given(progress=st.floats(0, 1), final=st.floats(0, 1))
+def test_the_learning_rate_warms_up_stays_flat_and_falls_along_a_line(progress, final):
+    share = m5.learning_rate(progress, final)
+    points = [0, 0.02, 0.05, 1], [0.005, 1, 1, final]
+    assert share == pytest.approx(np.interp(progress, *points), abs=1e-9)
+
+
+@pytest.mark.parametrize("options, word", [
+    ("--nonsense 3", "nonsense"), ("--step 3", "step"), ("--steps -1", "steps"),
+    ("--steps 1.5", "steps"), ("--lr nan", "lr"), ("--lr x", "lr"), ("--steps", "steps"),
+    ("--batch-size 0", "batch-size"), ("--stage three", "'three'"), ("--optimizer sgd", "muon"),
+    ("--dataset nosuch", "'nosuch'"), ("--device tpu", "'tpu'"), ("--seed -1", "seed"),
+    ("--scales 1,2,x", "'x'"), ("--scales 1,2,8", "last scale"), ("--preset nosuch", "nosuch"),
+    ("--classes ant dog", "'dog'"), ("--classes 9", "9"), ("--image-size 33", "last scale"),
+    ("--channels 0", "at least 1"), ("--heads 3", "heads"), ("--drop-path 1", "drop_path"),
+    ("--accumulate 3", "multiples of 3"), ("--batch-size 5 --gpus 2", "multiples of 2"),
+    ("--tokenizer-batch-size 5 --gpus 2", "tokenizer-batch-size 5"),
+    ("--quantizer lfq --latent-dim 5", "latent_dim"), ("--quantizer x", "quantizer"),
+    ("--stage transformer", "--stage tokenizer"), ("--tokenizer-file nowhere.pth", "nowhere.pth"),
+    ("--gpus 99 --batch-size 99 --tokenizer-batch-size 99 --device cuda", "--gpus 99"),
+    pytest.param("--device cuda", "cuda", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="this machine has a GPU"))])
+def test_a_wrong_option_is_one_line_and_leaves_no_trace(
+        refused, picture_folder, tmp_path, options, word):
+    line = refused(SCRIPT, "--dataset", picture_folder, *TINY, "--out", tmp_path / "run",
+                   *options.split())
+    assert word in line and not (tmp_path / "run").exists()
+
+
+def test_the_imagenet_command_as_typed_says_where_the_images_belong(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(imagenet, "DEFAULT_FOLDER", tmp_path / "data" / "imagenet")
+    line = refused(SCRIPT, "--dataset", "imagenet", "--gpus", 8)
+    assert str(Path("data", "imagenet")) in line and "--data-dir" in line
+
+
+def test_under_torchrun_the_batch_is_divided_among_its_processes(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "multiples of 3" in refused(SCRIPT, *TINY)
 
 
 # -- A whole run -----------------------------------------------------------------------------------
 
-def test_the_same_command_trains_both_stages_and_makes_pictures(tiny):
+def test_one_command_trains_both_stages_and_draws_samples(tiny):
     files = {path.name for path in tiny.folder.iterdir()}
-    assert {"tokenizer.pt", "transformer.pt", "log.jsonl", "tokens_train.npy", "samples.png",
+    assert {"tokenizer.pt", "transformer.pt", "log.jsonl", "settings.json", "samples.png",
             "reconstructions.png"} <= files
     assert not any(name.endswith(".tmp") for name in files) and tiny.stderr == ""
     entries = log_of(tiny.folder)
     steps = [e for e in entries if e["stage"] == "transformer" and "loss" in e]
     assert [e["step"] for e in steps] == list(range(1, 25))
-    assert len(steps[0]["per_scale"]) == 3 and abs(steps[0]["loss"] - np.log(16)) < 0.1
-    assert np.dot(steps[0]["per_scale"], [1, 4, 16]) / 21 == pytest.approx(steps[0]["loss"], 1e-4)
+    assert abs(steps[0]["loss"] - np.log(16)) < 0.1 and len(steps[0]["per_scale"]) == 3
+    held_out = [e for e in entries if "held_out" in e]
+    assert [e["step"] for e in held_out] == 2 * [6, 12, 18, 24]
     for key, better in (("psnr", 1), ("loss", -1)):        # both stages learn
-        values = [e["held_out"][key] for e in entries if key in e.get("held_out", {})]
-        assert len(values) >= 2 and better * (values[-1] - values[0]) > 0
+        values = [e["held_out"][key] for e in held_out if key in e["held_out"]]
+        assert len(values) == 4 and better * (values[-1] - values[0]) > 0
 
 
 def test_the_checkpoint_holds_the_transformer_alone_and_plain_values(tiny):
     state = torch.load(tiny.folder / "transformer.pt", weights_only=True)
-    assert state["config"]["num_classes"] == 3 and state["class_names"] == ["ant", "bee", "cat"]
+    assert state["class_names"] == ["ant", "bee", "cat"] and state["step"] == 24
+    assert state["config"]["num_classes"] == 3
     assert len(state["model"]["class_embed.weight"]) == 4, "and a row for no class"
     model = m4.VAR(m4.VARConfig(**state["config"]))
-    assert set(state["model"]) == set(model.state_dict()) and state["step"] == 24
-    count = sum(len(g["params"]) for o in state["optimizers"] for g in o["param_groups"])
-    assert count == len(list(model.parameters()))
+    assert set(state["model"]) == set(model.state_dict())
+    groups = [group for o in state["optimizers"] for group in o["param_groups"]]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_stage_2_is_shown_shuffled_classes_and_leaves_the_tokenizer_as_it_is():
-    """What reaches the model, not what batch_indices says: class folders are sorted by class, and
-    a model that sees one class after the other learns nothing. Each image is seen once an epoch;
-    nobody calls the tokenizer's encoder, and not a bit of the tokenizer changes."""
-    stage, seen = stage_of("transformer", batch_size=8, steps=8), []
-    tokens, _ = stage.data["train"]
-    stage.data["train"] = tokens, np.arange(32) // 11
-    stage.tokenizer.encode = lambda *_: pytest.fail("encoded again")
-    before = copy.deepcopy(stage.tokenizer.state_dict())
-
-    def model(labels, inputs):
-        seen.append(labels.tolist())
-        return stage.model(labels, inputs)
-    for batch in stage.batches(0):
-        m5.train_step(stage, model, batch, 0.5)
-    assert len(seen) == 8 and all(len(set(labels)) > 1 for labels in seen)
-    assert seen[:4] != seen[4:], "another order in every epoch"
-    for epoch in (seen[:4], seen[4:]):
-        assert sorted(sum(epoch, [])) == stage.data["train"][1].tolist()
-    assert same(before, stage.tokenizer.state_dict()) and not stage.tokenizer.training
-
-
-def test_loaded_models_are_frozen_and_in_eval_mode(tiny):
-    for load, name, other in ((m5.load_tokenizer, "tokenizer.pt", "transformer.pt"),
-                              (m5.load_transformer, "transformer.pt", "tokenizer.pt")):
-        model, about = load(tiny.folder / name)
+@pytest.mark.parametrize("name", ["", "shapes.pt", "cifar10.pt"])
+def test_trained_and_shipped_models_load_frozen_and_in_eval_mode(tiny, name):
+    for load, part in ((m5.load_tokenizer, "tokenizer"), (m5.load_transformer, "transformer")):
+        path = ROOT / "data" / "pretrained" / name if name else tiny.folder / f"{part}.pt"
+        model, about = load(path)
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
-        assert about["class_names"] == ["ant", "bee", "cat"]
-        assert not {"model", "config", "optimizers", "loss_scale"} & about.keys()
-        with pytest.raises(BadInput, match=name.removesuffix(".pt")):
-            load(tiny.folder / other)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        assert about["class_names"] and not {"model", "optimizers", "scaler"} & about.keys()
+        if not name:
+            other = {"tokenizer": "transformer.pt", "transformer": "tokenizer.pt"}[part]
+            with pytest.raises(BadInput, match=f"does not hold a {part}"):
+                load(tiny.folder / other)
 
 
 @pytest.mark.parametrize("options, flat", [
     ("--quantizer lfq --optimizer adamw --flip --precision bfloat16 --accumulate 2", True),
-    ("--set learn=gradient residual=false scales=4 picture_loss=l1", False)])
+    ("--learn gradient --scales 4 --precision float16 --activation-checkpointing", False)])
 def test_other_variants_train_and_a_flat_folder_makes_an_unconditional_model(
         cli, tiny, tmp_path, options, flat):
     folder = tiny.pictures
     if flat:
-        shutil.copytree(folder / "ant", folder := tmp_path / "flat")
+        folder = shutil.copytree(folder / "ant", tmp_path / "flat")
     result = cli(SCRIPT, *tiny.options, "--dataset", folder, "--tokenizer-steps", 2, "--steps", 2,
-                 *options.split(), "--out", tmp_path / "run")
+                 *options.split(), "--out", tmp_path / "run", "--export", tmp_path / "both.pt")
     assert result.status == 0, result.err
     losses = [e["loss"] for e in log_of(tmp_path / "run") if "loss" in e]
     assert len(losses) == 4 and np.isfinite(losses).all()
+    model, about = m5.load_transformer(tmp_path / "both.pt")
+    assert about["class_names"] == (["flat"] if flat else ["ant", "bee", "cat"])
+    assert model.config.num_classes == len(about["class_names"])
+
+
+def test_epochs_become_steps_and_some_classes_train_stage_2_on_the_tokenizer_of_all(
+        cli, refused, tiny, tmp_path):
+    """The tokenizer knows the image size."""
+    shutil.copytree(tiny.folder, tmp_path / "run")
+    (tmp_path / "run" / "transformer.pt").unlink()
+    words = ["--stage", "transformer", "--epochs", 2, "--dataset", tiny.pictures, "--out",
+             tmp_path / "run", *"--width 16 --heads 2 --depth 1 --batch-size 4 --workers 0 "
+             "--device cpu --precision float32 --classes".split()]
+    out = cli(SCRIPT, *words, "cat", "bee").out
+    n = int(re.search(r"(\d+) images to train on, \d held out, 2 classes", out)[1])
+    assert 30 < n < 40, "without the ants, a third of 57"
     state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
-    assert state["class_names"] == (["flat"] if flat else ["ant", "bee", "cat"])
-    assert state["config"]["num_classes"] == len(state["class_names"])
+    assert state["class_names"] == ["bee", "cat"] and state["config"]["num_classes"] == 2
+    assert state["step"] == state["settings"]["steps"] == 2 * n // 4
+    assert f"resuming at step {2 * n // 4}" in cli(SCRIPT, *words, "Bee", "2").out
+    assert "classes" in refused(SCRIPT, *words, "2")       # the first two are other classes
 
 
-def test_stage_2_alone_knows_the_image_size_and_its_steps_from_epochs(cli, tiny, tmp_path):
-    """The tokenizer tells the size; 57 images in batches of 4 make two epochs of 28 steps. Only as
-    many images give as many steps on resume."""
-    (tmp_path / "run").mkdir()
-    shutil.copy(tiny.folder / "tokenizer.pt", tmp_path / "run")
-    for words in ("2 epochs of 57", "trained for 28 steps"):
-        result = cli(SCRIPT, *ON_FILE[:-2], "--dataset", tiny.pictures, "--out", tmp_path / "run",
-                     "--set", "epochs=2")
-        assert result.status == 0 and words in result.out, result
-    state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
-    assert (state["step"], state["settings"]["steps"]) == (28, 28)
+# -- The loops, on noise ---------------------------------------------------------------------------
+
+SIZES = dict(
+    image_size=16, scales=(1, 2, 4), multipliers=(1, 2), unshuffle=2, vocab_size=16, latent_dim=4,
+    channels=8, groups=4, width=16, heads=2, depth=2, precision="float32", log_every=1,
+    save_every=100, tokenizer_batch_size=8, batch_size=8, tokenizer_steps=10, steps=10)
+NOISE = np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8)
+TOKENS = list(np.random.default_rng(0).integers(0, 16, (2, 32, 21), dtype=np.uint16))
+LABELS = np.arange(32) // 11                               # sorted, as in class folders
+ABOUT = dict(class_names=["a", "b", "c"], dataset="noise")
 
 
-@pytest.mark.parametrize("kind, count", [("tokenizer", 1), ("transformer", 2)])
-def test_data_that_lies_on_the_device_makes_the_same_batches(monkeypatch, kind, count):
-    """What a GPU does with small data, here with tensors on the CPU; tokens come as uint16."""
-    stages, held = [stage_of(kind, steps=9, tokenizer_steps=9)], []
+def make_tokenizer(settings):
+    torch.manual_seed(0)
+    tokenizer = m2.MultiScaleVQVAE(m5.tokenizer_config(settings))
+    if settings.quantizer == "vq":
+        tokenizer.quantizer.initialised.fill_(True)        # the codes need not start on the data
+    return tokenizer
 
-    def pretend(arrays, device):
-        arrays = [a.astype(np.uint16) if a.dtype == np.int64 and a.ndim == 3 else a for a in arrays]
+
+def train(stage, out, **changes):
+    """One stage, without a data set. -> the model, the entries of its steps in the log"""
+    settings = m5.Settings(out=str(out), **{**SIZES, **changes})
+    out.mkdir(exist_ok=True)
+    model = tokenizer = make_tokenizer(settings)
+    if stage == "tokenizer":
+        held_out = torch.from_numpy(NOISE[:4])
+        m5.train_tokenizer(settings, tokenizer, NOISE, held_out, ABOUT, CPU)
+    else:
+        tokenizer.eval().requires_grad_(False)
+        model = m4.VAR(m5.var_config(settings, tokenizer.config, 3))
+        data = [(TOKENS, LABELS), (TOKENS[:1], LABELS)]
+        m5.train_transformer(settings, model, tokenizer, *data, ABOUT, CPU)
+    return model, [e for e in log_of(out) if "held_out" not in e and e["stage"] == stage]
+
+
+def spy(monkeypatch, owner, name, change=lambda result, calls: result):
+    """Record the arguments and results of a function. change(result, calls) -> what it returns"""
+    calls, real = [], getattr(owner, name)
+
+    def wrapper(*args, **options):
+        result = real(*args, **options)
+        calls.append((args, result))
+        return change(result, calls)
+    monkeypatch.setattr(owner, name, wrapper)
+    return calls
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_all_parts(
+        monkeypatch, tmp_path, flip):
+    class Lpips(torch.nn.Module):
+        def forward(self, decoded, image):
+            return torch.tensor([6.0, 8.0])
+    monkeypatch.setattr(perceptual, "load_perceptual", Lpips)
+    monkeypatch.setattr(perceptual, "adversarial_losses", lambda *_: (torch.tensor(100.0), 0.0))
+    forward = spy(monkeypatch, m2.MultiScaleVQVAE, "forward")
+    loaded = spy(monkeypatch, m5, "to_float")
+    _, entries = train("tokenizer", tmp_path / "run", perceptual=3.0, adversarial=0.5, flip=flip,
+                       accumulate=4, quantizer="lfq", latent_dim=4)
+    for step, entry in enumerate(entries):
+        losses, errors = [], []
+        for _, (_, _, parts) in forward[4 * step:4 * step + 4]:
+            error, vq, extra = (float(x.detach()) for x in parts.values())
+            errors.append(error)
+            losses.append(error + 3 * 7 + 0.25 * (vq + extra))
+        late = min(max(0, (step / 10 - 0.2) / 0.2), 1)     # the critic joins after a fifth
+        assert entry["loss"] == pytest.approx(np.mean(losses) + 0.5 * late * 100, rel=1e-5)
+        assert entry["psnr"] == pytest.approx(10 * np.log10(4 / np.mean(errors)), rel=1e-5)
+        maps = zip(*[tokens for _, (_, tokens, _) in forward[4 * step:4 * step + 4]])
+        counts = health.count_codes([torch.cat(parts) for parts in maps], 16)
+        assert entry["used"] == health.usage(counts)["used"]
+    shown = torch.cat([image for (_, image), _ in forward])
+    image = torch.cat([result for _, result in loaded])
+    plain, mirrored = ((shown == x).flatten(1).all(1) for x in (image, image.flip(3)))
+    assert (plain ^ mirrored).all()
+    assert 0.3 < mirrored.float().mean() < 0.7 if flip else plain.all()
+
+
+@pytest.mark.parametrize("stage, changes", [
+    ("tokenizer", dict(learn="gradient", adversarial=1.0)), ("transformer", dict(drop_path=0.0))])
+def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(
+        monkeypatch, tmp_path, stage, changes):
+    monkeypatch.setattr(perceptual, "start_late", lambda progress: 1.0)
+    found = []
+    for parts in (1, 2, 8):
+        _, entries = train(stage, tmp_path / str(parts), accumulate=parts, label_dropout=0.0,
+                           steps=2, tokenizer_steps=2, **changes)
+        found.append([entries[0]["loss"], entries[0]["grad"], entries[1]["loss"]])
+    # The adversarial weight is a ratio of gradients, which differs a little from part to part.
+    assert np.allclose(found, found[0], rtol=0.05 if "adversarial" in changes else 1e-4)
+
+
+def test_stage_2_is_shown_shuffled_rows_of_the_cache_and_leaves_the_tokenizer_alone(
+        monkeypatch, tmp_path):
+    """A model that sees one class after the other learns nothing. 2 views of 32 images, 8 a step:
+    each view of each image once in 8 steps, with its label, then in another order."""
+    monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", lambda *_: pytest.fail("encoded again"))
+    calls = spy(monkeypatch, m5, "token_losses")
+    train("transformer", tmp_path / "run", steps=16, label_dropout=0.0)
+    batches = [args[2:] for args, _ in calls if args[0].training or len(args[3]) == 8][:16]
+    rows = {tuple(row): i for i, row in enumerate(np.concatenate(TOKENS).tolist())}
+    seen = [[rows[tuple(row)] for row in tokens.tolist()] for tokens, _ in batches]
+    for order, (_, labels) in zip(seen, batches):
+        assert labels.tolist() == [LABELS[i % 32] for i in order]
+        assert len(set(labels.tolist())) > 1
+    first, second = sum(seen[:8], []), sum(seen[8:], [])
+    assert sorted(first) == sorted(second) == list(range(64)) and first != second
+    tokenizer = calls[0][0][1]
+    settings = m5.Settings(**SIZES)
+    assert same(tokenizer.state_dict(), make_tokenizer(settings).state_dict())
+    assert not tokenizer.training
+
+
+def test_the_held_out_loss_is_the_mean_over_all_tokens_and_all_batches(tmp_path):
+    settings = m5.Settings(**SIZES)
+    tokenizer = make_tokenizer(settings).eval()
+    var = m4.VAR(m5.var_config(settings, tokenizer.config, 3)).eval()
+    for p in var.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))             # unlike tokens get unlike losses
+    tokens = np.random.default_rng(1).integers(0, 16, (130, 21))
+    labels = np.arange(130) % 3
+    text, found = m5.evaluate(var, tokenizer, ([tokens], labels), CPU, contextlib.nullcontext)
+    loss, right = m5.token_losses(var, tokenizer, *map(torch.from_numpy, (tokens, labels)))
+    loss = loss.detach()
+    assert found["loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
+    assert found["right"] == pytest.approx(float(right.float().mean()), rel=1e-5)
+    per_scale = [float(part.mean()) for part in loss.split([1, 4, 16], 1)]
+    assert found["per_scale"] == pytest.approx(per_scale, rel=1e-5)
+    assert "per-scale " + " ".join(f"{x:.2f}" for x in per_scale) in text
+
+
+def test_small_gradients_survive_float16(monkeypatch, tmp_path):
+    """Without a factor on the loss, they would be rounded to zero."""
+    spy(monkeypatch, m5, "token_losses", lambda result, calls: (1e-7 * result[0], result[1]))
+    norms = []
+    for precision in ("float32", "float16"):
+        _, entries = train("transformer", tmp_path / precision, precision=precision, steps=3)
+        norms.append([e["grad"] for e in entries])
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
+
+
+@pytest.mark.parametrize("stage, changes", [
+    ("tokenizer", dict(adversarial=1.0, flip=True, accumulate=2)),
+    ("tokenizer", dict(learn="gradient", optimizer="adamw", precision="bfloat16")),
+    ("transformer", dict(precision="float16", drop_path=0.2, accumulate=2))])
+def test_a_stage_that_was_stopped_goes_on_bit_for_bit(monkeypatch, tmp_path, stage, changes):
+    """With a critic, random flips and dropout, and in float16 with steps that were skipped."""
+    monkeypatch.setattr(perceptual, "start_late", lambda progress: 1.0)
+    spoilt = [] if stage == "tokenizer" else [3, 7]
+
+    def run(name, first):
+        parts = []
+
+        def spoil(result, calls):
+            parts.extend([1] * result[0].requires_grad)    # two a step, besides held-out images
+            bad = result[0].requires_grad and first + (len(parts) + 1) // 2 in spoilt
+            return (result[0] * torch.inf if bad else result[0]), result[1]
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-            held.extend(devices.move_small_arrays_to_gpu(arrays, torch.device("cuda")))
-        return held[-count:]
-    monkeypatch.setattr(m5, "move_small_arrays_to_gpu", pretend)
-    stages.append(stage_of(kind, steps=9, tokenizer_steps=9))
-    assert held and all(torch.is_tensor(x) and x.dtype != torch.uint16 for x in held)
-    assert same(*[list(stage.batches(0)) for stage in stages])
+            spy(patch, m5, "token_losses", spoil)
+            train(stage, tmp_path / name, **changes)
+    run("straight", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "stop_requested", lambda step: 15 * (step == 5))
+        with pytest.raises(SystemExit, match="143"):
+            run("stopped", 0)
+    run("stopped", 5)
+    straight, stopped = (checkpoints.load_checkpoint(tmp_path / name / f"{stage}.pt")
+                         for name in ("straight", "stopped"))
+    assert stopped["step"] == 10 and same(straight, stopped)
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("straight", "stopped")]
+    assert logs[0] == logs[1]
+    if spoilt:
+        assert straight["scaler"]["scale"] < 2.0 ** 11, "halved at every skipped step"
+    if "adversarial" in changes:
+        assert "critic" in straight
+        assert "critic" not in m5.load_tokenizer(tmp_path / "stopped" / "tokenizer.pt")[1]
 
 
-def test_the_loss_of_a_token_is_minus_the_log_of_its_softmax():
-    """Each token has its own, in nats, against a slow loop in float64; also on held-out tokens."""
-    stage = stage_of("transformer")
-    model = stage.model.eval()
-    for p in model.parameters():                           # unlike tokens must be unlike likely
-        p.data.add_(0.3 * torch.randn_like(p))
-    tokens, labels = map(torch.from_numpy, stage.data["test"])
-    tokens, stage.data["train"] = tokens[0], None
-    loss, right = stage.per_token(model, tokens, labels)
-    logits = model(labels, stage.tokenizer.teacher_inputs(list(tokens.split([1, 4, 16], 1))))
-    logits = logits.detach().double().numpy()
-    for b, t in np.ndindex(32, 21):
-        row, code = logits[b, t], int(tokens[b, t])
-        assert loss[b, t].item() == pytest.approx(np.log(np.exp(row).sum()) - row[code], rel=1e-4)
-        assert right[b, t].item() == (code == row.argmax())
-    assert loss.shape == (32, 21) and loss.std() > 0.1
-    text, numbers = stage.evaluate()
-    slow = [loss[:, a:b].mean().item() for a, b in ((0, 1), (1, 5), (5, 21))]
-    assert numbers["per_scale"] == pytest.approx(slow, rel=1e-4)
-    assert numbers["loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
-    assert "per-scale " + " ".join(f"{x:.2f}" for x in slow) in text
-    # What is trained on: a map of side s has s^2 tokens of weight 1/s, so shares 1, 2 and 4 of 7.
-    objective, (by_token, _) = stage.loss(stage.model, (tokens, labels), 0.5)
-    assert objective.item() == pytest.approx(np.dot(slow, [1, 2, 4]) / 7, rel=1e-4)
-    assert torch.equal(by_token, loss.mean(0))
-    alike = stage_of("transformer", side_power=0.0)
-    assert alike.token_weight.tolist() == [1.0] * 21
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_harm_nothing(
+        monkeypatch, tmp_path, stage):
+    """Three of them alone are skipped."""
+    bad = [2, 3, 4, *range(6, 99)]
+    owner, name = (m5, "token_losses") if stage == "transformer" else (m2.MultiScaleVQVAE,
+                                                                       "forward")
+
+    def spoil(result, calls):
+        factor = torch.nan if len(calls) in bad else 1.0
+        if stage == "transformer":
+            return factor * result[0], result[1]
+        return factor * result[0], result[1], {k: factor * v for k, v in result[2].items()}
+    calls = spy(monkeypatch, owner, name, spoil)
+    with pytest.raises(BadInput, match="ten steps in a row.*learning rate.*--fresh"):
+        train(stage, tmp_path / "run", steps=99, tokenizer_steps=99, save_every=1)
+    assert len(calls) == 15
+    state = checkpoints.load_checkpoint(tmp_path / "run" / f"{stage}.pt")
+    moments = [x for o in state["optimizers"] for s in o["state"].values() for x in s.values()]
+    assert all(x.isfinite().all() for x in [*state["model"].values(), *moments])
 
 
-@pytest.mark.parametrize("flip, kind, progress, heard", [
-    (False, "l2", 0.1, 0), (True, "l1", 0.3, 0.5), (False, "l2", 0.9, 1)])
-def test_the_loss_of_stage_1_and_half_of_its_images_mirrored_if_asked(flip, kind, progress, heard):
-    """Picture, LPIPS and quantization with their weights, and a critic that is heard late."""
-    stage, seen = stage_of("tokenizer", flip=flip, picture_loss=kind, vq_weight=0.5, perceptual=3.0,
-                           adversarial=0.25), []
-    stage.perceptual = lambda rebuilt, image: torch.tensor([6.0, 8.0])
-    stage.critic = SimpleNamespace(loss=lambda image, rebuilt, image_loss: 100 * image_loss)
+# -- The same run again ----------------------------------------------------------------------------
 
-    def model(image):
-        seen.append(image)
-        return 0 * image, [], dict(reconstruction=torch.tensor(2.0), vq=torch.tensor(3.0), extra=5)
-    pixels = next(stage.batches(0))[0].repeat(8, 1, 1, 1)
-    loss, _ = stage.loss(model, (pixels,), progress)
-    picture = 3 * 7 + (2 if kind == "l2" else seen[0].abs().mean().item())
-    wanted = picture + 0.5 * (3 + 5) + 0.25 * heard * 100 * picture
-    assert loss.item() == pytest.approx(wanted, rel=1e-5)
-    image = batches.to_float(pixels)
-    mirrored, plain = ([torch.equal(a, b) for a, b in zip(seen[0], other)]
-                       for other in (image.flip(3), image))
-    assert all(a != b for a, b in zip(mirrored, plain))
-    assert 0.2 < np.mean(mirrored) < 0.8 if flip else not any(mirrored)
+def test_changed_settings_are_refused_by_name_and_nothing_is_lost(refused, cli, tiny, tmp_path):
+    run = shutil.copytree(tiny.folder, tmp_path / "run")
+    options = [*tiny.options, "--out", run]
+    for change, name in (("--lr 0.5", "lr 0.0015 -> 0.5"), ("--steps 25", "steps 24 -> 25"),
+                         ("--tokenizer-lr 0.5", "tokenizer_lr"), ("--views 3", "views"),
+                         ("--precision bfloat16", "precision"), ("--beta 1", "beta")):
+        line = refused(SCRIPT, *options, *change.split())
+        assert name in line and ("--fresh" in line or "--beta" in line)
+    for name in ("tokenizer.pt", "transformer.pt"):
+        assert (run / name).read_bytes() == (tiny.folder / name).read_bytes()
+    # The precision that was refused is not the run's, and some settings may change.
+    result = cli(SCRIPT, *options, "--precision", "auto", "--accumulate", 2, "--log-every", 7)
+    assert result.status == 0, result.err
+    assert result.out.count("resuming at step 24") == 2
+    assert log_of(run) == log_of(tiny.folder)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_has_its_default(refused, cli, tiny, tmp_path):
+    run = shutil.copytree(tiny.folder, tmp_path / "run")
+    options = [*tiny.options, "--out", run]
+    for name in ("tokenizer", "transformer"):
+        state = checkpoints.load_checkpoint(run / f"{name}.pt")
+        for setting in ("clip", "seed", "coarse", "label_dropout"):
+            state["settings"].pop(setting, None)
+            state["config"].pop(setting, None)
+        torch.save(state, run / f"{name}.pt")
+    assert cli(SCRIPT, *options).out.count("resuming at step 24") == 2
+    assert "clip 2.0 -> 3.0" in refused(SCRIPT, *options, "--clip", 3)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_fresh_trains_what_the_stage_names_anew_and_what_depends_on_it(cli, tiny, tmp_path, stage):
+    run = shutil.copytree(tiny.folder, tmp_path / "run")
+    options = [*tiny.options, "--out", run, "--stage", stage, "--fresh"]
+    assert cli(SCRIPT, *options, "--steps", 2, "--tokenizer-steps", 2).status == 0
+    steps = {path.stem: checkpoints.load_checkpoint(path)["step"] for path in run.glob("*.pt")}
+    assert steps == ({"tokenizer": 2} if stage == "tokenizer" else {"tokenizer": 24,
+                                                                     "transformer": 2})
+
+
+@pytest.mark.parametrize("damage", [lambda old: old[:5000], lambda old: b"text",
+                                    lambda old: (0, "wrong")])
+def test_a_damaged_checkpoint_is_one_line_that_names_it(refused, tiny, tmp_path, damage):
+    run = shutil.copytree(tiny.folder, tmp_path / "run")
+    path = run / "transformer.pt"
+    content = damage(path.read_bytes())
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:                                                  # readable, but a weight has no shape
+        state = checkpoints.load_checkpoint(path)
+        state["model"]["start"] = torch.zeros(3)
+        torch.save(state, path)
+    line = refused(SCRIPT, *tiny.options, "--out", run)
+    assert "transformer.pt" in line and len(line) < 250
 
 
 # -- Stage 2 on a tokenizer from a file ------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def released_file(tmp_path_factory):
-    """A small tokenizer in the layout of vae_ch160v4096z32.pth: 64 px, maps of 1, 2, 3 and 4."""
-    keys = json.loads((Path(__file__).parent / "golden" / "tiny_keys.json").read_text())
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("released") / "vae.pth"
-    torch.save({name: 0.1 * torch.randn(shape) for name, shape in keys["plain"]["vae"].items()},
-               path)
-    return path
-
-
-ON_FILE = ("--stage transformer --depth 1 --set width=16 heads=2 --views 2 --batch-size 4 "
-           "--workers 0 --log-every 1 --device cpu --precision float32 --steps 3").split()
-
-
 def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
-        cli, refused, tiny, tmp_path, released_file):
-    run = tmp_path / "run"
-    options = [*ON_FILE, "--dataset", tiny.pictures, "--image-size", 64, "--out", run]
-    file = ["--tokenizer-file", released_file]
-    for more, word in ((["--tokenizer-file", "nowhere.pth"], "nowhere.pth"),
-                       ([*file, "--image-size", 48], "scale")):
-        assert word in refused(SCRIPT, *options, *more) and not run.exists()
-    result = cli(SCRIPT, *options, *file)
+        cli, refused, tiny, tmp_path):
+    """The file has the layout of vae_ch160v4096z32.pth: 64 px, maps of 1, 2, 3 and 4."""
+    keys = json.loads((ROOT / "tests" / "golden" / "tiny_keys.json").read_text())
+    torch.manual_seed(0)
+    weights = {name: 0.1 * torch.randn(shape) for name, shape in keys["plain"]["vae"].items()}
+    torch.save(weights, tmp_path / "vae.pth")
+    options = [*"--depth 1 --width 16 --heads 2 --batch-size 4 --workers 0 --steps 3 --image-size "
+               "64 --stage transformer --device cpu --precision float32 --out run".split(),
+               "--dataset", tiny.pictures]
+    assert "last scale" in refused(SCRIPT, *options, "--tokenizer-file", "vae.pth",
+                                   "--image-size", 48)
+    result = cli(SCRIPT, *options, "--tokenizer-file", "vae.pth")
     assert result.status == 0, result.err
-    weights = torch.load(released_file, weights_only=True)
-    tokenizer, about = m5.load_tokenizer(run / "tokenizer.pt")
+    tokenizer, about = m5.load_tokenizer("run/tokenizer.pt")
     assert torch.equal(tokenizer.quantizer.codebook, weights["quantize.embedding.weight"])
     assert torch.equal(tokenizer.decoder.conv_out.weight, weights["decoder.conv_out.weight"])
-    assert tokenizer.config.scales == (1, 2, 3, 4) and about["class_names"] == ["ant", "bee", "cat"]
-    images, *_ = load_data(str(tiny.pictures), "test", 64)
-    image = batches.to_float(batches.sample_of(images, len(images)))
-    cache = np.load(run / "tokens_test.npy")[0]
-    assert np.array_equal(cache, torch.cat(tokenizer.image_to_tokens(image), 1).numpy())
-
-    again = cli(SCRIPT, *options)
-    assert again.status == 0 and "trained for 3 steps" in again.out, again.err
-    sampled = cli("06_sample_and_edit.py", "--run", run, "--task", "sample", "--n", 2, "--classes",
-                  "bee", "--device", "cpu", "--out", tmp_path / "made")
-    assert sampled.status == 0 and (tmp_path / "made" / "samples.png").exists(), sampled.err
+    assert tokenizer.config.scales == (1, 2, 3, 4)
+    assert "resuming at step 3" in cli(SCRIPT, *options).out
     another = ["--tokenizer-file", tiny.folder / "tokenizer.pt"]           # that of another run
-    assert "another tokenizer" in refused(SCRIPT, *options, *another)
-    assert same(tokenizer.state_dict(), m5.load_tokenizer(run / "tokenizer.pt")[0].state_dict())
-    assert cli(SCRIPT, *options, *another, "--fresh").status == 0
-    assert same(*[checkpoints.load_checkpoint(folder / "tokenizer.pt")["model"]
-                  for folder in (run, tiny.folder)])
-
-
-def test_a_tokenizer_that_was_trained_in_the_folder_stays_when_a_file_holds_the_same(
-        cli, tiny, tmp_path):
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    options = [*tiny.options, "--stage", "transformer", "--steps", 1, "--out", tmp_path / "run"]
-    assert cli(SCRIPT, *options, "--fresh", "--tokenizer-file",
-               tiny.folder / "tokenizer.pt").status == 0
-    assert same(*[checkpoints.load_checkpoint(folder / "tokenizer.pt")
-                  for folder in (tmp_path / "run", tiny.folder)])
-
-
-def test_a_released_file_always_gives_the_same_tokenizer(released_file):
-    """Also its buffers that training alone uses: a run knows its tokenizer by all of them."""
-    one = m5.open_tokenizer(released_file, (1, 2, 3, 4)).state_dict()
-    dirt = [torch.full((64, 8), torch.nan) for _ in range(100)]      # what memory may hold
-    del dirt
-    assert same(one, m5.open_tokenizer(released_file, (1, 2, 3, 4)).state_dict())
-    assert all(value.isfinite().all() for value in one.values())
-
-
-# -- Steps -----------------------------------------------------------------------------------------
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the program wait for a GPU: a look at a number, a shape that depends on
-    numbers, torch.multinomial's check of its weights."""
-    names = "_local_scalar_dense bincount nonzero multinomial masked_select _unique2 equal"
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split("::")[1].split(".")[0]
-        index = args[1] if name in ("index", "index_put_", "index_put") else ()
-        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in index)
-        self.count += name in self.names.split() or masked
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kind, settings", [
-    ("transformer", {}), ("transformer", dict(optimizer="adamw", accumulate=2)),
-    ("tokenizer", dict(flip=True)), ("tokenizer", dict(adversarial=1.0, picture_loss="l1")),
-    ("tokenizer", dict(learn="gradient")), ("transformer", dict(precision="float16"))])
-def test_a_training_step_does_not_make_a_gpu_wait(kind, settings):
-    stage = stage_of(kind, **{"learn": "ema", **settings})
-    batches_ = stage.batches(0)
-    m5.train_step(stage, stage.model, next(batches_), 0.9)     # places the codes on the data
-    batch = next(batches_)
-    with Waits() as waits:
-        m5.train_step(stage, stage.model, batch, 0.9)
-    assert waits.count == len(stage.optimizers), "a CPU looks whether to skip the step, no more"
-
-
-def test_the_gradient_of_the_model_is_clipped_and_the_critics_is_not():
-    stage, norms = stage_of("tokenizer", adversarial=1.0, clip=1e-3), []
-    for optimizer in stage.optimizers:
-        optimizer.step = lambda: None                      # else the gradients were cleared
-        optimizer.zero_grad = lambda set_to_none: None
-    result = m5.train_step(stage, stage.model, next(stage.batches(0)), 1.0)
-    for part in (stage.model, stage.modules["critic"]):
-        grads = [p.grad.flatten() for p in part.parameters() if p.grad is not None]
-        norms.append(torch.cat(grads).norm().item())
-    assert norms[0] == pytest.approx(1e-3, rel=1e-2) and min(norms[1], result.norm) > 2e-3
-
-
-def test_steps_in_a_row_that_are_not_finite_stop_the_run_with_one_line(refused, tiny, tmp_path,
-                                                                       monkeypatch):
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    seen, loss = [], m5.TransformerStage.loss
-
-    def spoil(self, model, batch, progress):
-        seen.append(progress)
-        value, metrics = loss(self, model, batch, progress)
-        return value * (torch.nan if len(seen) > 5 else 1), metrics
-    monkeypatch.setattr(m5.TransformerStage, "loss", spoil)
-    line = refused(SCRIPT, *tiny.options, "--stage", "transformer", "--fresh", "--out",
-                   tmp_path / "run")
-    assert "finite" in line and "learning rate" in line and len(seen) == 15
-    kept = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")["model"]
-    assert all(v.isfinite().all() for v in kept.values())
-
-
-# -- Resumed, refused ------------------------------------------------------------------------------
-
-def test_other_settings_on_resume_are_refused_name_what_changed_and_lose_nothing(
-        refused, cli, tiny, tmp_path):
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    options = [*tiny.options, "--out", tmp_path / "run"]
-    for change, name in (("--lr 0.5", "lr"), ("--tokenizer-lr 0.5", "tokenizer_lr"),
-                         ("--steps 25", "steps"), ("--precision bfloat16", "precision"),
-                         ("--set vq_weight=0.5", "vq_weight")):
-        line = refused(SCRIPT, *options, *change.split())
-        assert f"{name} " in line and "--fresh" in line
-    assert same(checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt"),
-                checkpoints.load_checkpoint(tiny.folder / "transformer.pt"))
-    # The precision that was refused must not be taken for the run's by the next command.
-    result = cli(SCRIPT, *options, "--precision", "auto", "--accumulate", 2, "--log-every", 7)
-    assert result.status == 0 and result.out.count("trained for 24 steps") == 2
-    assert log_of(tmp_path / "run") == log_of(tiny.folder)
-
-
-def test_starting_over_forgets_the_transformer_of_other_tokens(cli, tiny, tmp_path):
-    shutil.copytree(tiny.folder, tmp_path / "run")
-    options = [*tiny.options, "--tokenizer-steps", 2, "--steps", 2, "--out", tmp_path / "run"]
-    assert cli(SCRIPT, *options, "--fresh", "--stage", "tokenizer").status == 0
-    assert not (tmp_path / "run" / "transformer.pt").exists()
-    assert cli(SCRIPT, *options).status == 0
-
-
-def test_some_of_the_classes_train_stage_2_on_the_tokenizer_of_all(cli, refused, stage_2,
-                                                                   monkeypatch):
-    options = [*stage_2.options, "--steps", 2, "--classes"]
-    result = cli(SCRIPT, *options, "cat", "bee")
-    assert result.status == 0 and "2 classes" in result.out
-    state = checkpoints.load_checkpoint(stage_2.folder / "transformer.pt")
-    assert state["class_names"] == ["bee", "cat"] and state["config"]["num_classes"] == 2
-    tokens = np.load(stage_2.folder / "tokens_train.npy")
-    assert 0 < tokens.shape[1] < 57, "the images of ant have no tokens"
-    assert "trained for 2 steps" in cli(SCRIPT, *options, "Bee", "2").out
-    assert "classes" in refused(SCRIPT, *options, "2")     # the first two: other classes
-    assert "'dog'" in refused(SCRIPT, *options, "dog")
-    seen = []
-
-    def look(settings, processes, folder, config, *images_and_names):
-        seen.append([len(part) for part in images_and_names])
-        raise BadInput("seen")
-    monkeypatch.setattr(m5, "TokenizerStage", look)
-    refused(SCRIPT, *options, "cat", "bee", "--stage", "all")
-    assert seen == [[57, 3, 2]], "stage 1 has all images"
-
-
-# -- Two processes ---------------------------------------------------------------------------------
-
-def train_rank(rank, folder, options):
-    """One of two processes that train a tokenizer; it notes all buffers after every step."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    observe, update = m1.VectorQuantizer.observe, m1.VectorQuantizer.update
-    tokens, buffers, revived = [], [], []
-
-    def spy(self, groups, indices):
-        observe(self, groups, indices)
-        tokens.append([idx.flatten() for idx in indices])
-
-    def spy_on_update(self, accepted):
-        self.decay, before = 0.7, self.hits.clone()        # forgets soon, so codes fall out of use
-        update(self, accepted)
-        revived.append(int(((self.hits == 1) & (before != 1)).sum()))
-        buffers.append({name: value.clone() for name, value in self.state_dict().items()})
-    m1.VectorQuantizer.observe, m1.VectorQuantizer.update = spy, spy_on_update
-    m5.train_all(*m5.read_settings([*options, "--out", f"{folder}/run"]))
-    torch.save(dict(tokens=tokens, buffers=buffers, revived=revived), f"{folder}/{rank}.pt")
-
-
-@pytest.mark.slow
-def test_two_processes_have_one_codebook_and_count_its_usage_together(tiny, tmp_path):
-    """Three scales use three of the four phis: one has no gradient, and that is fine."""
-    options = [*tiny.options, *"--stage tokenizer --tokenizer-steps 20 --vocab-size 64 "
-               "--log-every 5".split()]
-    torch.multiprocessing.spawn(train_rank, (str(tmp_path), options), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert sum(one["revived"]) > 20 and not same(one["tokens"], two["tokens"])
-    assert set(one["buffers"][0]) == {"codebook", "hits", "sums", "initialised"}
-    for step in range(20):
-        assert same(one["buffers"][step], two["buffers"][step]), step
-    entries = [e for e in log_of(tmp_path / "run") if "held_out" not in e]
-    assert [e["step"] for e in entries] == [5, 10, 15, 20]
-    for entry in entries:                                  # of five steps and of both processes
-        steps = [process["tokens"][step] for process in (one, two)
-                 for step in range(entry["step"] - 5, entry["step"])]
-        scales = [torch.cat(parts) for parts in zip(*steps)]
-        expected = health.usage(health.count_codes(scales, 64))
-        for key in ("used", "used_overall", "perplexity", "perplexity_overall"):
-            assert entry[key] == pytest.approx(expected[key]), key
+    assert "choose a new folder" in refused(SCRIPT, *options, *another)
+    assert cli(SCRIPT, *options, *another, "--out", "new").status == 0
+    found = m5.load_tokenizer("new/tokenizer.pt")[0], m5.load_tokenizer(another[1])[0]
+    assert same(*(model.state_dict() for model in found))
+    line = refused(SCRIPT, *options, "--stage", "all", "--out", "new", "--image-size", 16,
+                   *"--scales 1,2,4 --multipliers 1,2 --unshuffle 2 --vocab-size 16 --latent-dim 4 "
+                   "--channels 8 --groups 4".split())
+    assert "--tokenizer-file" in line and "--stage transformer" in line

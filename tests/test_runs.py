@@ -1,0 +1,397 @@
+"""Runs that are stopped, killed, resumed, or shared by two processes; files and folders of a run."""
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, log_of, random_models, same, start
+
+from data.batches import to_float, view_of
+from engine import BadInput, checkpoints
+from report import health
+
+m2, m4, m5 = map(import_module, ("02_multiscale_vqvae", "04_var_transformer", "05_train"))
+SCRIPT = "05_train.py"
+
+# 05_train.py with a mishap. torchrun starts the same file again in every process.
+MISHAP = f"""
+import multiprocessing, os, signal, sys, time
+from importlib import import_module
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+m1, m2, m5 = map(import_module, ("01_vq", "02_multiscale_vqvae", "05_train"))
+from engine import distributed
+RANK = int(os.environ.get("RANK", -1))               # -1: one process, or the launcher
+
+def before(count, owner, name, then, only=""):
+    '''then() before the count-th call of owner.name whose first argument holds `only`'''
+    real, calls = getattr(owner, name), []
+    def spy(*args, **options):
+        if only in str(args[0]):
+            calls.append(name)
+            if len(calls) == count:
+                then()
+        return real(*args, **options)
+    setattr(owner, name, spy)
+
+def send(name, pid):
+    os.kill(pid, getattr(signal, name))
+
+m5.subprocess.call = lambda *args: 0                 # do not draw samples
+"""
+
+
+@pytest.fixture
+def with_mishap(tmp_path):
+    """with_mishap(code, *options): 05_train.py in a process of its own, which runs the code first.
+    -> .status .out .err"""
+    def call(code, *options):
+        script = tmp_path / "mishap.py"
+        script.write_text(f"{MISHAP}\n{code}\nm5.run_main(m5.main)\n")
+        process = start(script, *options, cwd=tmp_path)
+        out, err = process.communicate(timeout=300)
+        return SimpleNamespace(status=process.returncode, out=out, err=err)
+    return call
+
+
+def last_entries(folder):
+    """What was logged. A step that was logged, lost and taken again counts once."""
+    return {(e["stage"], e["step"], "held_out" in e): e for e in log_of(folder)}
+
+
+def assert_same_run(a, b):
+    """Every bit: weights, optimizers, steps, settings, tokens, what was logged."""
+    for name in ("tokenizer.pt", "transformer.pt"):
+        assert same(*[checkpoints.load_checkpoint(folder / name) for folder in (a, b)]), name
+    assert last_entries(a) == last_entries(b)
+    caches = sorted(path.name for path in b.glob("*.npy"))
+    assert sorted(path.name for path in a.glob("*.npy")) == caches and len(caches) == 3
+    for name in caches:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+# -- Stopped and killed ----------------------------------------------------------------------------
+
+def test_a_signal_is_obeyed_after_the_step_and_the_same_command_resumes(
+        cli, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    for name, owner, function, count, words in [
+            ("SIGTERM", m5, "take_step", 13, "at step 13 of the tokenizer, saved"),
+            ("SIGINT", m5, "view_batches", 2, "while tokenizing"),
+            ("SIGHUP", m5, "take_step", 8, "at step 8 of the transformer, saved")]:
+        real, calls, number = getattr(owner, function), [], getattr(signal, name)
+
+        def spy(*args, real=real, calls=calls, count=count, number=number):
+            calls.append(args)
+            if len(calls) == count:
+                os.kill(os.getpid(), number)
+            return real(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, spy)
+            result = cli(SCRIPT, *tiny.options, "--out", out)
+        assert (result.status, result.err) == (128 + number, "")
+        assert result.out.splitlines()[-1] == f"stopped {words}; the same command resumes"
+        assert not result.started
+    result = cli(SCRIPT, *tiny.options, "--out", out)
+    assert "tokenizer: resuming at step 24" in result.out
+    assert "transformer: resuming at step 8" in result.out
+    assert_same_run(out, tiny.folder)
+    command, = result.started                              # chapter 6 draws samples
+    assert command[1].endswith("06_sample_and_edit.py") and str(out) in command
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_one_moment_after_the_other_still_ends_bit_for_bit(
+        with_mishap, tiny, tmp_path):
+    """Each process resumes what the one before it has saved; calls are counted anew in each."""
+    run = tmp_path / "run"
+    for moment, only, left in [
+            ("1, os, 'replace'", "tokenizer.pt", "tokenizer.pt.*.tmp"),
+            ("13, m5, 'take_step'", "", "tokenizer.pt"),
+            ("2, os, 'replace'", "tokenizer.pt", "tokenizer.pt.*.tmp"),
+            ("2, m5, 'view_batches'", "", "tokens_train_*_1.tmp"),
+            ("1, os, 'replace'", "tokens_test", "tokens_test_*_0.tmp"),
+            ("8, m5, 'take_step'", "", "transformer.pt"),
+            ("2, os, 'replace'", "transformer.pt", "transformer.pt.*.tmp")]:
+        kill = f"before({moment}, lambda: send('SIGKILL', os.getpid()), {only!r})"
+        result = with_mishap(kill, *tiny.options, "--out", run)
+        assert (result.status, result.err) == (-9, ""), (moment, result)
+        assert list(run.glob(left)), (moment, sorted(run.iterdir()))
+    result = with_mishap("", *tiny.options, "--out", run)
+    assert (result.status, result.err) == (0, ""), result
+    assert_same_run(run, tiny.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options", [
+    ("SIGTERM", ["--workers", 2]), ("SIGINT", ["--workers", 2]),
+    ("SIGTERM", ["--gpus", 2, "--workers", 1])])
+def test_a_signal_to_the_whole_group_spares_the_loading_workers_and_the_run_saves(
+        name, options, tiny, tmp_path):
+    """A terminal, SLURM and systemd signal every process, also those that decode images."""
+    path, number = tmp_path / "run" / "tokenizer.pt", getattr(signal, name)
+    process = start(SCRIPT, *tiny.options, "--tokenizer-steps", 100_000, "--out", path.parent,
+                    *options, cwd=tmp_path)
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=100)
+    step = checkpoints.load_checkpoint(path)["step"]
+    assert out.splitlines()[-1] == (
+        f"stopped at step {step} of the tokenizer, saved; the same command resumes"), (out, err)
+    if "--gpus" not in options:                            # torchrun has a status of its own
+        assert (process.returncode, err) == (128 + number, "")
+
+
+@pytest.mark.slow
+def test_a_killed_loading_worker_is_one_line(with_mishap, tiny, tmp_path):
+    kill = ("before(8, m5, 'take_step', "
+            "lambda: [worker.kill() for worker in multiprocessing.active_children()])")
+    result = with_mishap(kill, *tiny.options, "--workers", 1, "--out", tmp_path / "run")
+    assert result.status == 2 and result.err.count("\n") == 1, result
+    assert result.err.startswith("mishap.py: ") and "--workers" in result.err
+    assert checkpoints.load_checkpoint(tmp_path / "run" / "tokenizer.pt")["step"] == 5
+
+
+# -- Two processes ---------------------------------------------------------------------------------
+
+# Stage 2 without what differs between processes: their random numbers, and Muon's rounding.
+ALIKE = ("--stage transformer --label-dropout 0 --drop-path 0 --optimizer adamw --steps 14 "
+         "--save-every 4").split()
+
+
+def with_tokenizer(tiny, folder):
+    """A new folder with the tokenizer of the tiny run. -> the options that train stage 2 in it"""
+    folder.mkdir()
+    shutil.copy(tiny.folder / "tokenizer.pt", folder)
+    return [*tiny.options, *ALIKE, "--out", folder]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_all_save_when_their_launcher_gets_a_signal(
+        with_mishap, tiny, tmp_path):
+    """Tokens, what is logged, and the weights, which differ by little of what training changed."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = with_mishap("", *with_tokenizer(tiny, one))
+    assert (result.status, result.err) == (0, ""), result
+    words = [*with_tokenizer(tiny, two), "--gpus", 2, "--accumulate", 2,
+             "--activation-checkpointing"]
+    wait = """
+def stop():
+    if RANK == 0:
+        send("SIGTERM", os.getppid())
+    while not distributed.stop_requested():
+        time.sleep(0.01)
+if RANK >= 0:
+    before(7, m5, "take_step", stop)
+"""
+    result = with_mishap(wait, *words)
+    assert result.status != 0, result
+    assert "\nstopped at step 10 of the transformer, saved; the same" in result.out
+    assert checkpoints.load_checkpoint(two / "transformer.pt")["step"] == 10
+    result = with_mishap("", *words)
+    assert result.status == 0 and "resuming at step 10" in result.out, result
+
+    for path in one.glob("*.npy"):
+        assert path.read_bytes() == (tiny.folder / path.name).read_bytes(), "as in the tiny run"
+        assert path.read_bytes() == (two / path.name).read_bytes()
+    logs = last_entries(one), last_entries(two)
+    assert logs[0].keys() == logs[1].keys() and len(logs[0]) == 14 + 4
+    for key, x in logs[0].items():
+        x, y = (entry.get("held_out", entry) for entry in (x, logs[1][key]))
+        for number in {"loss", "per_scale", "right", "grad"} & x.keys():
+            assert x[number] == pytest.approx(y[number], rel=2e-4, abs=1e-5), (key, number)
+    states = [checkpoints.load_checkpoint(folder / "transformer.pt") for folder in (one, two)]
+    torch.manual_seed(0)
+    begin = m4.VAR(m4.VARConfig(**states[0]["config"])).state_dict()
+    for name, weight in states[0]["model"].items():
+        moved = (weight - begin[name]).norm()
+        assert (states[1]["model"][name] - weight).norm() < 0.01 * moved + 1e-5, name
+    assert moved > 0 and states[1]["step"] == 14
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_codebook_and_count_its_usage_together(with_mishap, tiny, tmp_path):
+    """Codes that are soon forgotten fall out of use, so they are revived, alike in both."""
+    notes = """
+real = m5.train_tokenizer
+def note(settings, tokenizer, *args):
+    tokenizer.quantizer.decay, counts, revived = 0.7, [], []
+    count_codes, draw = m5.health.count_codes, tokenizer.quantizer.draw_vectors
+    def spy(tokens, vocab_size):
+        counts.append(count_codes(tokens, vocab_size))
+        return counts[-1]
+    m5.health.count_codes = spy
+    tokenizer.quantizer.draw_vectors = lambda groups: revived.append(1) or draw(groups)
+    real(settings, tokenizer, *args)
+    found = dict(counts=torch.stack(counts), revived=len(revived), state=tokenizer.state_dict())
+    torch.save(found, f"{RANK}.pt")
+m5.train_tokenizer = note
+"""
+    result = with_mishap(notes, *tiny.options, *"--stage tokenizer --tokenizer-steps 20 "
+                         "--vocab-size 64 --log-every 5 --gpus 2 --out run".split())
+    assert result.status == 0, result
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert ranks[0]["revived"] > 3 and same(ranks[0]["state"], ranks[1]["state"])
+    counts = []
+    for found in ranks:                                    # two images a step, not held-out ones
+        counts.append(found["counts"][found["counts"].sum((1, 2)) == 2 * 21])
+        assert len(counts[-1]) == 20
+    assert not torch.equal(*counts)
+    entries = [e for e in log_of(tmp_path / "run") if "held_out" not in e]
+    for entry, part in zip(entries, sum(counts).split(5), strict=True):
+        for key, value in health.usage(part.sum(0)).items():
+            assert entry[key] == pytest.approx(value), key
+
+
+# -- The token cache -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("V, dtype", [(16, np.uint16), (2 ** 16 + 1, np.int32)])
+def test_the_cache_holds_the_tokens_of_every_view_is_made_once_and_only_for_these_images(
+        monkeypatch, tmp_path, V, dtype):
+    tokenizer, _ = random_models(V=V)
+    images = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), dtype=np.uint8)
+    settings = m5.Settings(out=str(tmp_path), views=3, precision="float32", workers=0)
+    encoded, tokenize = [], m2.MultiScaleVQVAE.image_to_tokens
+    monkeypatch.setattr(m5, "per_pass", lambda side: 4)
+    monkeypatch.setattr(m2.MultiScaleVQVAE, "image_to_tokens",
+                        lambda self, image: encoded.append(image) or tokenize(self, image))
+
+    def views(split="train"):
+        encoded.clear()
+        return m5.encode_once(settings, tokenizer, images, split, torch.device("cpu"))
+    found, rows = views(), np.arange(20)
+    assert len(found) == 3 and len(encoded) == 3 * 5
+    for view, cache in enumerate(found):
+        image = view_of(to_float(torch.from_numpy(images)), view, rows, 20)
+        tokens = [torch.cat(tokenize(tokenizer, part), 1) for part in image.split(4)]
+        assert cache.dtype == dtype and np.array_equal(cache, torch.cat(tokens))
+        assert isinstance(cache, np.memmap) and not cache.flags.writeable
+    again = views()
+    assert not encoded and all(map(np.array_equal, found, again))
+    assert len(views("test")) == 1
+    next(tmp_path.glob("tokens_train_*_1.npy")).unlink()   # one is missing
+    assert np.array_equal(views()[1], found[1]) and len(encoded) == 5
+    images[19, 15, 15, 2] ^= 1
+    views()
+    assert len(encoded) == 15
+    tokenizer.quant_conv.weight.data += 1e-3
+    views()
+    assert len(encoded) == 15 and not list(tmp_path.glob("*.tmp"))
+
+
+# -- Files -----------------------------------------------------------------------------------------
+
+def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    checkpoints.save_atomically({"step": 1}, path)
+    with pytest.raises(Exception, match="pickle"):         # some of the file is written by then
+        checkpoints.save_atomically({"step": 2, "model": lambda: None}, path)
+
+    def full_disk(number):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    for write, value in ((checkpoints.save_atomically, {"step": 2}),
+                         (checkpoints.write_atomically, "new")):
+        with pytest.raises(OSError, match=f"cannot write {path}: No space left"):
+            write(value, path)
+    assert checkpoints.load_checkpoint(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_whatever_is_no_checkpoint_is_refused_and_code_in_it_never_runs(tmp_path):
+    victim, path = tmp_path / "ran", tmp_path / "model.pt"
+
+    def saved(value):
+        torch.save(value, path)
+        return path.read_bytes()
+    whole = saved({"model": torch.zeros(1000)})
+    for content in (b"", whole[:len(whole) // 2], "text é".encode(), pickle.dumps(Hostile(victim)),
+                    saved({"model": Hostile(victim)}), saved([1, 2])):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match="model.pt: .*$"):
+            checkpoints.load_checkpoint(path)
+    assert not victim.exists(), "loading ran code from the file"
+    with pytest.raises(BadInput, match="no such"):
+        checkpoints.load_checkpoint(tmp_path / "missing.pt")
+    for value in ({"tokenizer": torch.zeros(3)}, {"tokenizer": {"config": {"V": 1}}}, {}):
+        saved(value)
+        with pytest.raises(BadInput, match="model.pt: does not hold a tokenizer"):
+            m5.load_tokenizer(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function, count, room, word", [
+    ("take_step", 8, 20_000, "tokenizer.pt"), ("view_batches", 1, 100, "File too large"),
+    ("take_step", 30, 30_000, "transformer.pt")])
+def test_a_full_disk_is_one_line_and_nothing_is_lost(
+        refused, cli, tiny, tmp_path, monkeypatch, function, count, room, word):
+    """From some call on, no file can grow beyond so many bytes."""
+    resource = pytest.importorskip("resource")
+    limits, calls, real = resource.getrlimit(resource.RLIMIT_FSIZE), [], getattr(m5, function)
+
+    def spy(*args):
+        calls.append(args)
+        if len(calls) == count:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        return real(*args)
+    options = [*tiny.options, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(m5, function, spy)
+        try:
+            line = refused(SCRIPT, *options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert word in line, line
+    assert cli(SCRIPT, *options).status == 0
+    assert_same_run(tmp_path / "run", tiny.folder)
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_that_cannot_be_made_is_one_line(refused, tiny, tmp_path, below):
+    (tmp_path / "note.txt").write_text("no folder")
+    line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "note.txt" / below)
+    assert "note.txt" in line and (tmp_path / "note.txt").read_text() == "no folder"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from engine.checkpoints import claim
+lock = claim(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_a_folder_belongs_to_one_run_until_it_ends_however_it_ends(refused, tiny, tmp_path):
+    run = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        line = refused(SCRIPT, *tiny.options, "--out", run)
+        assert f"{run} is in use by another run" in line and "--out" in line
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert checkpoints.claim(run)
