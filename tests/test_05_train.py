@@ -493,7 +493,8 @@ def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
     assert torch.equal(tokenizer.quantizer.codebook, weights["quantize.embedding.weight"])
     assert torch.equal(tokenizer.decoder.conv_out.weight, weights["decoder.conv_out.weight"])
     assert tokenizer.config.scales == (1, 2, 3, 4)
-    assert "resuming at step 3" in cli(SCRIPT, *options).out
+    for file in ([], ["--tokenizer-file", "vae.pth"]):
+        assert "resuming at step 3" in cli(SCRIPT, *options, *file).out
     another = ["--tokenizer-file", tiny.folder / "tokenizer.pt"]           # that of another run
     assert "choose a new folder" in refused(SCRIPT, *options, *another)
     assert cli(SCRIPT, *options, *another, "--out", "new").status == 0

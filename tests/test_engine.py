@@ -1,0 +1,414 @@
+"""Options, devices, several processes, optimizers, the losses of VQGAN, released weights, downloads."""
+import hashlib
+import http.server
+import json
+import re
+import sys
+import threading
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, same
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import (BadInput, checkpoints, device, distributed, optimizers, options, perceptual,
+                    released)
+
+m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
+m6 = import_module("06_sample_and_edit")
+
+
+# -- Options and errors ----------------------------------------------------------------------------
+
+@dataclass
+class Example:
+    steps: int = options.option(5, "100 % of the steps")
+    rate: float = options.option(0.5, "a rate", low=0.1)
+    sides: tuple = options.option((1, 2), "sides")
+    names: tuple = options.option((), "names", nargs="+")
+    kind: str = options.option("a", "kind", choices=("a", "b"))
+    quick: bool = options.option(False, "be quick")
+
+
+@given(st.fixed_dictionaries({}, optional=dict(
+    steps=st.integers(1, 2 ** 62), rate=st.floats(0.1, 1e6), quick=st.just(True),
+    sides=st.lists(st.integers(1, 99), min_size=1).map(tuple), kind=st.sampled_from("ab"),
+    names=st.lists(st.sampled_from(["ant", "bee"]), min_size=1))))
+def test_options_give_what_was_typed_and_nothing_else(typed):
+    argv = []
+    for name, value in typed.items():
+        words = {"sides": lambda sides: [",".join(map(str, sides))], "quick": lambda _: [],
+                 "names": list}.get(name, lambda value: [str(value)])
+        argv += ["--" + name, *words(value)]
+    assert options.read_options(argv, "Example", Example) == typed
+
+
+@pytest.mark.parametrize("argv", [
+    "--steps 0", "--steps 1.0", "--steps x", "--steps 9223372036854775808", "--rate 0.05",
+    "--rate nan", "--rate inf", "--sides 1,,2", "--sides 1,0", "--names", "--kind c", "--st 3", "3"])
+def test_other_options_are_refused_in_one_line_that_names_them(argv):
+    with pytest.raises(BadInput, match=argv.split()[0]) as error:
+        options.read_options(argv.split(), "Example", Example)
+    assert "\n" not in str(error.value) and "--help" in str(error.value)
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (BadInput("no luck"), 2, "no luck"), (OSError(28, "No space left"), 2, "No space left"),
+    (torch.OutOfMemoryError("CUDA\nout"), 2, "--accumulate"), (KeyboardInterrupt(), 130, ""),
+    (RuntimeError("DataLoader worker (pid 7) is killed"), 2, "--workers"),
+    (ConnectionResetError(104, "reset"), 2, "--workers")])
+def test_a_mistake_of_the_user_is_one_line_and_a_status(monkeypatch, capsys, error, status, words):
+    def main():
+        raise error
+    monkeypatch.setattr(sys, "argv", ["dir/script.py"])
+    with pytest.raises(SystemExit) as end:
+        options.run_main(main)
+    line = capsys.readouterr().err
+    assert end.value.code == status and words in line and line.count("\n") == (status == 2)
+    assert not line or line.startswith("script.py: ")
+
+
+def test_a_mistake_of_the_programmer_keeps_its_traceback():
+    for error in (RuntimeError("shapes differ"), ZeroDivisionError("1 / 0")):
+        def main(error=error):
+            raise error
+        with pytest.raises(type(error)):
+            options.run_main(main)
+
+
+# -- Devices and processes -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, fast, precision", [
+    ("cuda", True, "bfloat16"), ("cuda", False, "float16"), ("cpu", True, "bfloat16"),
+    ("cpu", False, "float32")])
+def test_training_is_in_half_precision_where_the_device_multiplies_it_fast(
+        monkeypatch, name, fast, precision):
+    monkeypatch.setattr(device, "fast_bfloat16", lambda device: fast)
+    assert device.best_precision(torch.device(name)) == precision
+
+
+@given(n=st.integers(0, 40), world=st.integers(1, 5))
+def test_the_shares_of_all_processes_are_the_batch_and_means_are_over_all(n, world):
+    """Each of the other processes holds the same number as this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world", lambda: world)
+        patch.setattr(distributed.dist, "all_reduce", lambda tensor: tensor.mul_(world))
+        number, shares = torch.tensor(3.0), []
+        assert distributed.mean(number) == 3 and distributed.total(number) == 3 * world
+        assert number == 3
+        for rank in range(world):
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            shares += list(distributed.share(np.arange(n)))
+    assert sorted(shares) == list(range(n))
+
+
+# -- Optimizers ------------------------------------------------------------------------------------
+
+TRANSFORMER = m4.VARConfig(depth=2, width=32, heads=2)
+TOKENIZER = m2.TokenizerConfig(multipliers=(1, 2), image_size=64, learn="gradient", attention=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("config", [TRANSFORMER, TOKENIZER])
+def test_matrices_decay_those_inside_blocks_go_to_muon_and_the_schedule_moves_all(kind, config):
+    model = (m4.VAR if config is TRANSFORMER else m2.MultiScaleVQVAE)(config)
+    made = optimizers.make_optimizers(model, 1e-3, 0.05, kind)
+    owner = {id(p): (optimizer, group) for optimizer in made for group in optimizer.param_groups
+             for p in group["params"]}
+    assert len(owner) == sum(len(g["params"]) for o in made for g in o.param_groups)
+    optimizers.set_schedule(made, 0.5, 0.7, 0.3)           # nothing depends on the past
+    optimizers.set_schedule(made, 0.25, 0.1, 0.08)
+    inside = r"blocks\.\d\.(attention|mlp)|(encoder|decoder)\.(levels|middle)"
+    for name, p in model.named_parameters():
+        optimizer, group = owner[id(p)]
+        matrix = p.ndim >= 2 and name.endswith("weight") and "embed" not in name.replace(
+            "word_embed", "")
+        by_muon = kind == "muon" and matrix and bool(re.match(inside, name))
+        assert isinstance(optimizer, optimizers.Muon) == by_muon, name
+        decay = 0.08 - 0.03 * (0.5 + 0.5 ** 1.5) if matrix else 0.0      # half a cosine
+        assert group["weight_decay"] == pytest.approx(decay), name
+        assert group["lr"] == pytest.approx(0.1 * (0.02 if by_muon else 1e-3))
+
+
+def slow_orthogonal(g):
+    """Five Newton-Schulz steps on one matrix, in float64."""
+    x = g.double() if g.shape[0] <= g.shape[1] else g.double().t()
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.t()
+        x = 3.4445 * x - 4.7750 * (a @ x) + 2.0315 * (a @ a @ x)
+    return x if g.shape[0] <= g.shape[1] else x.t()
+
+
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), n=st.integers(1, 3),
+       seed=st.integers(0, 99))
+def test_stacked_matrices_are_orthogonalised_as_one_at_a_time(rows, columns, n, seed):
+    g = torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(seed))
+    found = optimizers.orthogonal(g)
+    assert found.shape == g.shape and ((found * g).sum((1, 2)) > 0).all(), "along the gradient"
+    for one, matrix in zip(found, g):
+        assert torch.allclose(one.double(), slow_orthogonal(matrix), atol=1e-3)
+    if max(rows, columns) >= 2 * min(rows, columns):       # others have singular values near 0
+        values = torch.linalg.svdvals(found)
+        assert values.min() > 0.65 and values.max() < 1.25
+    assert torch.allclose(optimizers.orthogonal(1e-4 * g), found, atol=0.01), "at any size"
+
+
+def test_muon_equals_a_slow_loop_also_for_convolutions():
+    torch.manual_seed(0)
+    start = [torch.randn(s) for s in ((6, 4), (4, 6), (6, 4), (6, 2, 3, 3), (2, 2, 1, 1))]
+    params = [torch.nn.Parameter(x.clone()) for x in start]
+    muon = optimizers.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.2)
+    slow, momentum = [x.double() for x in start], [torch.zeros_like(x).double() for x in start]
+    for _ in range(3):
+        for i, x in enumerate(start):
+            params[i].grad = torch.randn_like(x)
+            momentum[i] = 0.9 * momentum[i] + 0.1 * params[i].grad
+            step = slow_orthogonal((0.1 * params[i].grad + 0.9 * momentum[i]).flatten(1))
+            size = 0.1 * max(1, x.shape[0] / x[0].numel()) ** 0.5
+            slow[i] = slow[i] * (1 - 0.1 * 0.2) - size * step.view_as(x)
+        muon.step()
+    assert all(torch.allclose(p.double(), x, atol=1e-3) for p, x in zip(params, slow))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_skipped_step_changes_neither_weights_nor_moments(kind):
+    torch.manual_seed(0)
+    model = m4.VAR(TRANSFORMER)
+    made = optimizers.make_optimizers(model, 1e-3, 0.05, kind)
+
+    def step(factor, skipped):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, factor)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        skipped = optimizers.take_step(made, norm, skipped)
+        assert all(p.grad is None for p in model.parameters())
+        return skipped, [model.state_dict()] + [o.state_dict()["state"] for o in made]
+    assert step(1.0, 3)[0] == 0
+    before = [{k: v.clone() for k, v in model.state_dict().items()}]
+    assert step(torch.nan, 3)[0] == 4 and same(before[0], model.state_dict())
+    assert step(torch.inf, 8)[0] == 9
+    assert step(1.0, 9)[0] == 0 and not same(before[0], model.state_dict())
+    with pytest.raises(BadInput, match="ten steps in a row"):
+        step(torch.nan, 9)
+
+
+# -- What VQGAN adds to stage 1 --------------------------------------------------------------------
+
+# Where torchvision's VGG-16 has its convolutions; LPIPS reads behind the last of each group.
+CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+NARROW = ((4, 4), (8, 8), (8, 8, 8), (8, 8, 8), (8, 8, 8))
+
+
+def random_weights():
+    """State dicts as torchvision's VGG-16 and LPIPS have them, with a few channels only."""
+    g, vgg, lpips, c_in = torch.Generator().manual_seed(0), {}, {}, 3
+    for k, (widths, numbers) in enumerate(zip(NARROW, CONVS, strict=True)):
+        for c, n in zip(widths, numbers, strict=True):
+            weight = torch.randn(c, c_in, 3, 3, generator=g)
+            vgg[f"features.{n}.weight"] = weight / (4 * c_in) ** 0.5
+            vgg[f"features.{n}.bias"] = 0.1 * torch.randn(c, generator=g)
+            c_in = c
+        lpips[f"lin{k}.model.1.weight"] = torch.rand(1, c_in, 1, 1, generator=g)
+    return vgg, lpips
+
+
+def slow_lpips(vgg, lpips, x, y):
+    """Zhang et al. 2018, equation 1, of two images (3, H, W), one position at a time, in float64."""
+    shift, scale = np.array([[-.030, -.088, -.188], [.458, .448, .450]])[:, :, None, None]
+    distance, both = 0.0, [torch.from_numpy((z.double().numpy() - shift) / scale) for z in (x, y)]
+    for k, numbers in enumerate(CONVS):
+        both = [F.max_pool2d(z, 2) if k else z for z in both]
+        for n in numbers:
+            weight, bias = (vgg[f"features.{n}.{kind}"].double() for kind in ("weight", "bias"))
+            both = [F.conv2d(z, weight, bias, padding=1).clamp(min=0) for z in both]
+        w, (_, height, width) = lpips[f"lin{k}.model.1.weight"].flatten().numpy(), both[0].shape
+        for i, j in np.ndindex(height, width):
+            a, b = (z[:, i, j].numpy() for z in both)
+            a, b = (v / max(np.linalg.norm(v), 1e-10) for v in (a, b))
+            distance += sum(w * (a - b) ** 2) / (height * width)
+    return distance
+
+
+def pictures(n, *size, seed=0):
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(perceptual, "GROUPS", NARROW)
+    return list(random_weights())
+
+
+def test_lpips_is_equation_1_one_position_at_a_time_with_finite_gradients(narrow):
+    x, y = pictures(2, 16, 32), pictures(2, 16, 32, seed=9)
+    lpips = perceptual.Perceptual().load(*narrow)
+    slow = [slow_lpips(*narrow, *pair) for pair in zip(x, y)]
+    assert lpips(x, y).tolist() == pytest.approx(slow, rel=1e-4)
+    assert torch.equal(lpips(y, x), lpips(x, y)) and (lpips(x, x) == 0).all()
+    black = torch.full_like(x, -1).requires_grad_()
+    (lpips(black, y) + lpips(black, black.detach())).sum().backward()
+    assert black.grad.isfinite().all() and black.grad.any()
+    assert not any(p.requires_grad or p.grad is not None for p in lpips.parameters())
+
+
+def test_weights_of_lpips_that_do_not_fit_or_cannot_be_had_are_one_line(
+        narrow, monkeypatch, tmp_path):
+    for part, name, value in ((0, "features.28.bias", "text"), (0, "features.0.weight", torch.zeros(4, 3, 5, 5)),
+                              (1, "lin2.model.1.weight", torch.ones(1, 1, 1, 1))):
+        states = [dict(state) for state in narrow]
+        states[part][name] = value
+        with pytest.raises(BadInput, match=r"\A.*VGG-16.*\Z"):
+            perceptual.Perceptual().load(*states)
+
+    def offline(url, path, sha256):
+        raise BadInput(f"no route to {url}")
+    monkeypatch.setattr(perceptual, "download", offline)
+    monkeypatch.setattr(perceptual, "DOWNLOADS", tmp_path)
+    with pytest.raises(BadInput, match="no route.*vgg16.*--perceptual 0"):
+        perceptual.load_perceptual()
+    for name, state in zip(("vgg16-397923af.pth", "lpips_vgg.pth"), narrow):
+        torch.save(state, tmp_path / name)
+    assert perceptual.load_perceptual()(pictures(1, 16, 16), pictures(1, 16, 16, seed=1)) > 0
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.floats(-3, 3))
+def test_hinge_wants_real_scores_above_1_and_others_below_minus_1(scores, other):
+    slow = (sum(max(0, 1 - x) for x in scores) / len(scores) + max(0, 1 + other)) / 2
+    loss = perceptual.hinge(torch.tensor(scores), torch.tensor([other]))
+    assert loss.item() == pytest.approx(slow, rel=1e-5, abs=1e-6)
+
+
+def test_the_critic_learns_from_the_hinge_alone_and_the_generator_from_its_weighted_scores():
+    torch.manual_seed(0)
+    critic, generator, image = perceptual.Discriminator(16), torch.nn.Conv2d(3, 3, 3), pictures(
+        4, 16, 16)
+    decoded = F.pad(generator(image), (1, 1, 1, 1))
+    image_loss = F.mse_loss(decoded, image)
+    losses = perceptual.adversarial_losses(critic, image, decoded, image_loss, generator.weight)
+    hinge = perceptual.hinge(critic(image), critic(decoded.detach()))
+    wanted = torch.autograd.grad(hinge, list(critic.parameters()))
+    long, short = (torch.autograd.grad(loss, generator.weight, retain_graph=True)[0]
+                   for loss in (image_loss, -critic(decoded).mean()))
+    weight = (long.norm() / (short.norm() + 1e-4)).clamp(max=1e4)
+    sum(losses).backward()
+    assert torch.allclose(generator.weight.grad, weight * short, rtol=1e-3, atol=1e-6)
+    for p, gradient in zip(critic.parameters(), wanted, strict=True):
+        assert torch.allclose(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+# -- Released weights ------------------------------------------------------------------------------
+
+LAYOUTS = json.loads((ROOT / "tests" / "golden" / "tiny_keys.json").read_text())
+
+
+def layout(name="plain"):
+    """Random state dicts in a released layout, and the scales they were made for."""
+    torch.manual_seed(0)
+    states = []
+    for part in ("vae", "var"):
+        shapes = LAYOUTS[name][part].items()
+        states.append({key: 0.1 * torch.randn(shape) for key, shape in shapes})
+    return (*states, tuple(LAYOUTS[name]["config"]["patch_nums"]))
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_released_weights_load_bare_or_wrapped_in_half_precision_too(name):
+    """As training scripts, DDP and torch.compile wrap them."""
+    vae, var, scales = layout(name)
+    heads = LAYOUTS[name]["config"]["heads"]
+    bare = m6.load_released(vae, var, scales, heads)
+    wrapped = ({"trainer": {"vae_local": vae}}, {"trainer": {"var_wo_ddp": var}, "epoch": 3})
+    prefixed = ({"state_dict": {"module." + key: x for key, x in vae.items()}},
+                {"model": {"_orig_mod.module." + key: x.clone() for key, x in var.items()}})
+    for states in (wrapped, prefixed):
+        for one, other in zip(bare, m6.load_released(*states, scales, heads)):
+            assert same(one.state_dict(), other.state_dict())
+            assert not any(module.training for module in other.modules())
+            assert not any(p.requires_grad for p in other.parameters())
+    half = [{key: x.half() for key, x in state.items()} for state in (vae, var)]
+    for one, other in zip(bare, m6.load_released(*half, scales, heads)):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert b.dtype == torch.float32 and torch.allclose(a, b, atol=1e-3)
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+ATTENTION, POSITIONS = "blocks.1.attn.proj.weight", "pos_1LC"
+CHANGES = [{ATTENTION: torch.zeros(3, 3)}, {"class_emb.weight": torch.zeros(7)},
+           {POSITIONS: torch.zeros(30)}, {POSITIONS: "thirty"}, {5: torch.zeros(1)}]
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda vae, var, scales: (var, vae, scales), lambda vae, var, scales: ({}, {}, scales),
+    lambda vae, var, scales: (vae, var, (1, 2, 3)), lambda vae, var, scales: (vae, var, None),
+    lambda vae, var, scales: ({"trainer": 5}, var, scales),
+    lambda vae, var, scales: ({**vae, "encoder.extra": torch.zeros(1)}, var, scales),
+    lambda vae, var, scales: (vae, without(var, ATTENTION), scales),
+    *[lambda vae, var, scales, entry=entry: (vae, {**var, **entry}, scales) for entry in CHANGES]])
+def test_other_files_are_refused_in_one_line(wrong):
+    with pytest.raises(BadInput, match=r"\A.*\Z"):
+        m6.load_released(*wrong(*layout()))
+
+
+# -- Downloads -------------------------------------------------------------------------------------
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = self.server.files.get(self.path[1:])
+        self.server.seen.append(self.path[1:])
+        self.send_response(404 if body is None else 200)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        self.wfile.write((body or b"")[:self.server.cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine. .url; .files: name -> bytes; .seen: names that were asked for;
+    .cut: how many bytes it sends before it hangs up"""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as found:
+        found.url, found.files = f"http://127.0.0.1:{found.server_port}/", {}
+        found.seen, found.cut = [], None
+        threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+def test_a_download_gets_its_name_only_when_it_is_complete_and_right(server, tmp_path):
+    path, body = tmp_path / "new" / "a.pth", np.random.default_rng(0).bytes(30_000)
+    server.files["a.pth"] = body
+    sha256 = hashlib.sha256(body).hexdigest()
+    for name, cut, checksum in (("b.pth", None, sha256), ("a.pth", 10_000, sha256),
+                                ("a.pth", None, "0" * 64)):
+        server.cut = cut
+        with pytest.raises(BadInput, match=rf"\A.*{server.url}{name}.*{path}\Z"):
+            checkpoints.download(server.url + name, path, checksum)
+        assert not path.exists()
+    checkpoints.download(server.url + "a.pth", path, sha256)
+    assert path.read_bytes() == body and list(path.parent.iterdir()) == [path]
+
+
+def test_released_weights_are_fetched_once(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(released, "URL", server.url)
+    monkeypatch.setattr(released, "DOWNLOADS", tmp_path / "downloads")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "var.pth")
+    server.files["var_d16.pth"] = (tmp_path / "var.pth").read_bytes()
+    for _ in range(2):
+        assert released.fetch("var_d16.pth")["weight"].sum() == 2
+    assert server.seen == ["var_d16.pth"]
+    assert released.fetch("var_d16.pth", tmp_path / "var.pth")["weight"].sum() == 2
+    (tmp_path / "downloads" / "var_d16.pth").write_bytes(b"no weights")
+    with pytest.raises(BadInput, match="var_d16.pth"):
+        released.fetch("var_d16.pth")
