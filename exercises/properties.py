@@ -2,36 +2,40 @@
 
     python exercises/properties.py 01       tries property_01 on 01_vq.py, once that is filled
 
-A property is a function of a chapter (the module). It raises an AssertionError if the chapter
-violates it. It is graded by accepting the reference solution and noticing the wrong ones.
+A property is a function of a chapter (the module) that raises an AssertionError if the chapter
+violates it. To pass, it must accept the reference solution and notice wrong ones.
 """
 import argparse
-import math
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
-from hypothesis import Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
+SHRINK = True                                # whether to look for a smaller example
 
 sizes, seeds = st.integers(1, 5), st.integers(0, 10_000)
 schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(lambda s: tuple(sorted(s)))
-# No deadline, as the first call takes longer; no explaining, as that takes seconds.
-check = settings(max_examples=30, deadline=None, derandomize=True, database=None,
-                 phases=(Phase.explicit, Phase.generate, Phase.shrink))
+
+
+def check(test):
+    """Decorator: try 50 examples, the same ones each time."""
+    phases = (Phase.explicit, Phase.generate, Phase.shrink) if SHRINK else (Phase.generate,)
+    return seed(0)(settings(max_examples=50, deadline=None, database=None, phases=phases,
+                            suppress_health_check=list(HealthCheck))(test))
 
 
 def property_01(chapter):
-    """What residual_quantize returns: an index for each round, each nearest to what was left, and
+    """residual_quantize returns one index per round, each nearest to what was left over, and
     the sum of their codes."""
     # Exercise 01_property
     @check
-    @given(depth=sizes, vocab_size=sizes, dim=sizes, seed=seeds)
-    def holds(depth, vocab_size, dim, seed):
-        torch.manual_seed(seed)
+    @given(depth=sizes, vocab_size=sizes, dim=sizes, number=seeds)
+    def holds(depth, vocab_size, dim, number):
+        torch.manual_seed(number)
         quantizers = [chapter.VectorQuantizer(vocab_size, dim) for _ in range(depth)]
         x = torch.randn(2, 3, dim)
         before = x.clone()
@@ -49,44 +53,44 @@ def property_01(chapter):
 def small_tokenizer(chapter, scales):
     """A tokenizer of chapter 2 with random weights, 8 codes and 3 channels."""
     return chapter.MultiScaleVQVAE(chapter.TokenizerConfig(
-        image_size=2 * scales[-1], scales=scales, vocab_size=8, latent_dim=3, channels=4, groups=2,
-        unshuffle=2)).requires_grad_(False)
+        image_size=2 * scales[-1], scales=scales, vocab_size=8, latent_dim=3, channels=4,
+        groups=2, unshuffle=2)).requires_grad_(False)
 
 
 def property_02(chapter):
-    """teacher_inputs shows all at once what next_input shows one scale at a time."""
+    """teacher_inputs gives all at once what next_input gives one scale at a time."""
     # Exercise 02_property
     @check
-    @given(scales=schedules, seed=seeds)
-    def holds(scales, seed):
-        torch.manual_seed(seed)
+    @given(scales=schedules, number=seeds)
+    def holds(scales, number):
+        torch.manual_seed(number)
         tokenizer = small_tokenizer(chapter, scales)
         tokens = [torch.randint(8, (2, side * side)) for side in scales]
-        f_hat, shown = 0, []
+        f_hat, expected = 0, [torch.zeros(2, 0, 3)]
         for k, tokens_k in enumerate(tokens):
             f_hat, following = tokenizer.next_input(k, f_hat, tokens_k)
-            shown.append(following)
-        inputs = tokenizer.teacher_inputs(tokens)
-        assert inputs.shape == (2, sum(side * side for side in scales[1:]), 3)
-        assert torch.allclose(inputs, torch.cat([inputs[:, :0], *shown[:-1]], dim=1), atol=1e-5)
+            if following is not None:
+                expected.append(following)
+        expected, inputs = torch.cat(expected, dim=1), tokenizer.teacher_inputs(tokens)
+        assert inputs.shape == expected.shape
+        assert torch.allclose(inputs, expected, atol=1e-5)
 
     holds()
 
 
 def property_03(chapter):
-    """One token speaks to its own scale and to all finer ones, and to nobody else."""
+    """A token moves the outputs of its own map and of all finer ones, and no others."""
     # Exercise 03_property
     def masked(q, k, v, scales):
         return chapter.attention(q, k, v, chapter.block_causal_mask(scales))
 
-    # Side 10 fills a group of its own. Lists with a group before it or after it are rare.
-    @settings(check, max_examples=100)
-    @given(scales=st.lists(st.sampled_from([1, 2, 3, 10]), min_size=1, max_size=4), data=st.data())
+    @check
+    @given(scales=st.lists(st.integers(1, 3), min_size=1, max_size=4), data=st.data())
     def holds(scales, data):
         torch.manual_seed(data.draw(seeds))
         scale = torch.tensor([k for k, side in enumerate(scales) for _ in range(side * side)])
         own = (scale == data.draw(st.sampled_from(range(len(scales))))).nonzero().flatten()
-        token = own[data.draw(st.sampled_from([0, -1]))]       # the first or last of a scale
+        token = own[data.draw(st.sampled_from([0, -1]))]       # the first or last of a map
         q, k, v = torch.randn(3, 2, 2, len(scale), 4)
         new_k, new_v = k.clone(), v.clone()
         new_k[:, :, token] += 1
@@ -100,13 +104,13 @@ def property_03(chapter):
 
 
 def property_04(chapter):
-    """With a cache, scale by scale, as with a mask, all at once."""
+    """Scale by scale with a cache gives what one pass with a mask gives."""
     # Exercise 04_property
     @check
     @given(scales=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
-           depth=st.integers(1, 2), seed=seeds)
-    def holds(scales, depth, seed):
-        torch.manual_seed(seed)
+           depth=st.integers(1, 2), number=seeds)
+    def holds(scales, depth, number):
+        torch.manual_seed(number)
         var = chapter.VAR(chapter.VARConfig(num_classes=5, scales=scales, vocab_size=7,
                                             latent_dim=3, depth=depth, width=8, heads=2)).eval()
         with torch.no_grad():
@@ -126,69 +130,33 @@ def property_04(chapter):
     holds()
 
 
-RATE = 0.1
-
-
-class PlainDescent:
-    """An optimizer whose step is as long as the gradient: AdamW would hide a wrong factor."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    @torch.no_grad()
-    def step(self):
-        for p in self.layer.parameters():
-            if p.grad is not None:
-                p -= RATE * p.grad
-
-    def zero_grad(self, set_to_none):
-        self.layer.zero_grad(set_to_none)
-
-
-def small_stage(layer, loss, parts):
-    """What chapter 5's train_step needs of a stage; losses are scaled as in float16."""
-    from engine.loss_scale import LossScale                # main() lets it be found
-    return SimpleNamespace(
-        settings=SimpleNamespace(accumulate=parts, clip=math.inf), model=layer, loss=loss,
-        modules={"model": layer}, optimizers=[PlainDescent(layer)], loss_scale=LossScale("float16"),
-        processes=SimpleNamespace(any=torch.clone), step_without_gradients=lambda accepted: None)
-
-
-def one_step(chapter, inputs, targets, parts):
-    """A step on the squared error of a linear layer, always the same one. inputs (B, 3), targets
-    (B, 2) -> (its weights after the step (2, 3), the loss () that the step reports)"""
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(3, 2)
-
-    def loss(model, part, progress):
-        return torch.nn.functional.mse_loss(model(part[0]), part[1]), None
-
-    stage = small_stage(layer, loss, parts)
-    result = chapter.train_step(stage, layer, (inputs, targets), 0.0)
-    return layer.weight.detach(), result.loss.detach()
-
-
 def property_05(chapter):
-    """A step in parts is the step on the whole batch."""
+    """Every epoch holds each image once, in an order of its own that depends on the seed, and
+    a step sees the same images whenever it is asked for."""
     # Exercise 05_property
     @check
-    @given(rows=sizes, parts=sizes, seed=seeds)
-    def holds(rows, parts, seed):
-        generator = torch.Generator().manual_seed(seed)
-        inputs, targets = (torch.randn(rows * parts, n, generator=generator) for n in (3, 2))
-        for at_once, in_parts in zip(one_step(chapter, inputs, targets, 1),
-                                     one_step(chapter, inputs, targets, parts)):
-            assert torch.allclose(at_once, in_parts, atol=1e-5)
+    @given(n=st.integers(8, 20), batch=st.integers(1, 25), number=seeds)
+    def holds(n, batch, number):
+        steps = range(2 * n // batch + 1)    # they see two epochs, or a bit more
+        batches = [chapter.batch_indices(step, n, batch, number) for step in steps]
+        for step in reversed(steps):
+            again = chapter.batch_indices(step, n, batch, number)
+            assert np.array_equal(again, batches[step])
+        first, second = np.concatenate(batches)[:2 * n].reshape(2, n)
+        assert sorted(first) == sorted(second) == list(range(n))
+        assert not np.array_equal(first, second) and not np.array_equal(first, range(n))
+        other = chapter.batch_indices(0, n, n, number + 1)
+        assert not np.array_equal(first, other)
 
     holds()
 
 
 def property_06(chapter):
-    """keep_likely leaves the likeliest logits as they are, and no more of them than asked for."""
+    """keep_likely leaves the likeliest logits as they are, and no more than asked for."""
     # Exercise 06_property
-    @settings(check, max_examples=200)
+    @check
     @given(row=st.lists(st.integers(-2, 2), min_size=1, max_size=6), top_k=st.integers(0, 5),
-           top_p=st.sampled_from([0.0, 1e-9, 0.3, 0.5, 0.7, 0.9]))
+           top_p=st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.9]))
     def holds(row, top_k, top_p):
         batch = torch.tensor([row, [3 - x for x in row]]).float()
         before = batch.clone()
