@@ -15,15 +15,16 @@ IN_MEMORY = (np.ndarray, torch.Tensor)      # types of images that are not read 
 
 
 def picture_batches(images, batches, workers):
-    """batches: lists of (index of an image, seed of its crop; -1: the centre) -> uint8 tensors
-    (B, H, W, 3), in order. Images in memory are not cropped."""
+    """batches: lists of (index of an image, seed of its crop), where -1 means the centre.
+    -> uint8 tensors (B, H, W, 3), in order. Images in memory are not cropped."""
     if isinstance(images, IN_MEMORY):
         for batch in batches:
             yield torch.as_tensor(images[[i for i, seed in batch]])
     else:
         atexit.register(kill_workers)
         yield from DataLoader(images, batch_sampler=batches, collate_fn=stack,
-                              num_workers=min(workers, cores()), worker_init_fn=ignore_signals)
+                              num_workers=min(workers, cores()),
+                              worker_init_fn=ignore_signals)
 
 
 def stack(arrays):
@@ -31,14 +32,14 @@ def stack(arrays):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and SIGTERM often reach every process of a run. The workers ignore them, because the
-    run needs their images to finish its step."""
+    """Ctrl-C and SIGTERM often reach every process of a run. Its workers ignore them, so that
+    it can finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def kill_workers():
-    """At exit, Python sends SIGTERM to workers that are still loading and would wait forever."""
+    """At exit, Python sends SIGTERM to workers that still run, and would wait forever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch would report the kill
     for worker in multiprocessing.active_children():
@@ -46,21 +47,21 @@ def kill_workers():
 
 
 def view_batches(images, view, rows_list, workers):
-    """One view of the images in each of these arrays of rows -> float (B, 3, H, W) in [-1, 1].
-
-    View 0 of a file is its centre, and the others are random crops. For images in memory, see
-    `view_of`."""
-    batches = ([(i, view - 1) for i in rows.tolist()] for rows in rows_list)
-    for rows, batch in zip(rows_list, picture_batches(images, batches, workers)):
+    """One view of the images in each of these arrays of rows: of files, view 0 is the centre
+    and the others are random crops; of images in memory, see `view_of`.
+    -> float tensors (B, 3, H, W) in [-1, 1]"""
+    crops = ([(i, view - 1) for i in rows.tolist()] for rows in rows_list)
+    for rows, batch in zip(rows_list, picture_batches(images, crops, workers)):
         image = to_float(batch)
         in_memory = isinstance(images, IN_MEMORY)
         yield view_of(image, view, rows, len(images)) if in_memory else image
 
 
 def view_of(image, view, rows, n):
-    """A view of images in memory (B, 3, H, W): rows (B,) of a data set of n. View 0 is the image
-    itself, and odd views are mirrored. From view 2 on, each image is shifted by its own number of
-    pixels, up to a sixteenth of the side, and reflected at the border. -> (B, 3, H, W)"""
+    """A view of images in memory (B, 3, H, W), which are rows (B,) of a data set of n. View 0
+    is the image itself, and odd views are mirrored. From view 2 on, each image is shifted by
+    its own number of pixels, up to a sixteenth of the side, and reflected at the border.
+    -> (B, 3, H, W)"""
     image = image.flip(3) if view % 2 else image
     side = image.shape[-1]
     reach = side // 16
@@ -79,8 +80,8 @@ def to_float(images):
 
 
 def rows_of(n, count):
-    """Up to `count` of n rows, always the same ones, rising. They are drawn at random, because in a
-    sorted data set every tenth image may be of one class."""
+    """Up to `count` of n rows, always the same ones, rising. They are drawn at random: in a
+    sorted data set, every tenth image may be of one class."""
     return np.sort(np.random.default_rng(0).permutation(n)[:count])
 
 
@@ -90,8 +91,8 @@ def sample_of(images, count):
 
 
 def image_fingerprint(images):
-    """A short text that identifies these images: a hash of all pixels in memory; of files, a hash
-    of all names and of the pixels of twenty."""
+    """A short text that identifies these images: a hash of all pixels or, for files, of all
+    names and the pixels of twenty."""
     if isinstance(images, np.ndarray):
         data = images.tobytes()
     else:

@@ -1,8 +1,8 @@
 """CIFAR-10 (Krizhevsky, 2009): 60,000 images of 32x32 pixels in ten classes.
 
-Reads the official binary files or those of the Python version (which torchvision leaves), from a
-folder or an archive. Each of six files holds 10,000 images: a label, and 3072 bytes of pixels in a
-red, a green and a blue plane. If there are none, the binary archive (170 MB) is downloaded.
+Reads the official binary files, or those of the Python version, which torchvision leaves,
+from a folder or an archive. Each of the six files holds 10,000 images: a label and a red, a
+green and a blue plane. If there are none, the binary archive (170 MB) is downloaded.
 """
 import codecs
 import io
@@ -18,14 +18,16 @@ from engine.checkpoints import DOWNLOADS, download
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+PER_FILE = 10_000
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def load(split, *, data_dir=None, size=None):
     """One split, in memory: (images uint8 (N, 32, 32, 3), labels int64 (N,), class names).
 
-    split: "train" (N = 50,000) or "test" (10,000). data_dir is the folder of the six files or of an
-    archive (default: data/downloads/). Raises BadInput if the data are damaged or cannot be had."""
+    split: "train" (N = 50,000) or "test" (10,000). data_dir: where the files, their folder or
+    an archive are (default: data/downloads/). Raises BadInput if the data are damaged or
+    cannot be downloaded."""
     if split not in FILES:
         raise BadInput(f"CIFAR-10 has the splits train and test, not {split!r}")
     if size not in (None, 32):
@@ -35,7 +37,7 @@ def load(split, *, data_dir=None, size=None):
         parts = [_parse(name, raw) for name, raw in _read(root, FILES[split])]
     except BadInput:
         raise
-    except Exception as error:             # damaged archives and pickles raise nearly anything
+    except Exception as error:          # damaged archives and pickles raise nearly anything
         raise BadInput(f"cannot read CIFAR-10 in {root}: {error!r}") from None
     images, labels = zip(*parts)
     return np.concatenate(images), np.concatenate(labels), [*CLASSES]
@@ -48,7 +50,7 @@ def examples():
 
 
 def _read(root, names):
-    """Find these files, unpacked or in an archive. -> [(file name, bytes)]"""
+    """Find these files in a folder or an archive. -> [(file name, bytes)]"""
     for place in ("{}.bin", "cifar-10-batches-bin/{}.bin", "{}", "cifar-10-batches-py/{}"):
         paths = [root / place.format(name) for name in names]
         if all(path.is_file() for path in paths):
@@ -61,34 +63,37 @@ def _read(root, names):
         archive = archives[-1]
         download(URL, archive, SHA256)
     with tarfile.open(archive) as tar:
-        found = [(Path(member.name).name, tar.extractfile(member).read()) for member in tar
-                 if Path(member.name).stem in names]
+        members = [member for member in tar if Path(member.name).stem in names]
+        found = [(Path(member.name).name, tar.extractfile(member).read())
+                 for member in members]
     if len(found) < len(names):
-        raise BadInput(f"{archive} is not CIFAR-10: it lacks {names[0]}, or another of its files")
+        raise BadInput(f"{archive} is not CIFAR-10: it lacks {', '.join(names)}")
     return sorted(found)
 
 
 def _parse(name, raw):
-    """The contents of one file -> images uint8 (10000, 32, 32, 3), labels int64 (10000,)"""
+    """The bytes of a file -> images uint8 (10000, 32, 32, 3), labels int64 (10000,)"""
     if name.endswith(".bin"):
-        records = np.frombuffer(raw, np.uint8).reshape(10_000, 1 + 3072)
+        records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3072)
         labels, pixels = records[:, 0], records[:, 1:]
     else:
         batch = PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
         labels, pixels = batch[b"labels"], batch[b"data"]
-    labels, planes = np.array(labels, np.int64), pixels.reshape(-1, 3, 32, 32)
-    if len(labels) != len(planes) or labels.max() >= len(CLASSES):
-        raise BadInput(f"{name} of CIFAR-10 is damaged: labels up to {labels.max()}")
+    labels = np.array(labels, np.int64)
+    if len(labels) != PER_FILE or labels.max() >= len(CLASSES):
+        raise BadInput(f"{name} of CIFAR-10 is damaged: {len(labels)} images, labels up to "
+                       f"{labels.max()}")
+    planes = pixels.reshape(PER_FILE, 3, 32, 32)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Loads plain values and numpy arrays only: other pickles can run any program. Modules are
-    ignored, because numpy has renamed them (numpy.core became numpy._core)."""
+    """Loads plain values and numpy arrays only, because other pickles can run any program.
+    Modules are ignored: numpy has renamed its own (numpy.core became numpy._core)."""
     allowed = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray,
                "dtype": np.dtype, "encode": codecs.encode}
 
     def find_class(self, module, name):
         if name not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"the file asks for {module}.{name}")
         return self.allowed[name]

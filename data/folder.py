@@ -1,20 +1,18 @@
 """Any folder of class folders (an ImageNet subset, your own images), or one flat folder.
 
-    insects/ant/*.jpg   insects/bee/wild/*.png        two classes; one image in 20 is held out
-    insects/train/ant/*.jpg   insects/val/ant/*.jpg   the splits as they are
-    insects/*.jpg                                     one class: unconditional
+    insects/ant/*.jpg   insects/bee/wild/*.png       one image in 20 is held out for testing
+    insects/train/ant/*.jpg  insects/val/ant/*.jpg   the splits as they are
+    insects/*.jpg                                    one class: unconditional
 
-A class owns all images below its folder, at any depth. Without a test folder, a hash of its path
-decides whether an image is held out. Frames of one video look alike under different names: sort
-them into train/ and val/ yourself.
+A class owns all images below its folder, at any depth. Without a test folder, a hash of its
+path decides whether an image is held out. Frames of one video look alike under different
+names: sort them into train/ and val/ yourself.
 """
 import hashlib
 import os
 import re
 import sys
-from contextlib import suppress
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +21,11 @@ from PIL import Image, ImageOps
 
 from engine import BadInput, distributed
 
-# Pillow tries only these formats, so a disguised file cannot reach a decoder that starts programs.
+# Only these are tried, so a disguised file cannot reach a decoder that runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2".split())
-ARCHIVES = tuple(".tar .gz .tgz .bz2 .xz .zip .7z .rar .parquet .arrow .tfrecord".split())
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+              ".ppm", ".pgm", ".pbm", ".jp2")
+ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zip", ".7z", ".rar", ".parquet", ".arrow")
 
 say_once = cache(distributed.say)
 
@@ -34,25 +33,26 @@ say_once = cache(distributed.say)
 def load(split, *, data_dir, size=256, classes_of=None):
     """One split: (FolderImages of N images, labels int64 (N,), class names).
 
-    split: "train" or "test", which is val/, valid/ or test/ if there is one beside train/. size:
-    side of the square crops. classes_of: replaces `classes_in`. Raises BadInput if the images are
-    missing or not laid out as above."""
+    split: "train" or "test" (val/, valid/ or test/, if there is one beside train/). size:
+    side of the square crops. classes_of: replaces `classes_in`. Raises BadInput if there are
+    no images or they are not laid out as above."""
     if split not in ("train", "test"):
         raise BadInput(f"the splits are train and test, not {split!r}")
     classes_of = classes_of or classes_in
     root = Path(data_dir).expanduser()
     train = root / "train"
-    test = next((root / name for name in ("val", "valid", "test") if (root / name).is_dir()), None)
-    if train.is_dir() and test:
-        known = classes_of(train)
-        base, classes = (train, known) if split == "train" else (test, classes_of(test))
-        for name in classes:
-            if name not in known:
-                what = f"the class {name!r}" if name else "images outside class folders"
-                raise BadInput(f"{test} holds {what}: sort its images into the classes of {train}")
+    tests = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
+    if train.is_dir() and tests:
+        base, known = train, classes_of(train)
+        classes = known
+        if split == "test":
+            base, classes = tests[0], classes_of(tests[0])
+        for name in set(classes) - set(known):
+            what = f"the class {name!r}" if name else "images outside class folders"
+            raise BadInput(f"{base} holds {what}: sort its images into those of {train}")
     else:
         base, known = root, classes_of(root)
-        if list(known) == ["train"]:                       # train/ alone: it holds the classes
+        if list(known) == ["train"]:                # train/ alone: it holds the classes
             base, known = train, classes_of(train)
         classes = hold_out(known, split)
     paths, labels = [], []
@@ -62,13 +62,13 @@ def load(split, *, data_dir, size=256, classes_of=None):
     if not paths:
         raise BadInput(f"{root} holds one image, so none is left to test on: add more")
     images = FolderImages(base, paths, labels, size)
-    images[0]                                              # fails now if nothing can be read
+    images[0]                                       # fails now if nothing can be read
     return images, images.labels, [name or root.resolve().name for name in known]
 
 
 def classes_in(folder):
-    """{class folder: sorted image paths relative to `folder`}, or {"": paths} for a flat folder.
-    Says what it passes over. Raises BadInput if there are no images."""
+    """{class folder: sorted image paths below `folder`}, or {"": paths} for a flat folder.
+    Prints what it passes over. Raises BadInput if there are no images."""
     classes, others = {"": []}, []
     for base, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
@@ -79,22 +79,23 @@ def classes_in(folder):
                 known = name.lower().endswith(EXTENSIONS)
                 (found if known else others).append("/".join((*below, name)))
     if not any(classes.values()):
-        archives = [name for name in (folder.name, *others) if name.lower().endswith(ARCHIVES)]
-        hint = "expected <class>/<image>.jpg, .png or the like"
-        hint = f"unpack archives such as {archives[0]} first" if archives else hint
-        raise BadInput(f"no images in {folder}: {hint}")
+        hint = "expected <class>/<image>.jpg or the like"
+        for name in (folder.name, *others):
+            hint = f"unpack {name} first" if name.lower().endswith(ARCHIVES) else hint
+        raise BadInput(f"there are no images in {folder}: {hint}")
     loose = classes.pop("")
     if any(classes.values()):
         others += loose
     else:
         classes = {"": loose}
+    empty = [name for name in sorted(classes) if not classes[name]]
     if others:
-        say_once(f"passed over {len(others)} files in {folder} that are not images in a class "
-                 f"folder, such as {others[0]}")
-    empty = [name for name, found in classes.items() if not found]
+        say_once(f"passed over {len(others)} files in {folder} that are not images in a "
+                 f"class folder, such as {others[0]}")
     if empty:
         say_once(f"no images in these folders of {folder}: {', '.join(empty[:10])}")
-    return {name: sorted(classes[name]) for name in sorted(classes, key=natural) if classes[name]}
+    names = [name for name in sorted(classes, key=natural) if classes[name]]
+    return {name: sorted(classes[name]) for name in names}
 
 
 def natural(name):
@@ -104,17 +105,17 @@ def natural(name):
 
 
 def hold_out(classes, split):
-    """The images of one split, if nothing but a hash of their paths divides them. About one in 20
-    is held out; of two or more in a class at least one, and never all. -> {class: paths}"""
+    """The images of one split, according to a hash of their paths: about one in 20 is held
+    out for testing; of two or more in a class at least one, never all. -> {class: paths}"""
     groups = list(classes.values())
-    if all(len(paths) == 1 for paths in groups):           # no class has an image to spare
+    if all(len(paths) == 1 for paths in groups):    # no class has an image to spare
         groups = [[paths[0] for paths in groups]]
     held = set()
     for paths in groups:
         hashes = [hashlib.sha256(os.fsencode(path)).hexdigest()[:16] for path in paths]
         count = sum(int(digits, 16) < 2 ** 64 / 20 for digits in hashes)
         count = min(max(count, 1), len(paths) - 1)
-        held.update(path for _, path in sorted(zip(hashes, paths))[:count])
+        held.update(path for digits, path in sorted(zip(hashes, paths))[:count])
     kept = {}
     for name, paths in classes.items():
         kept[name] = [path for path in paths if (path in held) == (split == "test")]
@@ -122,16 +123,16 @@ def hold_out(classes, split):
 
 
 class FolderImages:
-    """Images read on demand: images[i] is the centre crop, images[i, seed] a random one.
+    """Images decoded on demand: images[i] is the centre crop, images[i, seed] a random one.
 
-    Crops are uint8 (size, size, 3), cut out of the image after its short side was resized to
-    1.125 x size. An unreadable image is named, and the next readable one of its class takes its
-    place. `unreadable` (N,) marks those found so far; all loading workers share it."""
+    Crops are uint8 (size, size, 3), cut out of the image after its short side was resized
+    to 1.125 x size. An unreadable image is named, and the next readable one of its class
+    takes its place. `unreadable` (N,), shared by all workers, marks those found so far."""
 
     def __init__(self, root, paths, labels, size):
         self.root, self.size, self.short = str(root), size, round(1.125 * size)
-        self.labels = np.asarray(labels, np.int64)         # (N,), rising
-        # One array: a list of strings would slowly be copied into every worker process, because
+        self.labels = np.asarray(labels, np.int64)  # (N,), rising
+        # One array of bytes, because worker processes would slowly copy a list of strings:
         # even reading a Python string writes its reference count.
         self.names = np.array([os.fsencode(path) for path in paths])
         self.unreadable = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
@@ -147,44 +148,42 @@ class FolderImages:
         return os.path.join(self.root, os.fsdecode(self.names[i]))
 
     def __getitem__(self, index):
-        """index: i for the centre crop of image i, or (i, seed) for the random crop that they
-        determine; the seed -1 means the centre, too."""
+        """index: i or (i, seed). A seed of -1 means the centre, too."""
         i, seed = index if isinstance(index, tuple) else (index, -1)
-        i = range(len(self))[i]                            # raises IndexError
+        i = range(len(self))[i]                     # raises IndexError
         image = self.decoded(i)
-        side = min(image.size) * self.size / self.short     # of the crop, in pixels of the file
+        side = min(image.size) * self.size / self.short     # of the crop in this image
         place = np.random.default_rng([seed, i]).random(2) if seed >= 0 else 0.5
         left, top = place * (np.array(image.size) - side)
-        return np.array(image.resize((self.size, self.size), Image.Resampling.LANCZOS,
-                                     (left, top, left + side, top + side)))
+        box = (left, top, left + side, top + side)
+        return np.array(image.resize((self.size, self.size), Image.Resampling.LANCZOS, box))
 
     def decoded(self, i):
-        """Image i, or if it cannot be read, the next one of its class that can."""
+        """Image i or, if it cannot be read, the next one of its class that can."""
         first, end = np.searchsorted(self.labels, [self.labels[i], self.labels[i] + 1])
-        for j in chain(range(i, end), range(first, i)):
+        for j in [*range(i, end), *range(first, i)]:
             if not self.unreadable[j]:
                 try:
                     return decode(self.path(j), 4 * self.short)
-                except Exception as error:                 # damaged files raise nearly anything
+                except Exception as error:          # damaged files raise nearly anything
                     self.unreadable[j] = True
-                    print(f"unreadable image {self.path(j)} ({error}): another of its class takes "
-                          f"its place; {int(self.unreadable.sum())} so far", file=sys.stderr)
-        raise BadInput(f"no image of the class of {self.path(i)} can be read: remove its folder")
+                    count = int(self.unreadable.sum())
+                    print(f"unreadable image {self.path(j)} ({error}): another of its "
+                          f"class takes its place; {count} so far", file=sys.stderr)
+        raise BadInput(f"no image of the class of {self.path(i)} can be read: remove it")
 
 
 def decode(path, enough=None):
-    """An image file -> a Pillow image in RGB, upright, on white where it was transparent. Raises
-    nearly anything if the file is damaged or has more than 179 million pixels.
-    `enough`: a JPEG may be decoded at a fraction of its size, which is faster, with so many pixels
-    a side."""
+    """An image file -> a Pillow image in RGB, upright, on white where it was transparent.
+    Where `enough` pixels a side suffice, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
+    which is faster. Raises nearly anything for damaged files and decompression bombs."""
     with Image.open(path, formats=FORMATS) as image:
         if enough:
             image.draft(None, (enough, enough))
-        image.load()
-        with suppress(Exception):                          # only its EXIF data may be damaged
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                     # 16 bits: convert() would clip at 255
-            image = Image.fromarray(np.minimum(np.asarray(image) // 257, 255).astype(np.uint8))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):              # 16 bits, which convert() would clip
+            grey = np.minimum(np.asarray(image) // 257, 255)
+            image = Image.fromarray(grey.astype(np.uint8))
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -1,10 +1,10 @@
-"""ImageNet (ILSVRC 2012), or some of its classes, in folders named by WordNet number ("wnid").
+"""ImageNet (ILSVRC 2012), or some of its classes, in folders named by WordNet ID ("wnid").
 
     data/imagenet/train/n01440764/*.JPEG     data/imagenet/val/n01440764/*.JPEG
 
-Validation images that are not sorted into folders get their labels from LOC_val_solution.csv (of
-Kaggle, with the images in ILSVRC/Data/CLS-LOC) or val/val_annotations.txt (of Tiny-ImageNet).
-Labels follow the order of the wnids, which is the official one: 0..n-1 for n classes.
+Validation images that are not sorted into folders get their labels from a list, which is
+LOC_val_solution.csv (Kaggle, images in ILSVRC/Data/CLS-LOC) or val/val_annotations.txt
+(Tiny-ImageNet). Labels follow the order of the wnids, the official one: 0..n-1 for n classes.
 """
 import functools
 import re
@@ -17,46 +17,47 @@ DEFAULT_FOLDER = Path(__file__).with_name("imagenet")
 
 
 def load(split, *, data_dir=None, size=256):
-    """One split: (folder.FolderImages, labels int64 (N,), class names such as "tench"). split:
-    "train" or "test" (the folder val/); data_dir: default data/imagenet/. Raises BadInput if the
-    layout is not ImageNet's or a class has no image."""
+    """One split: (folder.FolderImages, labels int64 (N,), class names such as "tench").
+
+    split: "train" or "test" (the folder val/). data_dir: default data/imagenet/. Raises
+    BadInput if the layout is not ImageNet's or a class has no image."""
     root = Path(data_dir or DEFAULT_FOLDER).expanduser()
     if not root.is_dir():
-        raise BadInput(f"ImageNet is not in {root}: put train/<wnid>/*.JPEG and val/<wnid>/*.JPEG "
-                       "there, or give --data-dir FOLDER that holds them")
+        raise BadInput(f"ImageNet is not in {root}: put train/<wnid>/*.JPEG and "
+                       "val/<wnid>/*.JPEG there, or give --data-dir FOLDER that holds them")
     kaggle = root / "ILSVRC" / "Data" / "CLS-LOC"
     root = kaggle if kaggle.is_dir() else root
     images, labels, wnids = folder.load(split, data_dir=root, size=size, classes_of=_classes)
     names = wnid_names()
     for label, wnid in enumerate(wnids):
         if wnid not in names:
-            raise BadInput(f"{wnid!r} in {root} is not an ImageNet class, such as n01440764: for "
-                           f"other images use --dataset {root}")
+            raise BadInput(f"{wnid!r} in {root} is not an ImageNet class, such as n01440764: "
+                           f"for other images use --dataset {root}")
         if label not in labels:
-            raise BadInput(f"{images.root} has no {split} images of {wnid} ({names[wnid]}): add "
-                           "them, or remove this class from train/")
+            raise BadInput(f"{images.root} has no {split} images of {wnid} ({names[wnid]}): "
+                           "add them, or remove this class from train/")
     return images, labels, [names[wnid] for wnid in wnids]
 
 
 def _classes(base):
-    """{wnid: image paths relative to `base`}, by folders or else by a list of labels"""
+    """{wnid: image paths below `base`}, sorted by folders or else by a list of labels"""
     classes = folder.classes_in(base)
     if list(classes) not in ([""], ["images"]):
         return classes
-    lists = [base / "val_annotations.txt",
-             *(parent / "LOC_val_solution.csv" for parent in base.parents[:4])]
-    found = next((path for path in lists if path.is_file()), None)
-    if not found:
-        raise BadInput(f"the images in {base} are not in folders named by wnid, and neither "
-                       "LOC_val_solution.csv nor val_annotations.txt is there to label them")
-    lines = [re.split(r"[,\s]+", line) for line in found.read_text().splitlines()]
+    lists = [base / "val_annotations.txt"]
+    lists += [parent / "LOC_val_solution.csv" for parent in base.parents[:4]]
+    path = next((path for path in lists if path.is_file()), None)
+    if not path:
+        raise BadInput(f"the images in {base} are not in folders named by wnid, and there is "
+                       "no LOC_val_solution.csv or val_annotations.txt")
+    lines = [re.split(r"[,\s]+", line) for line in path.read_text().splitlines()]
     wnid_of = {Path(line[0]).stem: line[1] for line in lines if len(line) > 1}
-    by_wnid = {}
+    labelled = {}
     for image in next(iter(classes.values())):
         if Path(image).stem not in wnid_of:
-            raise BadInput(f"{found} has no label for {image}")
-        by_wnid.setdefault(wnid_of[Path(image).stem], []).append(image)
-    return dict(sorted(by_wnid.items()))
+            raise BadInput(f"{path} has no label for {image}")
+        labelled.setdefault(wnid_of[Path(image).stem], []).append(image)
+    return labelled
 
 
 def class_names():

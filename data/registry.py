@@ -12,13 +12,13 @@ from engine import BadInput
 
 @dataclass(frozen=True)
 class Dataset:
-    """load(split, *, data_dir, size) -> (images uint8 (N, size, size, 3), labels int64 (N,), class
-    names). Images are in memory, or read on demand like those of data/folder.py."""
+    """load(split, *, data_dir, size) -> (images uint8 (N, size, size, 3), labels int64 (N,),
+    class names). Images are in memory, or read on demand like those of data/folder.py."""
     load: Callable
-    judge_steps: int = 2000     # how long the judge of its samples is trained (report/judge.py)
-    judge_width: int = 24       # channels of the judge's first layers
-    mirrored: bool = False      # an image and its mirror image are of one class
-    examples: Callable | None = None    # a few held-out images shipped with the code, as from load
+    judge_steps: int = 2000             # training steps of its judge (report/judge.py)
+    judge_width: int = 24               # channels of the judge's first layers
+    mirrored: bool = False              # an image and its mirror image are of one class
+    examples: Callable | None = None    # returns a few held-out images shipped with the code
 
 
 DATASETS = {
@@ -35,7 +35,8 @@ def dataset_named(name):
         return DATASETS[name]
     if Path(name).expanduser().exists():
         return Dataset(folder.load)
-    raise BadInput(f"unknown data set {name!r}: use {', '.join(DATASETS)} or the path of a folder")
+    raise BadInput(f"unknown data set {name!r}: use {', '.join(DATASETS)} or the path of a "
+                   "folder of images")
 
 
 def load_data(dataset, split, image_size, data_dir=""):
@@ -45,7 +46,7 @@ def load_data(dataset, split, image_size, data_dir=""):
 
 
 def load_splits(dataset, image_size, data_dir="", wanted=()):
-    """-> {split: (images, labels)} of the whole data set, the same of the classes `wanted` alone
+    """-> {split: (images, labels)} of the whole data set, the same for the classes `wanted`
     (see chosen_classes; none: all), and the names of these classes"""
     splits = {}
     for split in ("train", "test"):
@@ -59,8 +60,8 @@ def load_splits(dataset, image_size, data_dir="", wanted=()):
 
 
 def find_class(names, text):
-    """The index of the class with this name or wnid, this index, or this part of its name, in this
-    order. Raises BadInput, with suggestions, unless one class fits."""
+    """The index of the class with this name or wnid, or else this index, or else this part of
+    its name. Raises BadInput, with suggestions, unless exactly one class fits."""
     name = imagenet.wnid_names().get(text.strip(), text.strip())
     if name in names:
         return names.index(name)
@@ -77,12 +78,13 @@ def find_class(names, text):
 
 
 def chosen_classes(names, wanted):
-    """wanted: texts for find_class; or one number N, unless a class has this name, for the first N
-    classes. -> indices in the order of the data set"""
+    """wanted: texts for find_class; a single number N that is no class's name means the first N
+    classes -> indices, in the order of the data set"""
     if len(wanted) == 1 and wanted[0].isdecimal() and wanted[0] not in names:
-        if not 1 <= int(wanted[0]) <= len(names):
-            raise BadInput(f"--classes {wanted[0]}: there are {len(names)} classes")
-        return list(range(int(wanted[0])))
+        count = int(wanted[0])
+        if not 1 <= count <= len(names):
+            raise BadInput(f"--classes {count}: there are {len(names)} classes")
+        return list(range(count))
     return sorted({find_class(names, text) for text in wanted})
 
 

@@ -1,11 +1,11 @@
 """The built-in data set: ten kinds of figure, each drawn from (seed, split, index) alone.
 
-Nothing is stored or downloaded, and no image depends on another. Only + - * / and square roots
-touch the numbers. IEEE rounds these exactly, so every machine should draw the same bytes.
+Nothing is stored or downloaded, and no image depends on another. Only + - * / and square
+roots touch the numbers. IEEE rounds these exactly, so every machine should draw the same bytes.
 
 A figure is a list of signed distances: negative inside, in units of the figure's radius. The
-distance in pixels determines how much of a pixel the figure covers, which gives smooth edges at
-every size: image i at 256 pixels is image i at 32 pixels, only sharper.
+distance in pixels determines how much of a pixel the figure covers, which gives smooth edges
+at every size: image i at 256 pixels is image i at 32 pixels, only sharper.
 
     coarse scales show   which figure, its colour, its position, the background's soft ramp
     fine scales show     edges, windows, eyes, the light from the upper left
@@ -17,7 +17,7 @@ from engine import BadInput
 CLASS_NAMES = "heart star moon ring flower house tree mushroom fish boat".split()
 DEFAULT_COUNT = {"train": 20_000, "test": 4_000}
 
-# Figures are saturated and of medium brightness, backgrounds are pale, so any pair contrasts.
+# Figures are saturated and of medium brightness, backgrounds are pale: any pair contrasts.
 FIGURES = np.float32([
     [214, 57, 61], [235, 110, 52], [226, 158, 34], [108, 160, 58], [38, 140, 96],
     [26, 146, 160], [48, 112, 196], [92, 82, 184], [150, 74, 170], [216, 76, 134]]) / 255
@@ -30,8 +30,8 @@ INK, WOOD = (0, np.float32([74, 56, 52]) / 255), (0, np.float32([164, 122, 88]) 
 
 
 def load(split, *, data_dir=None, size=32, count=None, seed=0):
-    """One split: (images uint8 (N, size, size, 3), labels int64 (N,), class names). `data_dir` is
-    not used. Raises BadInput for an unknown split, or a size or count out of range."""
+    """One split: (images uint8 (N, size, size, 3), labels int64 (N,), class names). `data_dir`
+    is not used. Raises BadInput for an unknown split or a size out of range."""
     count = DEFAULT_COUNT.get(split, 1) if count is None else count
     images, labels = draw(np.arange(count), split=split, size=size, seed=seed)
     return images, labels, list(CLASS_NAMES)
@@ -57,7 +57,7 @@ def draw(indices, *, split="train", size=32, seed=0):
 
 
 def _uniforms(indices, split, seed, fields=7):
-    """(N, fields) numbers in [0, 1), hashed from seed, split and index (splitmix64's mixer)."""
+    """(N, fields) numbers in [0, 1), hashed from seed, split and index by splitmix64."""
     def mix(word):
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -73,23 +73,23 @@ def _uniforms(indices, split, seed, fields=7):
 
 def _render(figure, uniforms, size):
     """Paint one kind of figure: uniforms (N, 7) -> uint8 (N, size, size, 3)."""
-    hue, back, radius, left, up, turn, ramp = uniforms.T[:, :, None, None]      # (N, 1, 1) each
-    main = FIGURES[(hue * len(FIGURES)).astype(np.int64)[:, 0, 0]]              # (N, 3)
-    paper = BACKGROUNDS[(back * len(BACKGROUNDS)).astype(np.int64)[:, 0, 0]]    # (N, 3)
-    radius = 0.33 + 0.07 * radius                                      # share of the image's side
+    hue, back, radius, left, up, turn, ramp = uniforms.T[:, :, None, None]  # (N, 1, 1) each
+    main = FIGURES[(hue * len(FIGURES)).astype(np.int64)[:, 0, 0]]          # (N, 3)
+    paper = BACKGROUNDS[(back * len(BACKGROUNDS)).astype(np.int64)[:, 0, 0]]  # (N, 3)
+    radius = 0.33 + 0.07 * radius                                 # share of the image's side
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-    x = (axis[None, None, :] - 0.10 * (left - 0.5)) / radius                    # (N, 1, size)
-    y = (0.10 * (up - 0.5) - axis[None, :, None]) / radius                      # (N, size, 1)
+    x = (axis[None, None, :] - 0.10 * (left - 0.5)) / radius                # (N, 1, size)
+    y = (0.10 * (up - 0.5) - axis[None, :, None]) / radius                  # (N, size, 1)
     # Half-angle tangent instead of sin and cos, whose last bit differs between machines.
-    half = 0.22 * (turn - 0.5)                                         # rotates by up to 0.22 rad
+    half = 0.22 * (turn - 0.5)                                  # rotates by up to 0.22 rad
     cos, sin = (1 - half**2) / (1 + half**2), 2 * half / (1 + half**2)
 
-    shade = (1 - (0.04 + 0.10 * ramp) * (axis[None, :, None] + 0.5))   # darker towards the ground
-    light = 1 + 0.13 * np.clip(0.7 * y - 0.7 * x, -1, 1)               # lit from the upper left
-    planes = [paper[:, c, None, None] * shade + 0 * x for c in range(3)]        # (N, size, size)
+    shade = (1 - (0.04 + 0.10 * ramp) * (axis[None, :, None] + 0.5))   # darker at the ground
+    light = 1 + 0.13 * np.clip(0.7 * y - 0.7 * x, -1, 1)            # lit from the upper left
+    planes = [paper[:, c, None, None] * shade + 0 * x for c in range(3)]    # (N, size, size)
     for distance, paint in figure(cos * x - sin * y, sin * x + cos * y):
         cover = np.clip(0.5 - distance * (radius * size), 0, 1)
-        colour = paint[0] * main + paint[1]                                     # (N, 3)
+        colour = paint[0] * main + paint[1]                                 # (N, 3)
         for c in range(3):
             planes[c] += cover * (colour[:, c, None, None] * light - planes[c])
     return (np.clip(np.stack(planes, -1), 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -107,13 +107,14 @@ def _box(x, y, x0, y0, half_width, half_height):
 
 
 def _polygon(x, y, *corners, rounding=0.0):
-    """Distance to a closed polygon. A point is inside if a ray to the right crosses an odd number
-    of edges."""
+    """Distance to a closed polygon. A point is inside if a ray to the right crosses an odd
+    number of edges."""
     squared, inside = np.full_like(x, np.inf), np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
         edge_x, edge_y, to_x, to_y = bx - ax, by - ay, x - ax, y - ay
         along = np.clip((to_x * edge_x + to_y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
-        squared = np.minimum(squared, (to_x - along * edge_x)**2 + (to_y - along * edge_y)**2)
+        off_x, off_y = to_x - along * edge_x, to_y - along * edge_y
+        squared = np.minimum(squared, off_x**2 + off_y**2)
         if ay != by:
             inside ^= ((y >= ay) != (y >= by)) & (to_x < to_y * (edge_x / edge_y))
     return np.sqrt(squared) * np.where(inside, -1, 1).astype(x.dtype) - rounding
@@ -130,8 +131,9 @@ def _heart(x, y):
 
 
 def _star(x, y):
-    return [(_polygon(x, y, (0, 1), (.26, .36), (.95, .31), (.43, -.14), (.59, -.81), (0, -.45),
-                      (-.59, -.81), (-.43, -.14), (-.95, .31), (-.26, .36), rounding=0.06), MAIN)]
+    corners = [(0, 1), (.26, .36), (.95, .31), (.43, -.14), (.59, -.81), (0, -.45),
+               (-.59, -.81), (-.43, -.14), (-.95, .31), (-.26, .36)]
+    return [(_polygon(x, y, *corners, rounding=0.06), MAIN)]
 
 
 def _moon(x, y):
@@ -162,7 +164,8 @@ def _tree(x, y):
 
 def _mushroom(x, y):
     cap = np.maximum(_disc(x, y, 0, -0.08, 1.0), -0.08 - y)
-    dots = [_disc(x, y, -.48, .26, .16), _disc(x, y, .06, .56, .18), _disc(x, y, .50, .18, .16)]
+    dots = [_disc(x, y, x0, y0, radius)
+            for x0, y0, radius in [(-.48, .26, .16), (.06, .56, .18), (.50, .18, .16)]]
     return [(_box(x, y, 0, -0.45, 0.24, 0.45) - 0.06, WOOD), (cap, MAIN),
             (np.minimum.reduce(dots), PALE)]
 
