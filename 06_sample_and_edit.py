@@ -1,59 +1,63 @@
-"""Chapter 6: sample, in-paint, out-paint, change a class, and ask how likely an image is.
+"""Chapter 6: sample, inpaint, outpaint, change a class, and ask how probable an image is.
 
-One loop over the scales does it all: predict the logits of map k, draw its tokens, add them to
-f_hat, show f_hat to scale k+1. Editing adds one rule to this loop: where the image is kept, the
+One loop over the scales draws an image: predict the logits of map k, draw its tokens, add
+them to f_hat, show f_hat to scale k+1. Editing adds one rule: where the image is kept, the
 token is not drawn but computed, as the code nearest to what f_hat *still misses* of the image:
 
     k        1x1     2x2        3x3          ...      8x8
     keep      x      x .       x x .                 x x x x x . . .     x  computed
                      x .       x x .                 x x x x x . . .     .  drawn by the model
 
-A coarse token covers both the kept and the new part, so one pass is not enough: edit() makes six
-with the same noise, each starting from the previous result, and then two without drawing.
+Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); image
+(B, 3, H, W), in [-1, 1] coming in, [0, 1] going out; keep (H, W), True = leave as it is.
 
-Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); image (B, 3, H, W) in
-[-1, 1] coming in, [0, 1] going out; keep (H, W) bool, True = leave as it is.
+Sources: VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2022); top-p
+sampling (Holtzman et al. 2020). Unlike in the original code, hidden pixels are replaced before
+encoding (there they leak through the encoder), kept tokens are quantized again as f_hat grows
+instead of being replayed, and an edit takes several passes.
 
-Sources: VAR (Tian et al. 2024), sections 3 and 5 (zero-shot editing); classifier-free guidance (Ho
-and Salimans 2022); top-p sampling (Holtzman et al. 2020); FID (Heusel et al. 2017).
-
-Differs from the original VAR code: hidden pixels are replaced before encoding (there they leak into
-the kept tokens through the encoder); the 1x1 token is not always kept; kept tokens are quantized
-again as f_hat grows, not replayed; an edit takes several passes; likelihoods are computed, too.
-
-    python 06_sample_and_edit.py                        newest run in out/, else the shipped model
+    python 06_sample_and_edit.py                    newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
     python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
+import os
 from functools import partial
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+# Threads that spin while they wait make a run beside another busy process forty times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")            # read when torch is imported
 
 import torch
 import torch.nn.functional as F
 
-from engine import BadInput, released
-from engine.options import one_line
-from report import command_line, gallery, judge
-from report.density import density
+from data import imagenet
+from engine import BadInput
+from engine.device import best_precision, pick_device
+from engine.options import Parser, number, run_main
+from engine.released import fetch, fill, read_tokenizer, read_transformer
+from report.gallery import TASKS, export_npz, in_batches, pick_classes
 
 vqvae = import_module("02_multiscale_vqvae")
+masking = import_module("03_block_causal_mask")
 transformer = import_module("04_var_transformer")
 training = import_module("05_train")
 
 
-# -- Drawing tokens --------------------------------------------------------------------------------
+# -- Drawing tokens ------------------------------------------------------------------------
 
 def keep_likely(logits, top_k=0, top_p=0.0):
-    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, ties or not;
-    0 < top_p < 1 leaves the fewest that together hold top_p or more. (..., V) -> (..., V)"""
+    """Set all but the likely logits to -inf, in a copy. top_k > 0 leaves exactly k, ties or
+    not; 0 < top_p < 1 leaves the fewest that hold top_p or more. (..., V) -> (..., V)"""
     # Exercise 06_1
     V, k = logits.shape[-1], top_k if top_k > 0 else logits.shape[-1]
     if k >= V and not 0 < top_p < 1:
         return logits
     value, order = logits.topk(min(k, V), dim=-1)          # likeliest first
     if 0 < top_p < 1:
-        # tail: the probability of a token and all less likely ones, summed from the right. If it
-        # is at most 1 - top_p, the tokens to the left already hold top_p.
+        # tail: the probability of a token and all less likely ones, summed from the right.
+        # If it is at most 1 - top_p, the tokens to the left already hold top_p.
         tail = value.softmax(-1).flip(-1).cumsum(-1).flip(-1)
         drop = tail <= 1 - top_p
         drop[..., 0] = False                               # the likeliest always stays
@@ -62,88 +66,120 @@ def keep_likely(logits, top_k=0, top_p=0.0):
 
 
 def draw(logits, generator=None):
-    """One token per position. logits (B, n, V) -> (B, n)"""
-    p = logits.softmax(-1).flatten(0, 1)
-    return torch.multinomial(p, 1, replacement=True, generator=generator).view(logits.shape[:2])
+    """One token per position. logits (B, n, V) -> (B, n). The generator may be a list, one
+    per image: then an image does not depend on the others of its batch."""
+    if isinstance(generator, list):
+        images = zip(logits.split(1), generator, strict=True)
+        return torch.cat([draw(image, one) for image, one in images])
+    p = logits.softmax(-1).flatten(0, 1)                                        # (B*n, V)
+    tokens = torch.multinomial(p, 1, replacement=True, generator=generator)
+    return tokens.view(logits.shape[:2])
 
 
 def soften(logits, progress, codebook, generator=None):
-    """"Smooth" sampling of the original code: a mixture of codes (Gumbel-softmax), not one code. It
-    looks pleasant but is no sample from the model. logits (B, n, V) -> code vectors (B, n, C)
-
-    progress is k / (K - 1). From the first scale to the last the logits double and the temperature
-    falls from 0.27 by 95 %: from mixtures to nearly one code. The original gives no reason."""
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()      # Gumbel
+    """The original's "smooth" sampling: mixtures of codes, nearly single ones at the last
+    scale. It looks pleasant but is no sample from the model. logits (B, n, V) -> (B, n, C)"""
+    if isinstance(generator, list):
+        images = zip(logits.split(1), generator, strict=True)
+        return torch.cat([soften(image, progress, codebook, one) for image, one in images])
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()   # Gumbel
     temperature = 0.27 * (1 - 0.95 * progress)
     return ((logits * (1 + progress) + noise) / temperature).softmax(-1) @ codebook
 
 
 def strengths(cfg, K):
-    """Guidance t at each of K scales: cfg itself if it is a list, else equal steps from 0 to cfg:
-    strong guidance at coarse scales, which decide *what* is drawn, costs variety. -> K numbers"""
+    """Guidance t at each of K scales: cfg itself if it is a list, else steps from 0 to cfg.
+    Strong guidance at coarse scales, which decide *what* is drawn, would cost variety."""
     given = cfg
     if not hasattr(cfg, "__len__"):
         # Exercise 06_2
-        cfg = [cfg * (k / max(K - 1, 1)) for k in range(K)]
+        cfg = [cfg * (k / (K - 1)) for k in range(K)] if K > 1 else [cfg]
         # End of exercise
     if len(cfg) != K or not all(0 <= t < torch.inf for t in cfg):
-        raise BadInput(f"cfg {given}: a number of at least 0, or a list of {K}, one a scale")
+        raise BadInput(f"cfg {given}: expected a number of at least 0, or a list of {K}, one "
+                       "per scale")
     return cfg
+
+
+def as_labels(labels, var):
+    """A list, an array or a tensor of classes -> (B,) int64 on the device of `var`"""
+    labels, count = torch.as_tensor(labels).reshape(-1), var.config.num_classes
+    if not len(labels) or not torch.isin(labels.cpu(), torch.arange(count + 1)).all():
+        raise BadInput(f"labels must lie in 0..{count - 1}, or be {count} for no class")
+    return labels.to(var.head.weight.device, torch.int64)
+
+
+def mixed_precision(var):
+    """The context in which to call `var`: autocast if its linear layers are in 16 bits"""
+    device, dtype = var.head.weight.device, var.head.weight.dtype
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def to_image(tokenizer, var, tokens):
+    """tokens -> image (B, 3, H, W) in [0, 1], decoded in the precision of `var`"""
+    f_hat = tokenizer.features(tokens)                                          # (B, C, h, w)
+    with mixed_precision(var):
+        image = tokenizer.decode(f_hat)
+    return (image.float().clamp(-1, 1) + 1) / 2
 
 
 @torch.no_grad()
 def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temperature=1.0,
                   smooth=False, generator=None, choose=None):
-    """The loop. choose(k, drawn, f_hat) -> tokens may replace what is drawn. labels (B,) -> K token
-    maps (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer accepts as well.
+    """The loop. choose(k, drawn, f_hat) -> tokens may replace what was drawn. labels (B,)
+    -> K token maps (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer
+    accepts as well. Temperature 0 takes the likeliest tokens.
 
-    Guidance: t = 0 is the plain prediction for the class; t > 0 moves beyond it, away from the
-    prediction without a class (other code often counts w = 1 + t). cfg, a number or a list, says
-    how far at each scale. It is 0 here; generate() and edit() take 1.5, as the original."""
-    K, B, nobody = tokenizer.K, len(labels), var.config.num_classes
-    if B == 0 or labels.min() < 0 or labels.max() > nobody:
-        raise BadInput(f"labels must lie in 0..{nobody - 1} ({nobody}: no class)")
-    t = strengths(cfg, K)
-    last_guided = max((k for k in range(K) if t[k] > 0), default=-1)
-    if last_guided >= 0:
+    Guidance: t = 0 is the plain prediction for the class, t > 0 moves beyond it, away from
+    the prediction without a class (elsewhere often w = 1 + t). Why it helps: up to a constant,
+    (1+t) c - t u = log p(x|class) + t log [p(x|class) / p(x)], so what speaks for the class
+    counts more. cfg, a number or a list, is 0 here; generate() and edit() take 1.5 like the
+    original, and the command line what suits the model."""
+    labels, K, no_class = as_labels(labels, var), tokenizer.K, var.config.num_classes
+    B, t = len(labels), strengths(cfg, K)
+    if not temperature > 1e-6:                             # the limit of temperature 0
+        temperature, top_k = 1.0, 1
+    guided = any(t)
+    if guided:
         # The second half of the batch has no class: the row that label dropout trained.
-        labels = torch.cat([labels, torch.full_like(labels, nobody)])
-    conditioning, cache = var.conditioning(labels), var.new_cache()
+        labels = torch.cat([labels, torch.full_like(labels, no_class)])         # (2B,)
+    with mixed_precision(var):
+        conditioning, cache = var.conditioning(labels), var.new_cache()
     f_hat, inputs, tokens = 0, None, []
     for k in range(K):
-        if inputs is not None:
-            inputs = inputs.to(conditioning.row.dtype).repeat(2 if k <= last_guided else 1, 1, 1)
-        logits = var.step(k, inputs, conditioning, cache).float()                 # (B or 2B, n, V)
-        if k <= last_guided:
+        if guided and k > 0:
+            inputs = inputs.repeat(2, 1, 1)                                     # (2B, n, C)
+        with mixed_precision(var):
+            logits = var.step(k, inputs, conditioning, cache).float()           # (2B, n, V)
+        if guided:
             # Exercise 06_2
-            logits = (1 + t[k]) * logits[:B] - t[k] * logits[B:]
+            logits = (1 + t[k]) * logits[:B] - t[k] * logits[B:]                # (B, n, V)
             # End of exercise
-        if k == last_guided:                               # finer scales cost half as much
-            conditioning = var.keep_first(B, conditioning, cache)
-        logits = keep_likely(logits / temperature, top_k, top_p)                  # (B, n, V)
-        tokens_k = (soften(logits, k / max(K - 1, 1), tokenizer.quantizer.codebook, generator)
-                    if smooth else draw(logits, generator))                       # (B, n[, C])
+        logits = keep_likely(logits / temperature, top_k, top_p)                # (B, n, V)
+        tokens_k = draw(logits, generator) if not smooth else soften(
+            logits, k / max(K - 1, 1), tokenizer.quantizer.codebook, generator)
         if choose is not None:
-            tokens_k = choose(k, tokens_k, f_hat)
-        f_hat, inputs = tokenizer.next_input(k, f_hat, tokens_k)
+            tokens_k = choose(k, tokens_k, f_hat)                               # (B, n)
+        f_hat, inputs = tokenizer.next_input(k, f_hat, tokens_k)   # (B, C, h, w), (B, n, C)
         tokens.append(tokens_k)
     return tokens
 
 
 @torch.no_grad()
-def generate(tokenizer, var, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0, smooth=False,
-             generator=None, tokens=None, keep=None):
-    """Sample images of the classes in labels (B,). cfg: see strengths(). -> (B, 3, H, W) in [0, 1]
+def generate(tokenizer, var, labels, *, cfg=1.5, tokens=None, keep=None, **sampling):
+    """Sample images of the classes in labels (B,). sampling: top_k, top_p, temperature,
+    smooth and generator, as in sample_tokens() -> (B, 3, H, W) in [0, 1]
 
-    tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given token is
-    replayed instead of drawn. Raises BadInput for a label that the model does not know."""
-    if (tokens is None) != (keep is None) or (smooth and tokens is not None):
+    tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given
+    token is replayed instead of drawn."""
+    if (tokens is None) != (keep is None) or (keep is not None and sampling.get("smooth")):
         raise BadInput("tokens and keep go together, and without smooth")
-    choose = None if tokens is None else (
-        lambda k, drawn, f_hat: torch.where(keep[k].to(drawn.device), tokens[k], drawn))
-    drawn = sample_tokens(tokenizer, var, labels, cfg=cfg, top_k=top_k, top_p=top_p, smooth=smooth,
-                          temperature=temperature, generator=generator, choose=choose)
-    return (tokenizer.tokens_to_image(drawn) + 1) / 2
+
+    def replay(k, drawn, f_hat):
+        return torch.where(keep[k].to(drawn.device), tokens[k], drawn)          # (B, n)
+    drawn = sample_tokens(tokenizer, var, labels, cfg=cfg, **sampling,
+                          choose=None if keep is None else replay)
+    return to_image(tokenizer, var, drawn)
 
 
 @torch.no_grad()
@@ -152,25 +188,27 @@ def log_likelihood(tokenizer, var, tokens, labels):
     positions of a scale, for each scale. One pass through the transformer gives them all.
 
     tokens: list of K (B, n); labels (B,), num_classes: no class -> (B, K) nats"""
+    labels = as_labels(labels, var)
     # Exercise 06_3
-    inputs = tokenizer.teacher_inputs(tokens).to(var.start.dtype)
-    logits = var(labels, inputs).float()                                 # (B, L, V)
+    inputs = tokenizer.teacher_inputs(tokens)                            # (B, L - first, C)
+    with mixed_precision(var):
+        logits = var(labels, inputs).float()                             # (B, L, V)
     wanted = torch.cat(tokens, 1)[..., None]                             # (B, L, 1)
     each = logits.log_softmax(-1).gather(-1, wanted)[..., 0]             # (B, L)
     per_scale = each.split([tokens_k.shape[1] for tokens_k in tokens], 1)
     return torch.stack([part.sum(1) for part in per_scale], 1)           # (B, K)
 
 
-# -- Editing ---------------------------------------------------------------------------------------
+# -- Editing -------------------------------------------------------------------------------
 
 def hide(image, keep):
-    """Replace hidden pixels by a smooth continuation of the kept ones, so that the encoder meets no
-    edge that the image does not have. Only kept pixels are read. image (B, 3, H, W), keep (H, W)
+    """Replace hidden pixels by a smooth continuation of the kept ones, the only ones it reads,
+    so that the encoder meets no edge that the image lacks. image (B, 3, H, W), keep (H, W)
 
-    Pull-push: halve the image until one pixel is left, averaging kept pixels only; then go back
-    up and fill each gap from the next smaller image."""
-    weight = keep.to(image.dtype)[None, None]              # (1, 1, H, W): how much of it is kept
-    value, finer = torch.where(keep, image, 0.0), []       # sum of kept pixels / pixels in a cell
+    Pull-push: halve the image until one pixel is left, averaging kept pixels only; then go
+    back up and fill each gap from the next smaller image."""
+    weight = keep.to(image.dtype)[None, None]              # (1, 1, H, W): share that is kept
+    value, finer = torch.where(keep, image, 0.0), []       # sum of kept pixels / all pixels
     while max(value.shape[2:]) > 1:
         finer.append((value, weight))
         value, weight = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (value, weight))
@@ -182,244 +220,182 @@ def hide(image, keep):
 
 
 @torch.no_grad()
-def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, top_k=0, top_p=0.0, temperature=1.0,
-         generator=None, soft=None, paint_passes=6, settle_passes=2):
-    """Repaint the part of an image where keep is False, as class labels (B,).
+def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_passes=6,
+         settle_passes=2, **sampling):
+    """Repaint the part of an image where keep is False, as class labels (B,). sampling: top_k,
+    top_p and temperature, as in sample_tokens().
 
-    image (B, 3, S, S) in [-1, 1], keep (S, S) bool -> (B, 3, S, S) in [0, 1]. Hidden pixels are
-    replaced before anything reads the image and cannot change it. BadInput: wrong size or label.
+    image (B, 3, S, S) in [-1, 1], keep (S, S) of True and False or 1 and 0 -> (B, 3, S, S)
+    in [0, 1], whose kept part is as the tokenizer renders it. Hidden pixels are replaced
+    before anything reads the image and cannot change it.
     paint_passes: how often the hidden part is drawn, at least once
-    settle_passes: how often the tokenizer alone then encodes and decodes the result
-    soft: None: the kept part stays as the tokenizer renders it; 0: the kept pixels themselves are
-        put back; n: they are faded in over n pixels from the edge"""
-    S, sizes = tokenizer.config.image_size, (tuple(image.shape[-2:]), tuple(keep.shape))
-    if sizes != ((S, S), (S, S)):
-        raise BadInput(f"image and mask must be {S}x{S}, not {sizes[0]} and {sizes[1]}")
-    keep = keep.to(image.device)
+    settle_passes: how often the tokenizer alone then encodes and decodes the result"""
+    S, keep = tokenizer.config.image_size, torch.as_tensor(keep).to(image.device)
+    if image.shape[2:] != (S, S) or keep.shape != (S, S):
+        raise BadInput(f"image and mask must be {S}x{S}, not {tuple(image.shape[2:])} and "
+                       f"{tuple(keep.shape)}")
+    if not ((keep == 0) | (keep == 1)).all():
+        raise BadInput("the mask must hold True and False, or 1 and 0, and nothing else")
+    keep = keep.bool()
     if generator is None:
-        generator = torch.Generator(keep.device).manual_seed(int(torch.randint(2**62, ())))
+        seed = int(torch.randint(2 ** 62, ()))
+        generator = torch.Generator(image.device).manual_seed(seed)
     if not keep.any():
-        paint_passes, settle_passes = 1, 0                 # plain sampling: nothing has to agree
-    # A cell of the last map is kept if half of its pixels are; hide() filled in its other pixels.
+        paint_passes, settle_passes = 1, 0                 # sampling: nothing has to agree
+    # A cell of the last map is kept if half of its pixels are; hide() fills in the others.
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
-    kept_cells = trusted_cells = (share >= 0.5).to(image.dtype)          # (1, 1, h, w), 0 or 1
-    composite = hide(image, keep)                          # (B, 3, S, S): kept pixels and a guess
-    noise = generator.get_state()
+    kept_cells = trusted_cells = (share >= 0.5).to(image.dtype)          # (1, 1, h, w)
+    composite = hide(image, keep)                          # (B, 3, S, S): kept, and a guess
+    # Why repeat? In pass 1 a coarse token on the border is computed from its kept half alone.
+    # In pass 2 its other half has been drawn, so it is computed from the mean of the whole
+    # cell. After six passes the kept and the drawn part agree. All passes use the same noise,
+    # so each refines the figure of the one before; new noise would draw another figure.
+    generators = generator if isinstance(generator, list) else [generator]
+    noise = [one.get_state() for one in generators]
     for _ in range(paint_passes):
-        # The same noise again, so that a pass refines the figure of the pass before. New noise
-        # would draw another figure each time where little is kept.
-        generator.set_state(noise)
+        for one, state in zip(generators, noise):
+            one.set_state(state)
         tokens = paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, cfg=cfg,
-                       top_k=top_k, top_p=top_p, temperature=temperature, generator=generator)
-        painted = (tokenizer.tokens_to_image(tokens) + 1) / 2            # (B, 3, S, S) in [0, 1]
+                       generator=generator, **sampling)
+        painted = to_image(tokenizer, var, tokens)                           # (B, 3, S, S)
         composite = torch.where(keep, image, 2 * painted - 1)
-        trusted_cells = torch.ones_like(kept_cells)        # drawn, no longer guessed: all count
+        trusted_cells = torch.ones_like(kept_cells)        # drawn, no longer guessed
     for _ in range(settle_passes):
-        painted = (tokenizer.tokens_to_image(tokenizer.image_to_tokens(composite)) + 1) / 2
+        painted = to_image(tokenizer, var, tokenizer.image_to_tokens(composite))
         composite = torch.where(keep, image, 2 * painted - 1)
-    if soft is None:
-        return painted
-    weight = fade(keep, soft)
-    return weight * ((composite + 1) / 2) + (1 - weight) * painted
+    return painted
 
 
 @torch.no_grad()
 def paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, **sampling):
-    """One pass: sample every scale, but compute the tokens that are kept. -> K token maps (B, n)
+    """One pass: sample every scale, but compute the tokens that are kept. -> K maps (B, n)
 
-    composite (B, 3, S, S) in [-1, 1]: the image with its hidden part filled in. kept_cells and
-    trusted_cells (1, 1, h, w), 0 or 1: cells of the last map that must stay, and cells whose
-    features may be averaged into a coarser token."""
-    target = tokenizer.encode(composite)                                           # (B, C, h, w)
+    composite (B, 3, S, S) in [-1, 1]: the image with its hidden part filled in. kept_cells
+    and trusted_cells (1, 1, h, w), 0 or 1: cells of the last map that must stay, and cells
+    whose features may be averaged into a coarser token."""
+    target = tokenizer.encode(composite)                                     # (B, C, h, w)
 
     def choose(k, drawn, f_hat):
-        """Half of a coarse cell kept is enough to compute its token: what this token then gets
-        wrong in the kept part, finer scales correct, as they quantize what is still missing."""
+        """Half of a coarse cell kept is enough to compute its token. What it then gets wrong
+        in the kept part, finer scales correct: they quantize what is still missing."""
         missing = target - f_hat if tokenizer.config.residual else target
-        covered = tokenizer.downsample_to(trusted_cells, k).clamp(min=1e-6)        # (1, n, 1)
-        mean = tokenizer.downsample_to(missing * trusted_cells, k) / covered       # (B, n, C)
-        kept = tokenizer.downsample_to(kept_cells, k)[..., 0] >= 0.5               # (1, n)
-        return torch.where(kept, tokenizer.quantizer.nearest(mean), drawn)         # (B, n)
+        covered = tokenizer.downsample_to(trusted_cells, k).clamp(min=1e-6)  # (1, n, 1)
+        mean = tokenizer.downsample_to(missing * trusted_cells, k) / covered # (B, n, C)
+        kept = tokenizer.downsample_to(kept_cells, k)[..., 0] >= 0.5         # (1, n)
+        return torch.where(kept, tokenizer.quantizer.nearest(mean), drawn)   # (B, n)
     return sample_tokens(tokenizer, var, labels, choose=choose, **sampling)
 
 
-def fade(keep, soft):
-    """The weight of kept pixels in a blend: 0 where hidden, 1 from `soft` pixels inside the edge
-    on, and a straight ramp between. keep (H, W) bool -> (H, W)"""
-    hidden = (~keep).float()[None, None]
-    depth = 1 - hidden
-    for _ in range(soft):
-        hidden = F.max_pool2d(hidden, 3, 1, 1)             # the hidden part grows by one pixel
-        depth = depth + 1 - hidden
-    return depth[0, 0] / (soft + 1)
-
-
-def outpaint(tokenizer, var, image, grow, labels, *, soft=None, generator=None, paint_passes=2,
-             settle_passes=2, **options):
-    """Let the canvas grow by (left, top, right, bottom) pixels around the image. One window of
-    the model's size after another is edited, always the unfinished one of which most is known.
-
-    image (B, 3, S, S) in [-1, 1] -> (B, 3, top + S + bottom, left + S + right) in [0, 1]. What is
-    known stays as it is, but for a blend over `soft` pixels from its edge (default S/8; 0: none).
-    options: cfg, top_k, top_p, temperature of edit(). Raises BadInput for a wrong size or label."""
-    (left, top, right, bottom), S = grow, tokenizer.config.image_size
-    if tuple(image.shape[-2:]) != (S, S):
-        raise BadInput(f"the image must be {S}x{S}, not {tuple(image.shape[-2:])}")
-    soft = S // 8 if soft is None else soft
-    # Windows move by an eighth of their side, in whole cells of the last map: a cell of which half
-    # is known counts as kept, so after half a cell's move nothing would be drawn.
-    cell = S // tokenizer.scales[-1]
-    step = max(cell, S // 8 // cell * cell)
-    windows = [(slice(y, y + S), slice(x, x + S)) for y in window_starts(top, bottom, step)
-               for x in window_starts(left, right, step)]
-    canvas = F.pad(image, (left, right, top, bottom))                    # (B, 3, H, W) in [-1, 1]
-    known = F.pad(torch.ones_like(image[0, 0], dtype=torch.bool), (left, right, top, bottom))
-    while not known.all():
-        unfinished = [window for window in windows if not known[window].all()]
-        rows, columns = max(unfinished, key=lambda window: int(known[window].sum()))
-        before, keep = canvas[:, :, rows, columns], known[rows, columns]
-        painted = edit(tokenizer, var, before, keep, labels, generator=generator,
-                       paint_passes=paint_passes, settle_passes=settle_passes, **options)
-        weight = fade(keep, soft)
-        canvas[:, :, rows, columns] = weight * before + (1 - weight) * (2 * painted - 1)
-        known[rows, columns] = True
-    return (canvas + 1) / 2
-
-
-def window_starts(before, after, step):
-    """Where windows start along an axis that grows by `before` and `after` pixels: at the image
-    itself, and in whole steps inwards from both ends of the canvas, but no nearer to the image
-    than a step unless the end is. (5, 4, 2) -> [0, 2, 5, 7, 9]"""
-    def distances(room):
-        return [n for n in range(room, 0, -step) if n >= step or n == room]
-    return sorted([before - n for n in distances(before)] + [before]
-                  + [before + n for n in distances(after)])
-
-
-# -- Models, and what the command line asks for (report/command_line.py) ---------------------------
+# -- Models --------------------------------------------------------------------------------
 
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
-    """State dicts in the released layout -> (tokenizer, var), ready to sample. Sizes are read off
-    the shapes; `scales` is needed only for schedules other than the paper's two, `heads` only for
-    models without query/key normalisation. Raises BadInput for anything in another layout."""
-    sizes, weights = released.read_transformer(var_state, scales, heads)
-    tokenizer_sizes, tokenizer_weights = released.read_tokenizer(tokenizer_state, sizes["scales"])
-    with released.other_layouts_refused(), released.weights_to_come():
-        tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**tokenizer_sizes))
+    """State dicts in the released layout -> (tokenizer, var). Sizes are read off the shapes;
+    `scales` is needed only for schedules other than the paper's two, `heads` only without
+    query/key normalisation. Raises BadInput for another layout."""
+    sizes, weights = read_transformer(var_state, scales, heads)
+    scales = sizes["scales"]
+    with torch.device("meta"):                             # no random weights to be replaced
         var = transformer.VAR(transformer.VARConfig(**sizes))
-    return released.fill(tokenizer, tokenizer_weights), released.fill(var, weights)
+    var.mask = masking.block_causal_mask(scales)
+    var.scale_of_token = masking.scale_of_token(scales)
+    fill(var, weights)
+    sizes, weights = read_tokenizer(tokenizer_state, scales)
+    return fill(vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes)), weights), var
 
 
-def load_models(args):
-    """--released, --run, the newest run, or the model that came with the code. -> tokenizer, var
-    (None: only a tokenizer has been trained), facts: class_names, dataset, sampling, folder"""
-    if args.released or args.var_file:
-        tokenizer, var = load_released(released.fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
-                                       released.fetch(f"var_{args.released}.pth", args.var_file))
-        return tokenizer, var, command_line.released_facts(args, var.config.num_classes)
-    run, files = command_line.find_run(args)
-    tokenizer, about = training.load_tokenizer(files[0])
-    about["folder"] = f"shipped-{run.stem}" if run.is_file() else run.name
-    if files[1] is None:
-        return tokenizer, None, about
-    var, trained = training.load_transformer(files[1])
-    command_line.check_match(run, trained, tokenizer)
-    return tokenizer, var, {**about, **trained}
+def load_model(args):
+    """--released, --run, the newest run in out/, or the shipped model. -> tokenizer, var, and
+    facts about them: class_names, dataset, sampling, name"""
+    if args.released:
+        tokenizer, var = load_released(fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
+                                       fetch(f"var_{args.released}.pth", args.var_file))
+        numbers = [str(c) for c in range(var.config.num_classes)]
+        names = imagenet.class_names() if len(numbers) == 1000 else numbers
+        return tokenizer, var, dict(name=args.released, dataset="imagenet", class_names=names,
+                                    sampling=dict(cfg=1.5, top_k=900, top_p=0.96))
+    runs = sorted(Path("out").glob("*/transformer.pt"), key=os.path.getmtime)
+    shipped = Path(__file__).with_name("data") / "pretrained" / "shapes.pt"
+    run = Path(args.run or (runs[-1].parent if runs else shipped))
+    print(f"model: {run}")
+    tokenizer, _ = training.load_tokenizer(run if run.is_file() else run / "tokenizer.pt")
+    var, about = training.load_transformer(run if run.is_file() else run / "transformer.pt")
+    name = f"shipped-{run.stem}" if run.is_file() else run.resolve().name
+    return tokenizer, var, dict(about, name=name)
 
 
-def draw_images(job, labels, seed=0, **changes):
-    """Any number of images of these classes (ints) -> tensors (n, 3, H, W), as many as fit"""
-    options = dict(job.sampling, smooth=job.args.smooth, generator=job.generator(seed), **changes)
-    return job.in_batches(lambda part: generate(job.tokenizer, job.var, part, **options), labels)
+def set_precision(var, name, device):
+    """Keep the weights of all linear layers in this precision; "auto": 16 bits for more than
+    100 M parameters if that is fast here. What encodes an image stays in float32, because
+    rounding would change its tokens."""
+    if name == "auto":
+        large = sum(p.numel() for p in var.parameters()) > 1e8
+        name = best_precision(device) if large else "float32"
+    for layer in var.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(getattr(torch, name))
 
 
-def repaint(job, method, image, region, labels, seed=0, **options):
-    """`method`, edit or outpaint, of any number of images -> (N, 3, ., .) in [0, 1]"""
-    options.update(job.sampling, generator=job.generator(seed))
-    return torch.cat(list(job.in_batches(
-        lambda labels, image: method(job.tokenizer, job.var, image, region, labels, **options),
-        labels, image, at_once=1 if method is outpaint else job.at_once)))
+# -- Command line --------------------------------------------------------------------------
 
-
-def show_samples(job, task):
-    """Samples and how they come about, or one class at several strengths of guidance."""
-    c, names, n = job.classes[0], {c: job.names[c] for c in job.classes}, job.n or 8
-    if task == "guidance":
-        rows = {cfg: torch.cat(list(draw_images(job, [c] * 8, cfg=cfg)))
-                for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, job.sampling["cfg"]})}
-        return gallery.guidance(job.out, rows, names[c], job.sampling["cfg"])
-    show_claims(job)
-    gallery.samples(job.out, draw_images(job, [c for c in names for _ in range(n)]), n, names)
-    tokens = sample_tokens(job.tokenizer, job.var, torch.tensor(job.classes[:5], device=job.device),
-                           generator=job.generator(), **job.sampling)
-    gallery.coarse_to_fine(job.out, job.tokenizer, tokens, list(names.values())[:5])
-
-
-def show_claims(job):
-    """Two claims of this chapter, on one image and one quick edit of its right half."""
-    first, again = (torch.cat(list(draw_images(job, job.classes[:1], seed=1))) for _ in range(2))
-    keep = torch.arange(job.side).repeat(job.side, 1) < job.side // 2    # (side, side)
-    image = 2 * first - 1
-    edited = repaint(job, edit, image.to(job.device), keep.to(job.device), job.classes[:1],
-                     seed=2, soft=0, paint_passes=1, settle_passes=0)
-    moved = (edited - (image + 1) / 2).abs().amax((0, 1))                # (side, side)
-    differ = float((first - again).abs().max())
-    print(f"same seed: two images differ by {differ:.1g}; an edit moves kept pixels by "
-          f"{float(moved[keep].max()):.1g}, others by up to {float(moved[~keep].max()):.2f}")
-    assert moved[keep].max() == 0 and (differ == 0 or job.device.type != "cpu")
-
-
-def show_edits(job, task):
-    """What becomes of real images: repainted, out-painted, reconstructed, looked at."""
-    image, labels = job.images_to_edit(5 if task in ("outpaint", "edit") else 10)
-    if image is None:                                      # random numbers that no task uses again
-        image = 2 * torch.cat(list(draw_images(job, labels, seed=2 ** 31))).to(job.device) - 1
-    names = [job.names[c] for c in labels]
-    if task == "reconstruct":
-        gallery.reconstructions(job.out, job.tokenizer, image)
-    elif task == "think":
-        gallery.think(job.out, job.tokenizer, job.var, image, labels, names)
-    elif task == "outpaint":
-        grow = [round(part * job.side) for part in job.args.grow]
-        gallery.canvas(job.out, image, grow, repaint(job, outpaint, image, grow, labels), names)
-    else:
-        keep, soft = job.kept_region(task), 0 if job.args.paste else None
-        rows = [(f"drawing {i + 1}", labels, i) for i in range(3)]
-        if task == "edit":                                 # the same noise as every class
-            rows = [(f"as {job.names[c]}", [c] * len(image), 0) for c in job.classes[:10]]
-        results = {text: repaint(job, edit, image, keep, classes, seed, soft=soft)
-                   for text, classes, seed in rows}
-        gallery.edits(job.out, task, job.tokenizer, image, keep, results, names, job.args.paste)
-
-
-def measure(job, task):
-    """Likelihoods, a judge's verdict, or samples for another evaluator."""
-    among = job.classes if job.asked else job.every_class
-    if task == "density":
-        density(job.out, job.tokenizer, partial(log_likelihood, job.tokenizer, job.var),
-                *job.images_to_weigh(among), among, job.names)
-    elif task == "evaluate":
-        (real, labels), (test, test_labels) = job.real_images("train"), job.real_images("test")
-        wanted = judge.labels_to_draw(job.n or 1000, labels, test_labels)
-        *everything, names = job.whole_split("train")
-        network = judge.judge_of(job.dataset, *everything, len(names), job.device)
-        judge.introduce(network, *job.whole_split("test")[:2])
-        judge.evaluate(job.out, network, job.tokenizer, real, test,
-                       job.labels_in(names, test_labels), draw_images(job, wanted),
-                       job.labels_in(names, wanted), f"samples, cfg {job.sampling['cfg']:g}")
-    else:
-        labels = among * (job.n or 50)                     # in turn: the evaluator looks at parts
-        gallery.export_npz(job.args.export_npz, draw_images(job, labels), len(labels), job.side)
+def read_arguments():
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--run", help="folder of a run, or a shipped file [the newest run in out/]")
+    add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="the paper's models")
+    add("--tokenizer-file", help="with --released: this file instead of a download")
+    add("--var-file", help="with --released: this file instead of a download")
+    add("--task", default="all", choices=("all", *TASKS), help="all: except the last two")
+    add("--classes", nargs="+", default=[], metavar="NAME", help="names or numbers [ten]")
+    add("--n", type=number(int, 1), help="number of images, per class if they are samples")
+    add("--cfg", type=number(float), help="guidance at the last scale; 0: none [the run's]")
+    add("--top-k", type=number(int), help="draw from the k likeliest tokens; 0: from all")
+    add("--top-p", type=number(float), help="... from the fewest with probability p; 0: all")
+    add("--smooth", action="store_true", help="sample mixtures of codes")
+    add("--image", help="image to work on [held-out images]")
+    add("--box", nargs=4, type=number(float), metavar=("X0", "Y0", "X1", "Y1"),
+        help="part to repaint (outpaint: to keep), in fractions of the side")
+    add("--mask", help="image file instead of --box: its white part")
+    add("--export-npz", metavar="FILE", help="only write samples, for the ImageNet evaluator")
+    add("--data-dir", default="", help="folder of the data set")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--precision", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    add("--seed", type=number(int), default=0)
+    add("--out", help="folder for the results [out/NAME]")
+    args = parser.parse_args()
+    x0, y0, x1, y1 = args.box or (0, 0, 1, 1)
+    if not (x0 < x1 <= 1 and y0 < y1 <= 1):
+        raise BadInput(f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1")
+    if (args.tokenizer_file or args.var_file) and not args.released:
+        raise BadInput("--tokenizer-file and --var-file go with --released")
+    return args
 
 
 def main():
-    args = command_line.read_arguments(__doc__.splitlines()[0])
-    job = command_line.Job(args, *load_models(args))
-    other = {"sample": show_samples, "guidance": show_samples, "density": measure,
-             "evaluate": measure, "export": measure}
-    for task in job.tasks:
-        other.get(task, show_edits)(job, task)
+    args = read_arguments()
+    args.device = pick_device(args.device)
+    tokenizer, var, about = load_model(args)
+    set_precision(var, args.precision, args.device)
+    tokenizer, var = tokenizer.to(args.device), var.to(args.device)
+    args.names, args.dataset = about["class_names"], about["dataset"]
+    args.labels, args.side = pick_classes(args.names, args.classes), tokenizer.config.image_size
+    args.out = Path(args.out or f"out/{about['name']}")
+    args.sampling = {name: default if getattr(args, name) is None else getattr(args, name)
+                     for name, default in about["sampling"].items()}
+    print("sampling:", ", ".join(f"{name} {x:g}" for name, x in args.sampling.items()))
+
+    # The tasks in report/ make sheets and tables of what these functions draw.
+    both = tokenizer, var
+    sample = partial(generate, *both, smooth=args.smooth, **args.sampling)
+    model = SimpleNamespace(
+        tokenizer=tokenizer, log_likelihood=partial(log_likelihood, *both),
+        tokens=partial(sample_tokens, *both, **args.sampling),
+        draw=partial(in_batches, sample, args),
+        repaint=partial(in_batches, partial(edit, *both, **args.sampling), args))
+    if args.export_npz:
+        return export_npz(args, model)
+    for task in list(TASKS)[:-2] if args.task == "all" else [args.task]:
+        TASKS[task](args, model)
 
 
 if __name__ == "__main__":
-    one_line(main)
+    run_main(main)

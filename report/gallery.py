@@ -1,207 +1,236 @@
-"""Pictures of what a model does: samples, guidance, token maps, edits, attention, entropy.
+"""The tasks of chapter 6: images to work on, and a sheet of images or a table for each task.
 
-Each function is given images and a model, and writes PNGs into the folder `out`. What a model has
-painted is (N, 3, H, W) in [0, 1]; `names` are the class names of the images."""
+args: the options of chapter 6, and what is known of the model: names (of all classes), labels
+({number: text} of the classes to show), dataset, side (of its images), sampling, out, device
+model: its tokenizer, and functions of chapter 6 that already know the model:
+    draw(labels, seed=0, ...) and repaint(labels, image, keep=...) -> images in [0, 1]
+    tokens(labels) -> K token maps        log_likelihood(tokens, labels) -> nats (B, K)
+"""
 import math
-import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+from data.batches import stack, to_float
+from data.folder import decode
+from data.registry import dataset_named, find_class, load_data
 from engine import BadInput
-from engine.files import written_whole
+from engine.progress import progress
 from report import health, plots
+from report.density import density
+from report.judge import evaluate
+
+# What to repaint (outpaint: to keep) without --box and --mask, in fractions of the side.
+BOXES = {"inpaint": (0.5, 0, 1, 1), "outpaint": (0.25, 0.25, 0.75, 0.75),
+         "edit": (0.1, 0.1, 0.9, 0.9)}
 
 
-def save(out, name, images, columns, **labels):
-    """One sheet, `columns` images in a row. labels: those of plots.save_grid()."""
-    path = Path(out) / f"{name}.png"
-    plots.save_grid(path, images, columns, **labels)
-    print(f"wrote {path}")
+def pick_classes(names, wanted):
+    """wanted: names or numbers of classes (none: the first ten) -> {number: text for a label}.
+    Raises BadInput for a class that is not among the `names`."""
+    numbers = [find_class(names, text) for text in wanted] or range(len(names))[:10]
+    return {c: plots.class_label(names[c], c) for c in numbers}
 
 
-# -- Samples ---------------------------------------------------------------------------------------
+def in_batches(paint, args, labels, image=None, seed=0, **options):
+    """paint(labels=..., image=..., generator=..., **options) for any number of images, as many
+    at a time as fit into memory. Image i is drawn from the seed args.seed + seed + i, in a batch
+    of any size. -> all images (n, 3, H, W), on the CPU"""
+    memory = 2 ** 31
+    if args.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+    at_once = max(1, min(100, memory // 2 ** 14 // args.side ** 2))
 
-def samples(out, batches, n, names):
-    """n images for each name, in one sheet; of more than 16, in a sheet for each name. `batches`
-    are tensors (B, 3, H, W), name after name, which are not kept longer than needed.
-    names: number of a class -> its name."""
-    sheet, waiting = None, list(names)
-    for batch in batches:
-        batch = plots.to_uint8(batch)
-        sheet = batch if sheet is None else np.concatenate([sheet, batch])
-        while n > 16 and len(sheet) >= n:                  # one class is complete
-            c = waiting.pop(0)
-            name = "".join(letter if letter.isalnum() else "_" for letter in names[c])
-            save(out, f"samples_{c}_{name}", sheet[:n], math.ceil(math.sqrt(n)))
-            sheet = sheet[n:]
-    if n <= 16:
-        save(out, "samples", sheet, n, row_labels=list(names.values()))
-
-
-def coarse_to_fine(out, tokenizer, tokens, names):
-    """Scale after scale: the token map just added beside the image decoded from all maps so far;
-    as a sheet and as a film. tokens: K maps (B, h_k*w_k)"""
-    scales, frames = tokenizer.scales, []
-    for side, tokens_k, image in zip(scales, tokens, health.decoded(tokenizer, tokens)):
-        colours = plots.token_colours(tokens_k, side, tokenizer.config.vocab_size)
-        frames.append(plots.cells([x for pair in zip(colours, (image + 1) / 2) for x in pair]))
-    save(out, "coarse_to_fine", torch.cat(frames), 2 * len(names), scale=1,
-         column_labels=[text for name in names for text in (name, "so far")],
-         row_labels=[f"{side}x{side}" for side in scales],
-         footer=plots.legend("Under a class name: the token map of this scale; a colour stands for "
-                             "the number of a code.\nBeside it: the image decoded from all maps "
-                             "down to this row."))
-    film = [plots.to_uint8(torch.cat(list(frame), 2)[None])[0] for frame in frames]
-    path = Path(out) / "coarse_to_fine.gif"
-    plots.save_gif(path, film + [film[-1]] * 3, 500)
-    print(f"wrote {path}")
+    def batches():
+        for begin in range(0, len(labels), at_once):
+            part = labels[begin:begin + at_once]
+            if image is not None:
+                options["image"] = image[begin:begin + at_once].to(args.device)
+            generators = [torch.Generator(args.device) for _ in part]
+            for i, generator in enumerate(generators):
+                generator.manual_seed(args.seed + seed + begin + i)
+            yield paint(labels=part, generator=generators, **options).cpu()
+    return torch.cat(list(progress(batches(), len(labels))))
 
 
-def guidance(out, rows, name, default):
-    """One class, drawn with the same random numbers at several strengths of guidance.
-    rows: {cfg: images (n, 3, H, W)}"""
-    n = len(rows[default])
-    save(out, "guidance", torch.cat(list(rows.values())), n,
-         row_labels=[f"cfg {cfg:g}" + " (default)" * (cfg == default) for cfg in rows],
-         column_labels=[f"{name} {i + 1}" for i in range(n)])
+# -- Images to work on ---------------------------------------------------------------------
 
-
-# -- Real images, rebuilt and repainted: image (B, 3, H, W) in [-1, 1] -----------------------------
-
-def reconstructions(out, tokenizer, image):
-    """The original, and what is decoded after each scale."""
-    rows = [image.cpu(), *health.decoded(tokenizer, tokenizer.image_to_tokens(image))]
-    db = [float(health.psnr(row, rows[0]).mean()) for row in rows[1:]]
-    print(f"reconstruction: {db[-1]:.1f} dB")
-    save(out, "reconstruct", (torch.cat(rows) + 1) / 2, len(image), row_labels=[
-        "original", *(f"{s}x{s}, {value:.1f} dB" for s, value in zip(tokenizer.scales, db))])
-
-
-def edits(out, task, tokenizer, image, keep, results, names, pasted):
-    """The original, what is kept, and results {text: (B, 3, H, W) in [0, 1]}. keep (H, W) bool;
-    pasted: the kept pixels were put back, so they say nothing about the model"""
-    alone = (health.decoded(tokenizer, tokenizer.image_to_tokens(image))[-1] + 1) / 2
-    image, keep = image.cpu(), keep.cpu()
-    print(f"{task}: images of " + ", ".join(names))
-    if keep.any() and not pasted:
-        ours, bound = (float(np.mean([health.psnr(2 * x - 1, image, keep).mean() for x in made]))
-                       for made in (results.values(), [alone]))
-        print(f"{task}: kept region {ours:.1f} dB (the tokenizer alone: {bound:.1f} dB)")
-    original = (image + 1) / 2
-    shown = torch.where(keep, original, 0.5)
-    save(out, task, torch.cat([original, shown, *results.values()]), len(image),
-         row_labels=["original", "kept (grey: hidden)", *results])
-
-
-def canvas(out, image, grow, painted, names):
-    """The original, in the middle of white, and the larger picture painted around it.
-    grow: left, top, right, bottom in pixels; painted (B, 3, top + H + bottom, left + W + right)"""
-    left, top, right, bottom = grow
-    original, scale = (image.cpu() + 1) / 2, max(1, round(200 / painted.shape[-1]))
-    shown = torch.nn.functional.pad(original, (left, right, top, bottom), value=1.0)
-    print("outpaint: images of " + ", ".join(names))
-    save(out, "outpaint", torch.cat([shown, painted]), len(image), scale=scale,
-         row_labels=["original", "out-painted"], column_labels=names)
-
-
-# -- What the transformer thinks -------------------------------------------------------------------
-
-@torch.no_grad()
-def think(out, tokenizer, var, image, labels, names):
-    """Where the transformer is unsure, and where it looks. image (B, 3, H, W) in [-1, 1]; labels:
-    its classes (ints)"""
-    labels = torch.tensor(labels, device=image.device)
-    shown = tokenizer.teacher_inputs(tokenizer.image_to_tokens(image))
-    image = (image.cpu() + 1) / 2                          # in [0, 1] from here on
-    entropy(out, var, shown, image, labels, names)
-    attention(out, var, shown[:1], image[0], labels[:1])
-
-
-def entropy(out, var, shown, image, labels, names):
-    """How uncertain the prediction is at every position and scale, given the coarser maps, which
-    are `shown`. image (B, 3, H, W) in [0, 1]"""
-    V, scales = var.config.vocab_size, var.config.scales
-    log_p = var(labels, shown).float().log_softmax(-1)
-    bits, most = -(log_p.exp() * log_p).sum(-1).cpu() / math.log(2), math.log2(V)     # (B, L)
-    parts, texts = [*image], ["picture"]
-    for side, part in zip(scales, bits.split([s * s for s in scales], 1)):            # (B, n)
-        parts += plots.heat_maps(part.unflatten(1, (side, side)), 0, most)
-        texts.append(f"{side}x{side}: {float(part.mean()):.1f} bits")
-    save(out, "entropy", plots.cells(parts), len(image), row_labels=texts, scale=1,
-         column_labels=names, footer=plots.legend(
-             "Uncertainty about each token, given the coarser maps of the picture on top. 0 bits: "
-             f"one code is certain;\n{most:g} bits: all {V:,} codes are equally likely. At the "
-             "left: the mean over each scale.",
-             [f"{most * i / 3:.2g}" + " bits" * (i == 3) for i in range(4)]))
-
-
-@torch.no_grad()
-def attention_weights(var, labels, teacher_inputs, queries=slice(None)):
-    """Who looks at whom: -> one (B, heads, n, L) per block, n of the L queries, rows sum to 1."""
-    found = []
-
-    def listen(attention, inputs):
-        q, k, _, qk_factor = attention.project(inputs[0])
-        with torch.autocast(q.device.type, enabled=False):
-            logits = q[:, :, queries].float() @ k.float().mT * qk_factor
-        logits = logits.masked_fill(~var.mask[queries], -torch.inf)
-        found.append(logits.softmax(-1))
-    handles = [block.attention.register_forward_pre_hook(listen) for block in var.blocks]
+def read_image(path, side):
+    """The middle square of an image file -> (1, 3, side, side) in [-1, 1]. Raises BadInput"""
     try:
-        var(labels, teacher_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+        picture = decode(path)
+    except Exception as error:                             # damaged files raise nearly anything
+        raise BadInput(f"{path}: not a readable image ({error})") from None
+    picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    return to_float(stack([np.array(picture)]))
 
 
-def attention(out, var, shown, image, labels):
-    """What the cell in the middle of the last map looks at, block after block, averaged over heads.
-    shown: the input for one image; image (3, H, W) in [0, 1]; labels (1,)"""
-    scales, L, last = var.config.scales, var.L, var.config.scales[-1]
-    query = L - last * last + last // 2 * last + last // 2
-    weights = [w[0, :, 0].mean(0).cpu() for w in attention_weights(
-        var, labels, shown, slice(query, query + 1))]      # (L,) each
-    blocks = sorted({round(i) for i in np.linspace(0, len(weights) - 1, min(6, len(weights)))})
-    picture = plots.cells([image])[0]
-    cell = picture.shape[-1]
-    low, high = (last // 2) * cell // last, (last // 2 + 1) * cell // last
-    inside = picture[:, low + 1:high - 1, low + 1:high - 1].clone()
-    picture[:, low - 1:high + 1, low - 1:high + 1] = torch.tensor([1.0, 0.1, 0.1])[:, None, None]
-    picture[:, low + 1:high - 1, low + 1:high - 1] = inside
-    parts, shares = [], torch.zeros(len(scales))
-    for i in blocks:
-        parts.append(picture)
-        for k, part in enumerate(weights[i].split([s * s for s in scales])):
-            shares[k] += part.sum() / len(blocks)
-            level = (part * L).clamp(min=1e-6).log2().view(1, scales[k], scales[k])
-            parts += plots.heat_maps(level, -4, 4)
-    texts = [f"{s}x{s}\nattention {share:.0%}\ntokens {s * s / L:.0%}"
-             for s, share in zip(scales, shares)]
-    save(out, "attention", plots.cells(parts), 1 + len(scales), scale=1,
-         row_labels=[f"block {i + 1}" for i in blocks], column_labels=["picture", *texts],
-         footer=plots.legend(
-             "Where the red cell of the last map looks. Teal: as much as if it looked at all "
-             f"{L:,} tokens alike; yellow: 16 times as much.\nOn top: the share of the attention "
-             "that each map gets (mean of these blocks), beside its share of the tokens.",
-             ["1/16", "1/4", "equal", "4 x", "16 x"]))
+def held_out(args, count, examples=True):
+    """Up to `count` held-out images of the classes in args.labels, in turn. examples: the few
+    that are shipped with the code will do. -> (n, 3, side, side) in [-1, 1], labels (n,).
+    Raises BadInput if there are none."""
+    shipped = dataset_named(args.dataset).examples
+    if shipped and examples and not args.data_dir:
+        images, labels, names = shipped()
+    else:
+        images, labels, names = load_data(args.dataset, "test", args.side, args.data_dir)
+    chosen = []
+    for c in args.labels:
+        if args.names[c] not in names:
+            raise BadInput(f"the images of {args.dataset} have no class {args.names[c]!r}")
+        rows = np.flatnonzero(labels == names.index(args.names[c]))[:count]
+        chosen += [(turn, c, row) for turn, row in enumerate(rows.tolist())]
+    chosen = sorted(chosen, key=lambda turn_c_row: turn_c_row[0])[:count]
+    if not chosen:
+        raise BadInput(f"{args.dataset} has no held-out images of these classes")
+    image = to_float(stack([images[row] for _, _, row in chosen]))
+    return image, torch.tensor([c for _, c, _ in chosen])
 
 
-# -- For other people's evaluators -----------------------------------------------------------------
+def images_to_edit(args, model, count=10):
+    """--image, or held-out images, or if there are none images that the model draws
+    -> (n, 3, side, side) in [-1, 1], labels (n,)"""
+    labels = torch.tensor(list(args.labels))
+    if args.image:
+        print(f"{args.image}: taken as class {args.labels[int(labels[0])]}; see --classes")
+        return read_image(args.image, args.side), labels[:1]
+    try:
+        return held_out(args, count)
+    except BadInput as error:
+        if args.data_dir:
+            raise
+        print(f"no held-out images ({error}): using images that the model draws")
+        labels = labels.repeat(count)[:count]
+        return 2 * model.draw(labels, seed=2 ** 31) - 1, labels
 
-def export_npz(path, batches, count, side):
-    """Write what the standard ImageNet evaluator reads: uint8 (count, side, side, 3) named arr_0,
-    the pixels that a PNG would hold. Each batch (B, 3, H, W) is written when it comes, so 50,000
-    images need no memory. Raises BadInput, before anything is drawn, if `path` has no folder."""
-    path = Path(path)
+
+def kept_region(args, task):
+    """--mask, --box or the box of the task -> (side, side) bool, True = keep. Raises BadInput"""
+    if args.mask:
+        inside = read_image(args.mask, args.side)[0].mean(0) > 0         # where it is white
+    else:
+        x0, y0, x1, y1 = (round(x * args.side) for x in args.box or BOXES[task])
+        inside = torch.zeros(args.side, args.side, dtype=torch.bool)
+        inside[y0:y1, x0:x1] = True
+    if not inside.any():
+        raise BadInput("--mask is nowhere white, or --box is smaller than a pixel")
+    return inside if task == "outpaint" else ~inside
+
+
+# -- Tasks ---------------------------------------------------------------------------------
+
+def save(args, name, rows, **labels):
+    """One sheet. rows: {text: images (n, 3, H, W) in [0, 1]}; labels: as in plots.save_grid()"""
+    path = args.out / f"{name}.png"
+    images = torch.cat([row.cpu() for row in rows.values()])
+    plots.save_grid(path, images, len(images) // len(rows), row_labels=list(rows), **labels)
+    print(f"wrote {path}")
+
+
+def show_samples(args, model):
+    """Samples of each class. Then how the first five come about: the token map added at each
+    scale, beside the image decoded from all maps so far."""
+    rows, n = {}, args.n or 8
+    for i, (c, text) in enumerate(args.labels.items()):
+        rows[text] = model.draw(torch.tensor([c] * n), seed=i * n)
+    save(args, "samples", rows)
+    texts, rows, tokenizer = list(args.labels.values())[:5], {}, model.tokenizer
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    tokens = model.tokens(list(args.labels)[:5], generator=generator)
+    for side, maps, image in zip(tokenizer.scales, tokens, health.decoded(tokenizer, tokens)):
+        colours = plots.token_colours(maps, side, tokenizer.config.vocab_size)
+        pairs = zip(colours, (image + 1) / 2)
+        rows[f"{side}x{side}"] = plots.cells([picture for pair in pairs for picture in pair])
+    footer = ("Under a class name: the token map of this scale. A colour stands for the number "
+              "of a code.\nBeside it: the image decoded from all maps down to this row.")
+    save(args, "coarse_to_fine", rows, scale=1, footer=plots.legend(footer),
+         column_labels=[label for text in texts for label in (text, "so far")])
+
+
+def show_guidance(args, model):
+    """The first class at several strengths of guidance, with the same noise in every row."""
+    rows, default = {}, args.sampling["cfg"]
+    for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, default}):
+        text = f"cfg {cfg:g}" + " (default)" * (cfg == default)
+        rows[text] = model.draw(torch.tensor(list(args.labels)[:1] * 8), cfg=cfg)
+    save(args, "guidance", rows)
+
+
+def show_reconstructions(args, model):
+    """Images, and what the tokenizer makes of them after each scale."""
+    image, _ = images_to_edit(args, model)
+    health.save_picture(args.out / "reconstruct.png", model.tokenizer, image.to(args.device))
+    print(f"wrote {args.out / 'reconstruct.png'}")
+
+
+@torch.no_grad()
+def show_edits(args, model, task):
+    """Repaint images without a class, which is the paper's task, and with their own; or as other
+    classes. Print how true the kept part stays and how probable the whole is."""
+    image, labels = images_to_edit(args, model, 5 if task == "edit" else 10)
+    keep, tokenizer = kept_region(args, task), model.tokenizer
+    if task == "inpaint":
+        check_no_leak(model, image[:1], keep, labels[:1])
+    wanted = {"no class": torch.full_like(labels, len(args.names)), "own class": labels}
+    if task == "edit":
+        wanted = {f"as {text}": torch.full_like(labels, c) for c, text in args.labels.items()}
+    alone = tokenizer.tokens_to_image(tokenizer.image_to_tokens(image.to(args.device)))
+    rows = {"tokenizer alone": (alone.cpu() + 1) / 2}
+    for text, classes in wanted.items():
+        rows[text] = model.repaint(classes, image, keep=keep)
+    print(f"{task:<20}{'PSNR of the kept part':>26}{'bits given the class':>26}")
+    for text, row in rows.items():
+        db = health.psnr(2 * row - 1, image, keep).mean()
+        tokens = tokenizer.image_to_tokens((2 * row - 1).to(args.device))
+        given = wanted.get(text, labels) if task == "edit" else labels
+        nats = model.log_likelihood(tokens, given)
+        print(f"    {text:<16}{db:>23.1f} dB{-nats.sum(1).mean() / math.log(2):>26.0f}")
+    shown = torch.where(keep, (image + 1) / 2, 0.5)
+    save(args, task, {"original": (image + 1) / 2, "kept (grey: hidden)": shown, **rows})
+
+
+def check_no_leak(model, image, keep, labels):
+    """Assert that an edit is the same, to the last bit, whatever the hidden pixels are."""
+    other = torch.where(keep, image, torch.rand_like(image) * 2 - 1)
+    one, two = (model.repaint(labels, x, keep=keep, paint_passes=2) for x in (image, other))
+    print(f"noise in the hidden pixels changes the result by {(one - two).abs().max():g}")
+    assert torch.equal(one, two)
+
+
+def show_density(args, model):
+    """Bits of --image or of held-out images, and what Bayes' rule makes of them."""
+    if args.image:
+        image, labels = read_image(args.image, args.side), None
+    else:
+        image, labels = held_out(args, args.n or 500, examples=False)
+    density(model.tokenizer, model.log_likelihood, image, labels, args.labels, len(args.names))
+
+
+def show_evaluation(args, model):
+    """Samples beside held-out images and reconstructions, measured by a classifier."""
+    evaluate(args.dataset, args.data_dir, args.names, model.tokenizer, model.draw, args.n or 1000)
+
+
+def export_npz(args, model):
+    """Write what the standard ImageNet evaluator reads: samples of all classes in turn, uint8
+    (N, side, side, 3), named arr_0. 50,000 images of 256 pixels need 10 GB of memory."""
+    path = Path(args.export_npz)
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(f"--export-npz {path}: give a file in a folder that exists")
-    header = dict(descr="|u1", fortran_order=False, shape=(count, side, side, 3))
-    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, header)
-            for batch in batches:
-                array.write(plots.to_uint8(batch).tobytes())
-    print(f"wrote {path}: {count} images")
+    labels = torch.arange(len(args.names)).repeat(args.n or 50)
+    images = np.empty((len(labels), args.side, args.side, 3), np.uint8)
+    for begin in range(0, len(labels), 1000):
+        drawn = model.draw(labels[begin:begin + 1000], seed=begin)
+        images[begin:begin + 1000] = plots.to_uint8(drawn)
+    np.savez(path, arr_0=images)
+    print(f"wrote {path}: {len(images)} images")
+
+
+TASKS = {"sample": show_samples, "guidance": show_guidance, "reconstruct": show_reconstructions,
+         "inpaint": partial(show_edits, task="inpaint"),
+         "outpaint": partial(show_edits, task="outpaint"),
+         "edit": partial(show_edits, task="edit"),
+         "density": show_density, "evaluate": show_evaluation}

@@ -1,5 +1,7 @@
-"""Figures made with Pillow alone: grids of images, heat maps, token maps, line charts, GIFs."""
-
+"""Figures made with Pillow alone: grids of images, colour maps and line charts."""
+import functools
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -7,93 +9,127 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE = (40, 44, 52), (222, 225, 230)
-LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20), (90, 96, 106),
-         (22, 158, 178), (218, 74, 130)]
-# Brightness rises from the first to the last, so the map reads the same in black and white.
-HEAT = np.array([[16, 20, 62], [32, 60, 122], [30, 110, 140], [42, 158, 130], [150, 202, 84],
-                 [252, 232, 84]], dtype=np.float64)
+LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20),
+         (90, 96, 106), (22, 158, 178), (218, 74, 130)]
+# Brightness rises from first to last, so the colours also work in black and white.
+HEAT = np.array([[16, 20, 62], [32, 60, 122], [30, 110, 140], [42, 158, 130],
+                 [150, 202, 84], [252, 232, 84]], dtype=np.float64)
+# Fonts of Linux, macOS and Windows with many alphabets, for names that Pillow's font lacks.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "arial.ttf",
+         "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf", "seguiemj.ttf")
 
 
-def enlarge(images, side):
-    """Nearest neighbours: (N, C, h, w) -> (N, C, side, side), every pixel a rectangle."""
-    rows, columns = (torch.arange(side) * n // side for n in images.shape[2:])
-    return images[:, :, rows[:, None], columns]
+# -- Text ------------------------------------------------------------------------------------------
 
+@functools.cache
+def font_for(text):
+    """A font that has all characters of the text: Pillow's own or one of this system. -> None if
+    there is none"""
+    fonts = [ImageFont.load_default(14)]
+    for name in FONTS:
+        with suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 14))
+    for font in fonts:
+        missing = bytes(font.getmask("\U0010ffff"))        # what it draws for unknown characters
+        if all(bytes(font.getmask(c)) != missing for c in set(text) - {" ", "\n"}):
+            return font
+    return None
+
+
+def class_label(name, number):
+    """The name of a class, shortened if it is long, or its number if no font can draw it."""
+    name = " ".join(name.split())
+    if len(name) > 22:
+        name = f"{name[:12]}...{name[-7:]}"
+    # A label such as "as cat" is drawn in one font.
+    return name if font_for(f"{name} as 0123456789") else f"class {number}"
+
+
+def write(pen, place, text, anchor="la", colour=INK):
+    """Draw text. anchor: which of its points lies at `place`, in the letters of Pillow."""
+    align = "center" if anchor == "mm" else "left"
+    pen.text(place, text, colour, font_for(text), anchor, align=align)
+
+
+def text_size(text):
+    """Width and height in pixels. The text may have several lines."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    box = pen.multiline_textbbox((0, 0), text, font_for(text))
+    return round(box[2] + 0.5), round(box[3] + 0.5)
+
+
+# -- Grids of images -------------------------------------------------------------------------------
 
 def cells(images):
-    """Images (3, h, w) of different sizes -> (N, 3, side, side), of the size of the largest but at
-    least 96 pixels."""
+    """Images (3, h, h) of different sizes -> (N, 3, side, side), all as large as the largest
+    and at least 96 pixels. Every pixel becomes a rectangle."""
     side = max(96, *(image.shape[-1] for image in images))
-    return torch.cat([enlarge(image[None], side) for image in images])
+    places = [torch.arange(side) * image.shape[-1] // side for image in images]
+    return torch.stack([image[:, at[:, None], at] for image, at in zip(images, places)])
 
 
 def to_uint8(images):
-    """Float tensor (N, 3, H, W) in [0, 1] -> uint8 array (N, H, W, 3); what lies outside is cut."""
+    """Float tensor (N, 3, H, W) in [0, 1], else clipped -> uint8 array (N, H, W, 3)"""
     images = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(path, images, columns, *, row_labels=None, column_labels=None, scale=None, gap=2,
+def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=None, gap=2,
               footer=None):
-    """Write images row by row into one PNG on white.
+    """Write images row by row into one PNG on white. Raises ValueError if there are none.
 
-    images: float tensor (N, 3, H, W) in [0, 1] or uint8 array (N, H, W, 3). `scale` is a whole
-    number (None: cells of about 96 pixels); `gap` is the white between cells, in pixels.
-    Labels are lists of text, one per row or column; `footer` is the picture that legend() makes.
-    Raises ValueError when there is no picture."""
-    images = to_uint8(images) if torch.is_tensor(images) and images.is_floating_point() else images
-    images = np.asarray(images)
+    images: float tensor (N, 3, H, W) in [0, 1] or uint8 array (N, H, W, 3)
+    scale: a whole number (None: cells of about 96 pixels); gap: pixels between cells
+    row_labels, column_labels: a text for each; footer: the picture that legend() makes"""
+    if torch.is_tensor(images) and images.is_floating_point():
+        images = to_uint8(images)
     if len(images) == 0:
-        raise ValueError("save_grid needs at least one picture")
+        raise ValueError("save_grid needs at least one image")
     scale = scale or max(1, round(96 / images.shape[2]))
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)  # nearest: every pixel a square
-    high, wide = images.shape[1] + gap, images.shape[2] + gap
-    rows, font = -(-len(images) // columns), ImageFont.load_default(size=14)
-    # The labels set the margins, and a wide column label the width of its column: none is cut.
-    left = max([_text_size(font, text)[0] + 10 for text in row_labels or []], default=0)
-    top = max([_text_size(font, text)[1] + 8 for text in column_labels or []], default=0)
-    wide = max([wide] + [_text_size(font, text)[0] + 8 for text in column_labels or []])
-    low = max([high] + [_text_size(font, text)[1] + 4 for text in row_labels or []])
-    width, height = left + gap + columns * wide, top + gap + rows * low
-    under = footer.size if footer else (0, 0)
-    sheet = Image.new("RGB", (max(width, under[0]), height + under[1]), "white")
+    images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    # Labels set the margins, and a wide column label widens its column, so none is cut off.
+    row_sizes = [text_size(text) for text in row_labels]
+    column_sizes = [text_size(text) for text in column_labels]
+    left = gap + max([width + 10 for width, _ in row_sizes], default=0)
+    top = gap + max([height + 8 for _, height in column_sizes], default=0)
+    step_x = max([images.shape[2] + gap, *(width + 8 for width, _ in column_sizes)])
+    step_y = max([images.shape[1] + gap, *(height + 4 for _, height in row_sizes)])
+    width, height = left + columns * step_x, top + -(-len(images) // columns) * step_y
+    footer = footer or Image.new("RGB", (0, 0))
+    sheet = Image.new("RGB", (max(width, footer.width), height + footer.height), "white")
+    sheet.paste(footer, (0, height))
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x = left + gap + i % columns * wide + (wide - gap - image.shape[1]) // 2
-        sheet.paste(Image.fromarray(image), (x, top + gap + i // columns * low))
-    for row, text in enumerate(row_labels or []):
-        pen.text((left - 6, top + gap + row * low + (high - gap) // 2), text, INK, font, "rm")
-    for column, text in enumerate(column_labels or []):
-        pen.text((left + gap + column * wide + (wide - gap) // 2, top // 2), text, INK, font, "mm",
-                 align="center")
-    if footer:
-        sheet.paste(footer, (0, height))
-    _save(sheet, path)
+        x = left + i % columns * step_x + (step_x - gap - image.shape[1]) // 2
+        sheet.paste(Image.fromarray(image), (x, top + i // columns * step_y))
+    for i, text in enumerate(row_labels):
+        write(pen, (left - gap - 6, top + i * step_y + images.shape[1] // 2), text, "rm")
+    for i, text in enumerate(column_labels):
+        write(pen, (left + i * step_x + (step_x - gap) // 2, (top - gap) // 2), text, "mm")
+    save(sheet, path)
 
 
-def legend(text, ticks=()):
-    """A footer for save_grid(): lines of text, under a bar of the heat map's colours with `ticks`,
-    texts for its two ends and for points at equal distances between them. -> a Pillow image"""
-    font = ImageFont.load_default(size=14)
-    width, height = _text_size(font, text)
-    top = 50 if ticks else 6
-    sheet = Image.new("RGB", (max(width + 16, 500 if ticks else 0), top + height + 8), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.multiline_text((8, top), text, INK, font)
-    if ticks:
-        bar = heat_map(np.linspace(0, 1, 400)[None].repeat(14, 0))
-        sheet.paste(Image.fromarray(bar), (50, 10))
-        for i, tick in enumerate(ticks):
-            pen.text((50 + 400 * i / (len(ticks) - 1), 27), tick, INK, font, "mt")
-    return sheet
+def legend(text):
+    """Lines of text as a picture, for the footer of save_grid()."""
+    width, height = text_size(text)
+    picture = Image.new("RGB", (width + 16, height + 14), "white")
+    write(ImageDraw.Draw(picture), (8, 6), text)
+    return picture
 
+
+def save(picture, path):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+# -- Colours ---------------------------------------------------------------------------------------
 
 def heat_map(matrix, low=None, high=None):
-    """Matrix (H, W) -> colours uint8 (H, W, 3), dark blue for `low`, over teal, to yellow."""
+    """Matrix (..., H, W) -> uint8 (..., H, W, 3), from dark blue for `low` to yellow."""
     matrix = np.asarray(matrix, dtype=np.float64)
     low = matrix.min() if low is None else low
     high = matrix.max() if high is None else high
-    # A constant matrix has no range to spread; it is drawn in the lowest colour.
+    # A constant matrix has no range; it is drawn in the lowest colour.
     place = np.clip((matrix - low) / max(high - low, 1e-12), 0, 1) * (len(HEAT) - 1)
     colours = [np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
     return np.stack(colours, axis=-1).round().astype(np.uint8)
@@ -105,98 +141,74 @@ def heat_maps(matrices, low, high):
 
 
 def token_colours(tokens, side, vocab_size):
-    """Tokens (N, side*side), each in 0..vocab_size-1 -> one colour each, floats (N, 3, side, side).
-
-    Neighbouring ids get colours far apart, because a code's number means nothing: a quasi-random
-    sequence (steps of an irrational number) fills the colour cube without clumps.
-    """
-    ids = torch.arange(vocab_size, dtype=torch.float64)[:, None] + 1
+    """Tokens (N, side*side) -> one colour each, floats (N, 3, side, side). The number of a code
+    means nothing, so neighbouring numbers get colours far apart: multiples of irrational
+    numbers fill the colour cube evenly."""
+    numbers = torch.arange(vocab_size, dtype=torch.float64)[:, None] + 1
     steps = torch.tensor([0.8191725134, 0.6710436067, 0.5497004779], dtype=torch.float64)
-    table = (0.12 + 0.83 * (ids * steps).frac()).float()                    # (V, 3)
+    table = (0.12 + 0.83 * (numbers * steps).frac()).float()              # (V, 3)
     return table[tokens.reshape(-1, side, side).cpu()].permute(0, 3, 1, 2)
 
 
-def save_gif(path, frames, milliseconds):
-    """Write frames, a list of uint8 (H, W, 3), as a GIF that repeats for ever."""
-    images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-    _save(images[0], path, save_all=True, append_images=images[1:], duration=milliseconds,
-          loop=0)
+# -- Line charts -----------------------------------------------------------------------------------
+
+def round_numbers(low, high, log):
+    """Ticks from low to high: 1, 2 and 5 times powers of ten on a logarithmic axis of more
+    than a decade, else a few equal steps."""
+    if log and high > 10 * low:
+        ticks = [digit * 10.0 ** power for power in range(-12, 13) for digit in (1, 2, 5)]
+        return [tick for tick in ticks if low <= tick <= high]
+    step = 10.0 ** np.floor(np.log10((high - low) / 4))
+    step *= max(digit for digit in (1, 2, 5) if digit * step <= (high - low) / 4)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def axis(values, log, begin, end):
+    """An axis from pixel `begin` to pixel `end`, a little longer than the values need.
+    -> a function from numbers to pixels, the ticks"""
+    to_linear, back = (math.log10, lambda x: 10 ** x) if log else (float, float)
+    low, high = to_linear(min(values)), to_linear(max(values))
+    room = 0.04 * (high - low) or 0.5                      # a single value lies in the middle
+    low, high = low - room, high + room
+
+    def place(value):
+        return begin + (to_linear(value) - low) / (high - low) * (end - begin)
+    return place, round_numbers(back(low), back(high), log)
 
 
 def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400), log=""):
-    """Write a line chart. series: name -> list of (x, y); points that are not finite are left out.
-    log: the axes that are logarithmic ("x", "y" or "xy"; all their numbers above 0): with "xy",
-    powers are straight lines. Raises ValueError when no point is left."""
-    with np.errstate(divide="ignore"):
-        series = {name: [(np.log10(x) if "x" in log else x, np.log10(y) if "y" in log else y)
-                         for x, y in points] for name, points in series.items()}
-    series = {name: [point for point in points if np.isfinite(point).all()]
-              for name, points in series.items()}
-    every = np.array([point for points in series.values() for point in points], dtype=np.float64)
-    if len(every) == 0:
-        raise ValueError("save_curve needs at least one finite point")
-    x_ticks, y_ticks = ((_log_ticks if axis in log else _ticks)(*_range(values))
-                        for axis, values in zip("xy", every.T))
-    x_names, y_names = ([f"{10 ** tick if axis in log else tick:,g}" for tick in ticks]
-                        for axis, ticks in (("x", x_ticks), ("y", y_ticks)))
-    font = ImageFont.load_default(size=13)
-    left = 20 + max(_text_size(font, name)[0] for name in y_names)
-    right, top, bottom = size[0] - 24, 48, size[1] - 44
+    """Write a line chart. series: name -> list of (x, y); what cannot be drawn is left out.
+    log: the logarithmic axes, "x", "y" or "xy" (with "xy", powers become straight lines).
+    Raises ValueError if no point is left."""
+    def drawable(x, y):
+        positive = (x > 0 or "x" not in log) and (y > 0 or "y" not in log)
+        return positive and math.isfinite(x) and math.isfinite(y)
+
+    lines = {name: [point for point in points if drawable(*point)]
+             for name, points in series.items()}
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        raise ValueError("save_curve needs at least one point")
+    left, right = 80, size[0] - 60 - max(text_size(name)[0] for name in lines)
+    top, bottom = 52, size[1] - 50
+    x_of, x_ticks = axis([x for x, _ in points], "x" in log, left, right)
+    y_of, y_ticks = axis([y for _, y in points], "y" in log, bottom, top)
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-
-    def place(x, y):
-        return (left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left),
-                bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top))
-
-    for tick, name in zip(x_ticks, x_names):
-        pen.line([place(tick, y_ticks[0]), place(tick, y_ticks[-1])], PALE)
-        pen.text((place(tick, 0)[0], bottom + 5), name, INK, font, "mt")
-    for tick, name in zip(y_ticks, y_names):
-        pen.line([place(x_ticks[0], tick), place(x_ticks[-1], tick)], PALE)
-        pen.text((left - 6, place(0, tick)[1]), name, INK, font, "rm")
-    pen.text((left, 8), title, INK, font)
-    pen.text((left, 27), y_label, INK, font)
-    pen.text((right, size[1] - 20), x_label, INK, font, "rt")
-    x = right
-    for i, (name, points) in reversed(list(enumerate(series.items()))):
+    for tick in x_ticks:
+        pen.line([(x_of(tick), top), (x_of(tick), bottom)], PALE)
+        write(pen, (x_of(tick), bottom + 6), f"{tick:,.10g}", "mt")
+    for tick in y_ticks:
+        pen.line([(left, y_of(tick)), (right, y_of(tick))], PALE)
+        write(pen, (left - 6, y_of(tick)), f"{tick:,.10g}", "rm")
+    write(pen, (left, 6), title)
+    write(pen, (left, 27), y_label)
+    write(pen, (right, size[1] - 22), x_label, "rt")
+    for i, (name, line) in enumerate(lines.items()):
         colour = LINES[i % len(LINES)]
-        pen.line([place(*point) for point in points], colour, 2)
-        for x_, y_ in [place(*point) for point in points] if len(points) < 10 else []:
-            pen.ellipse((x_ - 3, y_ - 3, x_ + 3, y_ + 3), colour)
-        x -= _text_size(font, name)[0] + 14      # the names of the lines, right to left on top
-        pen.text((x + 8, 8), name, colour, font)
-    _save(sheet, path)
-
-
-def _log_ticks(low, high):
-    """Logarithms of 1, 2 and 5 times powers of ten, from below `low` to above `high`."""
-    near = [np.log10(m) + e for e in range(int(low) - 2, int(high) + 2) for m in (1, 2, 5)]
-    first, last = max(t for t in near if t <= low + 1e-9), min(t for t in near if t >= high - 1e-9)
-    return [t for t in near if first <= t <= last]
-
-
-def _range(values):
-    """Lowest and highest; a single value gets room on both sides so that it can be drawn."""
-    low, high = values.min(), values.max()
-    room = 0.0 if high > low else max(abs(low), 1.0) / 2
-    return low - room, high + room
-
-
-def _ticks(low, high):
-    """Four to ten round numbers (steps of 1, 2 or 5 times a power of ten) around [low, high]."""
-    power = 10.0 ** np.floor(np.log10((high - low) / 4))
-    step = power * max(m for m in (1, 2, 5) if m * power <= (high - low) / 4)
-    first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
-    return [float(f"{k * step:.10g}") for k in np.arange(first, last + 1)]
-
-
-def _text_size(font, text):
-    """Width and height in pixels; text may have several lines."""
-    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)
-    return round(box[2] + 0.5), round(box[3] + 0.5)
-
-
-def _save(picture, path, **options):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+        places = [(x_of(x), y_of(y)) for x, y in line]
+        pen.line(places, colour, 2)
+        for x, y in places if len(places) < 10 else []:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        write(pen, (right + 14, top + 22 * i), name, "la", colour)
+    save(sheet, path)
