@@ -39,7 +39,7 @@ def ignore_signals(worker):
 
 
 def kill_workers():
-    """At exit, Python sends SIGTERM to workers that still run, and would wait forever."""
+    """At exit, Python sends SIGTERM to its workers, which ignore it, and waits for them."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # torch would report the kill
     for worker in multiprocessing.active_children():

@@ -76,12 +76,12 @@ def classes_in(folder):
         found = classes.setdefault(below[0] if below else "", [])
         for name in files:
             if not name.startswith("."):
-                known = name.lower().endswith(EXTENSIONS)
-                (found if known else others).append("/".join((*below, name)))
+                is_image = name.lower().endswith(EXTENSIONS)
+                (found if is_image else others).append("/".join((*below, name)))
     if not any(classes.values()):
-        hint = "expected <class>/<image>.jpg or the like"
-        for name in (folder.name, *others):
-            hint = f"unpack {name} first" if name.lower().endswith(ARCHIVES) else hint
+        names = [folder.name, *others]
+        archives = [name for name in names if name.lower().endswith(ARCHIVES)]
+        hint = f"unpack {archives[0]} first" if archives else "expected <class>/<image>.jpg"
         raise BadInput(f"there are no images in {folder}: {hint}")
     loose = classes.pop("")
     if any(classes.values()):
@@ -90,10 +90,10 @@ def classes_in(folder):
         classes = {"": loose}
     empty = [name for name in sorted(classes) if not classes[name]]
     if others:
-        say_once(f"passed over {len(others)} files in {folder} that are not images in a "
-                 f"class folder, such as {others[0]}")
+        say_once(f"passed over {len(others)} file(s) in {folder} (no known image format, or "
+                 f"outside the class folders), such as {others[0]!r}")
     if empty:
-        say_once(f"no images in these folders of {folder}: {', '.join(empty[:10])}")
+        say_once(f"no images in these folders of {folder}: {str(empty[:10])[1:-1]}")
     names = [name for name in sorted(classes, key=natural) if classes[name]]
     return {name: sorted(classes[name]) for name in names}
 
@@ -170,7 +170,7 @@ class FolderImages:
                     count = int(self.unreadable.sum())
                     print(f"unreadable image {self.path(j)} ({error}): another of its "
                           f"class takes its place; {count} so far", file=sys.stderr)
-        raise BadInput(f"no image of the class of {self.path(i)} can be read: remove it")
+        raise BadInput(f"no image of the class of {self.path(i)} can be read: remove this class")
 
 
 def decode(path, enough=None):

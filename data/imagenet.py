@@ -40,7 +40,7 @@ def load(split, *, data_dir=None, size=256):
 
 
 def _classes(base):
-    """{wnid: image paths below `base`}, sorted by folders or else by a list of labels"""
+    """{wnid: image paths below `base`}, from class folders or else from a list of labels"""
     classes = folder.classes_in(base)
     if list(classes) not in ([""], ["images"]):
         return classes

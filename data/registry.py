@@ -56,6 +56,9 @@ def load_splits(dataset, image_size, data_dir="", wanted=()):
         return splits, splits, names
     classes = chosen_classes(names, wanted)
     chosen = {split: subset(*found, classes) for split, found in splits.items()}
+    for split, (images, labels) in chosen.items():
+        if not len(labels):
+            raise BadInput(f"there are no {split} images of the classes {', '.join(wanted)}")
     return splits, chosen, [names[k] for k in classes]
 
 
@@ -78,8 +81,8 @@ def find_class(names, text):
 
 
 def chosen_classes(names, wanted):
-    """wanted: texts for find_class; a single number N that is no class's name means the first N
-    classes -> indices, in the order of the data set"""
+    """wanted: texts for find_class, or one number N for the first N classes unless a class has
+    this name -> indices, in the order of the data set"""
     if len(wanted) == 1 and wanted[0].isdecimal() and wanted[0] not in names:
         count = int(wanted[0])
         if not 1 <= count <= len(names):

@@ -226,7 +226,7 @@ def test_classes_own_nested_images_in_natural_order_and_the_rest_is_named_and_co
     assert train | test == {
         "0/d.gif": "0", "2/c.jpg": "2", "2/deep/er/b.PNG": "2", "10/a.png": "10"}
     counted, empty = capsys.readouterr().out.splitlines()
-    assert "passed over 4 files" in counted and empty.endswith("cat, dog")
+    assert "passed over 4 file(s)" in counted and empty.endswith(": 'cat', 'dog'")
     names = ["ant", *WNIDS, "n10148035"]
     assert sorted(reversed(names), key=folder.natural) == names
 
@@ -338,12 +338,13 @@ def test_a_data_set_is_one_line_in_the_table_or_a_folder_and_can_be_restricted(
     for split, (images, labels) in chosen.items():
         assert labels.tolist() == [0, 1] * 4
         assert (images == splits[split][0][[0, 2, 3, 5, 6, 8, 9, 11]]).all()
-    tree(tmp_path, "train/ant/0.png train/cat/0.png val/ant/1.png val/cat/1.png")
+    tree(tmp_path, "train/ant/0.png train/cat/0.png val/ant/1.png val/cat/1.png train/dog/0.png")
     splits, chosen, names = registry.load_splits(str(tmp_path), 4, wanted=["cat"])
     assert names == ["cat"] and len(splits["test"][0]) == 2
     for split, path in (("train", "train/cat/0.png"), ("test", "val/cat/1.png")):
         images, labels = chosen[split]
         assert labels.tolist() == [0] and Path(images.path(0)) == tmp_path / path
+    refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "no test", "dog")
     refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, ")
 
 
