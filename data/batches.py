@@ -32,8 +32,7 @@ def stack(arrays):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and SIGTERM often reach every process of a run. Its workers ignore them, so that
-    it can finish the step."""
+    """Ctrl-C and SIGTERM often reach all processes. The run needs its workers until it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -52,16 +51,16 @@ def view_batches(images, view, rows_list, workers):
     -> float tensors (B, 3, H, W) in [-1, 1]"""
     crops = ([(i, view - 1) for i in rows.tolist()] for rows in rows_list)
     for rows, batch in zip(rows_list, picture_batches(images, crops, workers)):
-        image = to_float(batch)
-        in_memory = isinstance(images, IN_MEMORY)
-        yield view_of(image, view, rows, len(images)) if in_memory else image
+        if isinstance(images, IN_MEMORY):
+            yield view_of(to_float(batch), view, rows, len(images))
+        else:
+            yield to_float(batch)
 
 
 def view_of(image, view, rows, n):
-    """A view of images in memory (B, 3, H, W), which are rows (B,) of a data set of n. View 0
-    is the image itself, and odd views are mirrored. From view 2 on, each image is shifted by
-    its own number of pixels, up to a sixteenth of the side, and reflected at the border.
-    -> (B, 3, H, W)"""
+    """A view of images (B, 3, H, W), which are rows (B,) of a data set of n: 0 is the image
+    itself, odd ones are mirrored, and from 2 on each image is shifted by its own number of
+    pixels, up to a sixteenth of the side, and reflected at the border. -> (B, 3, H, W)"""
     image = image.flip(3) if view % 2 else image
     side = image.shape[-1]
     reach = side // 16

@@ -63,9 +63,8 @@ def _read(root, names):
         archive = archives[-1]
         download(URL, archive, SHA256)
     with tarfile.open(archive) as tar:
-        members = [member for member in tar if Path(member.name).stem in names]
-        found = [(Path(member.name).name, tar.extractfile(member).read())
-                 for member in members]
+        members = [x for x in tar if Path(x.name).stem in names]
+        found = [(Path(x.name).name, tar.extractfile(x).read()) for x in members]
     if len(found) < len(names):
         raise BadInput(f"{archive} is not CIFAR-10: it lacks {', '.join(names)}")
     return sorted(found)
@@ -80,7 +79,7 @@ def _parse(name, raw):
         batch = PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
         labels, pixels = batch[b"labels"], batch[b"data"]
     labels = np.array(labels, np.int64)
-    if len(labels) != PER_FILE or labels.max() >= len(CLASSES):
+    if len(labels) != PER_FILE or labels.max() > 9:
         raise BadInput(f"{name} of CIFAR-10 is damaged: {len(labels)} images, labels up to "
                        f"{labels.max()}")
     planes = pixels.reshape(PER_FILE, 3, 32, 32)

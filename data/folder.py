@@ -4,9 +4,8 @@
     insects/train/ant/*.jpg  insects/val/ant/*.jpg   the splits as they are
     insects/*.jpg                                    one class: unconditional
 
-A class owns all images below its folder, at any depth. Without a test folder, a hash of its
-path decides whether an image is held out. Frames of one video look alike under different
-names: sort them into train/ and val/ yourself.
+A class owns all images below its folder, at any depth. Without a test folder, a hash of its path
+decides whether an image is held out; frames of one video are better sorted by hand.
 """
 import hashlib
 import os
@@ -34,17 +33,13 @@ def load(split, *, data_dir, size=256, classes_of=None):
     """One split: (FolderImages of N images, labels int64 (N,), class names).
 
     split: "train" or "test" (val/, valid/ or test/, if there is one beside train/). size:
-    side of the square crops. classes_of: replaces `classes_in`. Raises BadInput if there are
-    no images or they are not laid out as above."""
-    if split not in ("train", "test"):
-        raise BadInput(f"the splits are train and test, not {split!r}")
+    side of the square crops. classes_of: replaces `classes_in`. Raises BadInput"""
     classes_of = classes_of or classes_in
     root = Path(data_dir).expanduser()
-    train = root / "train"
+    train = base = root / "train"
     tests = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
     if train.is_dir() and tests:
-        base, known = train, classes_of(train)
-        classes = known
+        known = classes = classes_of(train)
         if split == "test":
             base, classes = tests[0], classes_of(tests[0])
         for name in set(classes) - set(known):
@@ -79,8 +74,7 @@ def classes_in(folder):
                 is_image = name.lower().endswith(EXTENSIONS)
                 (found if is_image else others).append("/".join((*below, name)))
     if not any(classes.values()):
-        names = [folder.name, *others]
-        archives = [name for name in names if name.lower().endswith(ARCHIVES)]
+        archives = [x for x in [folder.name, *others] if x.lower().endswith(ARCHIVES)]
         hint = f"unpack {archives[0]} first" if archives else "expected <class>/<image>.jpg"
         raise BadInput(f"there are no images in {folder}: {hint}")
     loose = classes.pop("")
@@ -105,8 +99,8 @@ def natural(name):
 
 
 def hold_out(classes, split):
-    """The images of one split, according to a hash of their paths: about one in 20 is held
-    out for testing; of two or more in a class at least one, never all. -> {class: paths}"""
+    """The images of one split: a hash of its path decides whether an image is held out. About
+    one in 20 is; of two or more in a class at least one, never all. -> {class: paths}"""
     groups = list(classes.values())
     if all(len(paths) == 1 for paths in groups):    # no class has an image to spare
         groups = [[paths[0] for paths in groups]]
@@ -132,8 +126,7 @@ class FolderImages:
     def __init__(self, root, paths, labels, size):
         self.root, self.size, self.short = str(root), size, round(1.125 * size)
         self.labels = np.asarray(labels, np.int64)  # (N,), rising
-        # One array of bytes, because worker processes would slowly copy a list of strings:
-        # even reading a Python string writes its reference count.
+        # One array, because every worker process would slowly copy a list of strings.
         self.names = np.array([os.fsencode(path) for path in paths])
         self.unreadable = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
 
@@ -159,7 +152,6 @@ class FolderImages:
         return np.array(image.resize((self.size, self.size), Image.Resampling.LANCZOS, box))
 
     def decoded(self, i):
-        """Image i or, if it cannot be read, the next one of its class that can."""
         first, end = np.searchsorted(self.labels, [self.labels[i], self.labels[i] + 1])
         for j in [*range(i, end), *range(first, i)]:
             if not self.unreadable[j]:
@@ -167,9 +159,8 @@ class FolderImages:
                     return decode(self.path(j), 4 * self.short)
                 except Exception as error:          # damaged files raise nearly anything
                     self.unreadable[j] = True
-                    count = int(self.unreadable.sum())
-                    print(f"unreadable image {self.path(j)} ({error}): another of its "
-                          f"class takes its place; {count} so far", file=sys.stderr)
+                    print(f"unreadable image no. {int(self.unreadable.sum())}: {self.path(j)} "
+                          f"({error}); another of its class takes its place", file=sys.stderr)
         raise BadInput(f"no image of the class of {self.path(i)} can be read: remove this class")
 
 

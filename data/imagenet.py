@@ -31,8 +31,7 @@ def load(split, *, data_dir=None, size=256):
     names = wnid_names()
     for label, wnid in enumerate(wnids):
         if wnid not in names:
-            raise BadInput(f"{wnid!r} in {root} is not an ImageNet class, such as n01440764: "
-                           f"for other images use --dataset {root}")
+            raise BadInput(f"{wnid!r} is not an ImageNet class: try --dataset {root}")
         if label not in labels:
             raise BadInput(f"{images.root} has no {split} images of {wnid} ({names[wnid]}): "
                            "add them, or remove this class from train/")

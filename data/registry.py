@@ -18,7 +18,7 @@ class Dataset:
     judge_steps: int = 2000             # training steps of its judge (report/judge.py)
     judge_width: int = 24               # channels of the judge's first layers
     mirrored: bool = False              # an image and its mirror image are of one class
-    examples: Callable | None = None    # returns a few held-out images shipped with the code
+    examples: Callable | None = None    # returns held-out images that come with the code
 
 
 DATASETS = {
@@ -56,9 +56,8 @@ def load_splits(dataset, image_size, data_dir="", wanted=()):
         return splits, splits, names
     classes = chosen_classes(names, wanted)
     chosen = {split: subset(*found, classes) for split, found in splits.items()}
-    for split, (images, labels) in chosen.items():
-        if not len(labels):
-            raise BadInput(f"there are no {split} images of the classes {', '.join(wanted)}")
+    if not len(chosen["test"][1]):
+        raise BadInput(f"no images of {', '.join(wanted)} are left to test on: add more")
     return splits, chosen, [names[k] for k in classes]
 
 
@@ -70,12 +69,11 @@ def find_class(names, text):
         return names.index(name)
     if name.isdecimal() and int(name) < len(names):
         return int(name)
-    alike = [k for k, other in enumerate(names) if other.casefold() == name.casefold()]
-    parts = [k for k, other in enumerate(names) if name.casefold() in other.casefold()]
-    hits = alike or parts
+    alike = [other for other in names if other.casefold() == name.casefold()]
+    hits = alike or [other for other in names if name.casefold() in other.casefold()]
     if len(hits) == 1:
-        return hits[0]
-    near = [names[k] for k in hits] or difflib.get_close_matches(name, names) or names
+        return names.index(hits[0])
+    near = hits or difflib.get_close_matches(name, names) or names
     raise BadInput(f"{text!r} fits {len(hits) or 'none'} of the {len(names)} classes, such as "
                    f"{', '.join(near[:10])}")
 
@@ -84,10 +82,9 @@ def chosen_classes(names, wanted):
     """wanted: texts for find_class, or one number N for the first N classes unless a class has
     this name -> indices, in the order of the data set"""
     if len(wanted) == 1 and wanted[0].isdecimal() and wanted[0] not in names:
-        count = int(wanted[0])
-        if not 1 <= count <= len(names):
-            raise BadInput(f"--classes {count}: there are {len(names)} classes")
-        return list(range(count))
+        if not 1 <= int(wanted[0]) <= len(names):
+            raise BadInput(f"--classes {wanted[0]}: there are {len(names)} classes")
+        return list(range(int(wanted[0])))
     return sorted({find_class(names, text) for text in wanted})
 
 

@@ -44,20 +44,20 @@ def draw(indices, *, split="train", size=32, seed=0):
         raise BadInput(f"shapes: split must be 'train' or 'test', not {split!r}")
     if not 16 <= size <= 256:
         raise BadInput(f"shapes: size must be 16 to 256 pixels, not {size}")
-    indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+    indices = np.asarray(indices, dtype=np.int64)
     labels = indices % len(CLASS_NAMES)
     images = np.empty((len(indices), size, size, 3), np.uint8)
     chunk = max(1, 2**17 // size**2)                  # half a megabyte per float32 plane
-    for label, figure in enumerate(FIGURE_LAYERS):
+    for label, name in enumerate(CLASS_NAMES):
         rows = np.flatnonzero(labels == label)
         for start in range(0, len(rows), chunk):
             part = rows[start:start + chunk]
-            images[part] = _render(figure, _uniforms(indices[part], split, seed), size)
+            images[part] = _render(name, _uniforms(indices[part], split, seed), size)
     return images, labels
 
 
-def _uniforms(indices, split, seed, fields=7):
-    """(N, fields) numbers in [0, 1), hashed from seed, split and index by splitmix64."""
+def _uniforms(indices, split, seed):
+    """(N, 7) numbers in [0, 1), hashed from seed, split and index by splitmix64."""
     def mix(word):
         word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -67,11 +67,11 @@ def _uniforms(indices, split, seed, fields=7):
     with np.errstate(over="ignore"):                  # the hash relies on wrapping at 2**64
         stream = np.uint64(seed % 2**63 * 2) + np.uint64(split == "test")
         word = mix(np.asarray(indices, np.uint64) + mix(golden * (stream + np.uint64(1))))
-        word = mix(word[:, None] + np.arange(1, fields + 1, dtype=np.uint64) * golden)
+        word = mix(word[:, None] + np.arange(1, 8, dtype=np.uint64) * golden)
     return (word >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
 
-def _render(figure, uniforms, size):
+def _render(name, uniforms, size):
     """Paint one kind of figure: uniforms (N, 7) -> uint8 (N, size, size, 3)."""
     hue, back, radius, left, up, turn, ramp = uniforms.T[:, :, None, None]  # (N, 1, 1) each
     main = FIGURES[(hue * len(FIGURES)).astype(np.int64)[:, 0, 0]]          # (N, 3)
@@ -87,7 +87,7 @@ def _render(figure, uniforms, size):
     shade = (1 - (0.04 + 0.10 * ramp) * (axis[None, :, None] + 0.5))   # darker at the ground
     light = 1 + 0.13 * np.clip(0.7 * y - 0.7 * x, -1, 1)            # lit from the upper left
     planes = [paper[:, c, None, None] * shade + 0 * x for c in range(3)]    # (N, size, size)
-    for distance, paint in figure(cos * x - sin * y, sin * x + cos * y):
+    for distance, paint in _layers(name, cos * x - sin * y, sin * x + cos * y):
         cover = np.clip(0.5 - distance * (radius * size), 0, 1)
         colour = paint[0] * main + paint[1]                                 # (N, 3)
         for c in range(3):
@@ -120,68 +120,50 @@ def _polygon(x, y, *corners, rounding=0.0):
     return np.sqrt(squared) * np.where(inside, -1, 1).astype(x.dtype) - rounding
 
 
-# Figures, back to front: a list of (distance, paint). They fill a circle of radius about 1.
-def _heart(x, y):
-    x, y = abs(x) / 1.7, (y + 0.92) / 1.7
-    lobe = np.sqrt((x - 0.25)**2 + (y - 0.75)**2) - np.float32(0.5 * 0.5**0.5)
-    foot = np.maximum(x + y, 0) / 2
-    side = np.sqrt(np.minimum(x**2 + (y - 1)**2, (x - foot)**2 + (y - foot)**2))
-    distance = np.where(x + y > 1, lobe, np.where(x > y, side, -side))
-    return [(1.7 * distance, MAIN)]
-
-
-def _star(x, y):
-    corners = [(0, 1), (.26, .36), (.95, .31), (.43, -.14), (.59, -.81), (0, -.45),
-               (-.59, -.81), (-.43, -.14), (-.95, .31), (-.26, .36)]
-    return [(_polygon(x, y, *corners, rounding=0.06), MAIN)]
-
-
-def _moon(x, y):
-    return [(np.maximum(_disc(x, y, 0, 0, 1), -_disc(x, y, 0.42, 0.18, 0.80)), MAIN)]
-
-
-def _ring(x, y):
-    return [(abs(_disc(x, y, 0, 0, 0.72)) - 0.26, MAIN)]
-
-
-def _flower(x, y):
-    centres = [(0, .6), (.57, .19), (.35, -.49), (-.35, -.49), (-.57, .19)]
-    petals = np.minimum.reduce([_disc(x, y, x0, y0, 0.40) for x0, y0 in centres])
-    return [(petals, MAIN), (_disc(x, y, 0, 0, 0.32), PALE)]
-
-
-def _house(x, y):
-    return [(_box(x, y, 0, -0.42, 0.70, 0.50), MAIN),
-            (_polygon(x, y, (-.95, .06), (.95, .06), (0, .95), rounding=0.05), DARK),
-            (_box(x, y, 0.0, -0.56, 0.20, 0.36), PALE)]
-
-
-def _tree(x, y):
-    crown = [_polygon(x, y, (-w, low), (w, low), (0, top), rounding=0.05)
-             for w, low, top in [(.78, -.58, .20), (.62, -.10, .62), (.44, .36, 1.0)]]
-    return [(_box(x, y, 0, -0.78, 0.15, 0.24), WOOD), (np.minimum.reduce(crown), MAIN)]
-
-
-def _mushroom(x, y):
-    cap = np.maximum(_disc(x, y, 0, -0.08, 1.0), -0.08 - y)
-    dots = [_disc(x, y, x0, y0, radius)
-            for x0, y0, radius in [(-.48, .26, .16), (.06, .56, .18), (.50, .18, .16)]]
-    return [(_box(x, y, 0, -0.45, 0.24, 0.45) - 0.06, WOOD), (cap, MAIN),
-            (np.minimum.reduce(dots), PALE)]
-
-
-def _fish(x, y):
-    body = np.maximum(_disc(x, y, -0.18, -0.50, 1.02), _disc(x, y, -0.18, 0.50, 1.02))
-    tail = _polygon(x, y, (.45, 0), (.98, .48), (.98, -.48), rounding=0.04)
-    return [(tail, DARK), (body, MAIN), (_disc(x, y, -0.58, 0.10, 0.17), PALE),
-            (_disc(x, y, -0.58, 0.10, 0.09), INK)]
-
-
-def _boat(x, y):
-    return [(_box(x, y, 0, 0.15, 0.06, 0.78), WOOD),
-            (_polygon(x, y, (.12, -.22), (.82, -.22), (.12, .90)), MAIN),
-            (_polygon(x, y, (-.12, -.22), (-.66, -.22), (-.12, .62)), PALE),
-            (_polygon(x, y, (-1, -.38), (1, -.38), (.62, -.86), (-.62, -.86)), DARK)]
-
-
-FIGURE_LAYERS = [_heart, _star, _moon, _ring, _flower, _house, _tree, _mushroom, _fish, _boat]
+def _layers(name, x, y):
+    """A figure, which fills a circle of radius about 1 -> [(distance, paint)], back to front"""
+    match name:
+        case "heart":
+            x, y = abs(x) / 1.7, (y + 0.92) / 1.7
+            lobe = np.sqrt((x - 0.25)**2 + (y - 0.75)**2) - np.float32(0.5 * 0.5**0.5)
+            foot = np.maximum(x + y, 0) / 2
+            side = np.sqrt(np.minimum(x**2 + (y - 1)**2, (x - foot)**2 + (y - foot)**2))
+            distance = np.where(x + y > 1, lobe, np.where(x > y, side, -side))
+            return [(1.7 * distance, MAIN)]
+        case "star":
+            corners = [(0, 1), (.26, .36), (.95, .31), (.43, -.14), (.59, -.81), (0, -.45),
+                       (-.59, -.81), (-.43, -.14), (-.95, .31), (-.26, .36)]
+            return [(_polygon(x, y, *corners, rounding=0.06), MAIN)]
+        case "moon":
+            night = _disc(x, y, 0.42, 0.18, 0.80)
+            return [(np.maximum(_disc(x, y, 0, 0, 1), -night), MAIN)]
+        case "ring":
+            return [(abs(_disc(x, y, 0, 0, 0.72)) - 0.26, MAIN)]
+        case "flower":
+            centres = [(0, .6), (.57, .19), (.35, -.49), (-.35, -.49), (-.57, .19)]
+            petals = [_disc(x, y, x0, y0, 0.40) for x0, y0 in centres]
+            return [(np.minimum.reduce(petals), MAIN), (_disc(x, y, 0, 0, 0.32), PALE)]
+        case "house":
+            roof = _polygon(x, y, (-.95, .06), (.95, .06), (0, .95), rounding=0.05)
+            return [(_box(x, y, 0, -0.42, 0.70, 0.50), MAIN), (roof, DARK),
+                    (_box(x, y, 0.0, -0.56, 0.20, 0.36), PALE)]
+        case "tree":
+            crown = [_polygon(x, y, (-w, low), (w, low), (0, top), rounding=0.05)
+                     for w, low, top in [(.78, -.58, .20), (.62, -.10, .62), (.44, .36, 1.0)]]
+            return [(_box(x, y, 0, -0.78, 0.15, 0.24), WOOD), (np.minimum.reduce(crown), MAIN)]
+        case "mushroom":
+            cap = np.maximum(_disc(x, y, 0, -0.08, 1.0), -0.08 - y)
+            dots = [_disc(x, y, x0, y0, radius)
+                    for x0, y0, radius in [(-.48, .26, .16), (.06, .56, .18), (.50, .18, .16)]]
+            return [(_box(x, y, 0, -0.45, 0.24, 0.45) - 0.06, WOOD), (cap, MAIN),
+                    (np.minimum.reduce(dots), PALE)]
+        case "fish":
+            above, below = _disc(x, y, -0.18, -0.50, 1.02), _disc(x, y, -0.18, 0.50, 1.02)
+            tail = _polygon(x, y, (.45, 0), (.98, .48), (.98, -.48), rounding=0.04)
+            return [(tail, DARK), (np.maximum(above, below), MAIN),
+                    (_disc(x, y, -0.58, 0.10, 0.17), PALE), (_disc(x, y, -0.58, 0.10, 0.09), INK)]
+        case "boat":
+            return [(_box(x, y, 0, 0.15, 0.06, 0.78), WOOD),
+                    (_polygon(x, y, (.12, -.22), (.82, -.22), (.12, .90)), MAIN),
+                    (_polygon(x, y, (-.12, -.22), (-.66, -.22), (-.12, .62)), PALE),
+                    (_polygon(x, y, (-1, -.38), (1, -.38), (.62, -.86), (-.62, -.86)), DARK)]

@@ -209,7 +209,7 @@ def test_unreadable_images_are_named_counted_and_replaced_by_others_of_their_cla
         seen = [int(x[0, 0, 0, 0]) for x in batches.picture_batches(images, jobs, workers)]
         expected = [10, 60, 60, 60, 110, 110, 110, 30, 30, 10, 210]    # of a/0 to a/9 and b/0
         assert seen == pytest.approx(2 * expected, abs=2)
-        named = re.findall(r"unreadable image \S*/a/(.)\.jpg ", capfd.readouterr().err)
+        named = re.findall(r"unreadable image no. \d: \S*/a/(.)\.jpg ", capfd.readouterr().err)
         assert set(named) == bad, "no file is tried twice"
         assert images.unreadable.sum() == 6 and not started.exists()
     (tmp_path / "b/0.png").write_bytes(b"")
@@ -254,8 +254,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     for name, split, *words in (
             ("gone", "train", "no images", "gone"), ("empty", "train", "<class>/<image>"),
             ("tars", "train", "unpack", "n1.tar"), ("file.zip", "train", "unpack"),
-            ("single", "test", "one image"), ("bad", "train", "no image", "cat/0.png"),
-            ("single", "dev", "dev")):
+            ("single", "test", "one image"), ("bad", "train", "no image", "cat/0.png")):
         refusal(lambda: found(tmp_path / name, split), *words)
 
 
@@ -344,7 +343,7 @@ def test_a_data_set_is_one_line_in_the_table_or_a_folder_and_can_be_restricted(
     for split, path in (("train", "train/cat/0.png"), ("test", "val/cat/1.png")):
         images, labels = chosen[split]
         assert labels.tolist() == [0] and Path(images.path(0)) == tmp_path / path
-    refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "no test", "dog")
+    refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "to test", "dog")
     refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, ")
 
 
