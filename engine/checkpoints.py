@@ -147,11 +147,11 @@ def open_run(settings, device):
     -> the lock, which lasts until this process ends. Raises BadInput if another run has it"""
     folder = Path(settings.out)
     lock = claim(folder) if rank() == 0 else None
-    known = folder / "settings.json"
+    first = folder / ("transformer.pt" if settings.stage == "transformer" else "tokenizer.pt")
     if settings.precision == "auto":      # a run keeps the precision it had before
-        again = known.exists() and not settings.fresh
-        settings.precision = agreed(json.loads(known.read_text())["precision"] if again
-                                    else best_precision(device))
+        again = first.exists() and not settings.fresh
+        before = load_checkpoint(first).get("settings", {}) if again else {}
+        settings.precision = agreed(before.get("precision") or best_precision(device))
     if settings.workers < 0:
         settings.workers = max(1, min(16, cores() // max(settings.gpus, 1)))
     if rank() == 0:
@@ -159,7 +159,7 @@ def open_run(settings, device):
             (folder / "transformer.pt").unlink(missing_ok=True)
         if settings.fresh and settings.stage != "transformer":
             (folder / "tokenizer.pt").unlink(missing_ok=True)
-        write_atomically(json.dumps(vars(settings), indent=1), known)
+        write_atomically(json.dumps(vars(settings), indent=1), folder / "settings.json")
     barrier()
     return lock
 

@@ -1,6 +1,5 @@
-"""Chapter 5: settings, both loops, what they log, and how they resume. The graders of the exercises
-(exercises/grade_05.py) check the loss of a token, the order of images and the adversarial weight."""
-import contextlib
+"""Chapter 5: settings, both loops, what they log, and when a run resumes. The graders of the
+exercises check the loss of a token, the order of the images and the adversarial weight."""
 import json
 import os
 import re
@@ -17,9 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import imagenet
-from data.batches import to_float
 from engine import BadInput, checkpoints, distributed, perceptual, released
-from report import health
 
 m2, m4, m5 = map(import_module, ("02_multiscale_vqvae", "04_var_transformer", "05_train"))
 SCRIPT, CPU = "05_train.py", torch.device("cpu")
@@ -27,27 +24,26 @@ SCRIPT, CPU = "05_train.py", torch.device("cpu")
 
 # -- Settings --------------------------------------------------------------------------------------
 
-def test_the_options_that_scripts_of_other_people_use_exist():
+def test_the_options_that_other_people_use_exist():
     assert set("""dataset preset data_dir classes stage tokenizer_file tokenizer_steps
         tokenizer_batch_size steps batch_size lr depth image_size vocab_size views workers gpus
-        device precision compile accumulate activation_checkpointing perceptual adversarial seed out
-        fresh save_every log_every export width heads channels scales""".split()) <= set(m5.NAMES)
+        device precision compile accumulate activation_checkpointing perceptual adversarial seed
+        out fresh save_every log_every export width heads channels scales""".split()) <= set(
+            m5.NAMES)
 
 
 FREE = dict(seed=st.integers(0, 9), cfg=st.floats(0, 4), views=st.integers(1, 4),
-            label_dropout=st.floats(0, 1), save_every=st.integers(1, 9), flip=st.just(True),
-            perceptual=st.floats(0, 1), tokenizer_steps=st.integers(0, 9))
+            label_dropout=st.floats(0, 1), save_every=st.integers(1, 9), flip=st.just(True))
 
 
-@given(name=st.sampled_from(sorted(m5.PRESETS)), by_preset=st.booleans(),
-       typed=st.fixed_dictionaries({}, optional=FREE))
-def test_a_typed_option_wins_over_the_preset_and_the_preset_over_the_default(
-        name, by_preset, typed):
-    """No option follows from those in FREE."""
-    argv = ["--preset", name] if by_preset or name not in ("shapes", "cifar10", "imagenet") else [
-        "--dataset", name]
+@given(name=st.sampled_from(sorted(m5.PRESETS)), typed=st.fixed_dictionaries({}, optional=FREE))
+def test_a_typed_option_wins_over_the_preset_and_the_preset_over_the_default(name, typed):
+    """No other setting changes those in FREE."""
+    argv = ["--preset", name]
     for key, value in typed.items():
-        argv += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+        argv.append("--" + key.replace("_", "-"))
+        if value is not True:
+            argv.append(str(value))
     settings = m5.read_settings(argv)
     for key in FREE:
         default = getattr(m5.Settings(), key)
@@ -66,53 +62,44 @@ def test_the_token_maps_follow_from_the_image_size(dataset):
         assert all(small < large <= 2 * small for small, large in pairwise(scales))
 
 
-def test_sizes_that_are_typed_stay_as_they_are():
-    words = "--image-size 64 --multipliers 1,2,2,2 --scales 1,3,4 --unshuffle 2".split()
-    settings = m5.read_settings(words)
-    assert (settings.multipliers, settings.scales) == ((1, 2, 2, 2), (1, 3, 4))
-    config = m5.var_config(settings, m5.tokenizer_config(settings), num_classes=7)
-    assert (config.num_classes, config.scales, config.width) == (7, (1, 3, 4), 128)
-
-
 @pytest.mark.parametrize("depth, side, batch, epochs, rate, last_decay, final", [
     (16, 256, 768, 200, 1e-4, 0.05, 0.1), (20, 256, 768, 250, 1e-4, 0.05, 0.1),
     (24, 256, 768, 350, 8e-5, 0.05, 0.01), (30, 256, 1024, 350, 8e-5, 0.08, 0.01),
     (36, 512, 768, 350, 8e-5, 0.08, 0.01)])
 def test_the_imagenet_recipe_is_that_of_the_original(
         depth, side, batch, epochs, rate, last_decay, final):
-    for typed in ([], ["--batch-size", "64"]):
-        words = ["--dataset", "imagenet", "--depth", str(depth), *typed]
-        found, size = m5.read_settings(words), 64 if typed else batch
+    words = ["--dataset", "imagenet", "--depth", str(depth)]
+    for typed, size in ([], batch), (["--batch-size", "64"], 64):
+        found = m5.read_settings([*words, *typed])
         assert (found.batch_size, found.epochs, found.optimizer) == (size, epochs, "adamw")
         assert found.lr == pytest.approx(rate * size / 256)
         assert (found.weight_decay, found.final_weight_decay) == (0.05, last_decay)
         assert (found.final_lr, found.clip, found.image_size) == (final, 2.0, side)
-        var = m5.var_config(found, m5.tokenizer_config(found), 1000)
-        assert (var.width, var.heads, var.shared_adaln) == (64 * depth, depth, depth == 36)
-        assert var.drop_path == pytest.approx(0.1 * depth / 24)
-        assert m5.read_settings([*words, "--lr", "1", "--steps", "7"]).lr == 1
-        assert m5.read_settings([*words, "--steps", "7"]).epochs == 0
+    var = m5.var_config(found, m5.tokenizer_config(found), 1000)
+    assert (var.width, var.heads, var.shared_adaln) == (64 * depth, depth, depth == 36)
+    assert var.drop_path == pytest.approx(0.1 * depth / 24)
+    found = m5.read_settings([*words, "--lr", "1", "--steps", "7"])
+    assert (found.lr, found.steps, found.epochs) == (1, 7, 0)
 
 
 @given(progress=st.floats(0, 1), final=st.floats(0, 1))
 def test_the_learning_rate_warms_up_stays_flat_and_falls_along_a_line(progress, final):
-    share = m5.learning_rate(progress, final)
-    points = [0, 0.02, 0.05, 1], [0.005, 1, 1, final]
-    assert share == pytest.approx(np.interp(progress, *points), abs=1e-9)
+    wanted = np.interp(progress, [0, 0.02, 0.05, 1], [0.005, 1, 1, final])
+    assert m5.learning_rate(progress, final) == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.parametrize("options, word", [
     ("--nonsense 3", "nonsense"), ("--step 3", "step"), ("--steps -1", "steps"),
-    ("--steps 1.5", "steps"), ("--lr nan", "lr"), ("--lr x", "lr"), ("--steps", "steps"),
-    ("--batch-size 0", "batch-size"), ("--stage three", "'three'"), ("--optimizer sgd", "muon"),
-    ("--dataset nosuch", "'nosuch'"), ("--device tpu", "'tpu'"), ("--seed -1", "seed"),
-    ("--scales 1,2,x", "'x'"), ("--scales 1,2,8", "last scale"), ("--preset nosuch", "nosuch"),
-    ("--classes ant dog", "'dog'"), ("--classes 9", "9"), ("--image-size 33", "last scale"),
-    ("--channels 0", "at least 1"), ("--heads 3", "heads"), ("--drop-path 1", "drop_path"),
-    ("--accumulate 3", "multiples of 3"), ("--batch-size 5 --gpus 2", "multiples of 2"),
-    ("--tokenizer-batch-size 5 --gpus 2", "tokenizer-batch-size 5"),
-    ("--quantizer lfq --latent-dim 5", "latent_dim"), ("--quantizer x", "quantizer"),
-    ("--stage transformer", "--stage tokenizer"), ("--tokenizer-file nowhere.pth", "nowhere.pth"),
+    ("--steps 1.5", "steps"), ("--steps 9223372036854775808", "steps"), ("--steps", "steps"),
+    ("--lr nan", "lr"), ("--lr inf", "lr"), ("--lr x", "lr"), ("--batch-size 0", "batch-size"),
+    ("--stage three", "'three'"), ("--optimizer sgd", "muon"), ("--device tpu", "'tpu'"),
+    ("--dataset nosuch", "'nosuch'"), ("--seed -1", "seed"), ("--preset nosuch", "nosuch"),
+    ("--scales 1,2,x", "'x'"), ("--scales 1,2,8", "last scale"), ("--image-size 33", "last scale"),
+    ("--classes ant dog", "'dog'"), ("--classes 9", "9"), ("--channels 0", "at least 1"),
+    ("--heads 3", "heads"), ("--drop-path 1", "drop_path"), ("--accumulate 3", "multiples of 3"),
+    ("--batch-size 5 --gpus 2", "multiples of 2"), ("--quantizer x", "quantizer"),
+    ("--quantizer lfq --latent-dim 5", "latent_dim"), ("--stage transformer", "--stage tokenizer"),
+    ("--tokenizer-file nowhere.pth", "nowhere.pth"),
     ("--gpus 99 --batch-size 99 --tokenizer-batch-size 99 --device cuda", "--gpus 99"),
     pytest.param("--device cuda", "cuda", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="this machine has a GPU"))])
@@ -123,40 +110,32 @@ def test_a_wrong_option_is_one_line_and_leaves_no_trace(
     assert word in line and not (tmp_path / "run").exists()
 
 
-def test_the_imagenet_command_as_typed_says_where_the_images_belong(refused, monkeypatch, tmp_path):
+def test_the_imagenet_command_as_typed_says_where_the_images_belong(
+        refused, monkeypatch, tmp_path):
     monkeypatch.setattr(imagenet, "DEFAULT_FOLDER", tmp_path / "data" / "imagenet")
     line = refused(SCRIPT, "--dataset", "imagenet", "--gpus", 8)
     assert str(Path("data", "imagenet")) in line and "--data-dir" in line
-
-
-def test_under_torchrun_the_batch_is_divided_among_its_processes(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "multiples of 3" in refused(SCRIPT, *TINY)
 
 
 # -- A whole run -----------------------------------------------------------------------------------
 
 def test_one_command_trains_both_stages_and_draws_samples(tiny):
     files = {path.name for path in tiny.folder.iterdir()}
-    assert {"tokenizer.pt", "transformer.pt", "log.jsonl", "settings.json", "samples.png",
-            "reconstructions.png"} <= files
+    assert {"settings.json", "samples.png", "reconstructions.png"} <= files
     assert not any(name.endswith(".tmp") for name in files) and tiny.stderr == ""
     entries = log_of(tiny.folder)
     steps = [e for e in entries if e["stage"] == "transformer" and "loss" in e]
     assert [e["step"] for e in steps] == list(range(1, 25))
-    assert abs(steps[0]["loss"] - np.log(16)) < 0.1 and len(steps[0]["per_scale"]) == 3
+    assert abs(steps[0]["loss"] - np.log(16)) < 0.1
     held_out = [e for e in entries if "held_out" in e]
     assert [e["step"] for e in held_out] == 2 * [6, 12, 18, 24]
     for key, better in (("psnr", 1), ("loss", -1)):        # both stages learn
         values = [e["held_out"][key] for e in held_out if key in e["held_out"]]
         assert len(values) == 4 and better * (values[-1] - values[0]) > 0
-
-
-def test_the_checkpoint_holds_the_transformer_alone_and_plain_values(tiny):
+    # The transformer alone and plain values; classes as in the data, and the row of no class.
     state = torch.load(tiny.folder / "transformer.pt", weights_only=True)
-    assert state["class_names"] == ["ant", "bee", "cat"] and state["step"] == 24
-    assert state["config"]["num_classes"] == 3
-    assert len(state["model"]["class_embed.weight"]) == 4, "and a row for no class"
+    assert state["class_names"] == ["ant", "bee", "cat"]
+    assert len(state["model"]["class_embed.weight"]) == 3 + 1
     model = m4.VAR(m4.VARConfig(**state["config"]))
     assert set(state["model"]) == set(model.state_dict())
     groups = [group for o in state["optimizers"] for group in o["param_groups"]]
@@ -166,16 +145,12 @@ def test_the_checkpoint_holds_the_transformer_alone_and_plain_values(tiny):
 @pytest.mark.parametrize("name", ["", "shapes.pt", "cifar10.pt"])
 def test_trained_and_shipped_models_load_frozen_and_in_eval_mode(tiny, name):
     for load, part in ((m5.load_tokenizer, "tokenizer"), (m5.load_transformer, "transformer")):
-        path = ROOT / "data" / "pretrained" / name if name else tiny.folder / f"{part}.pt"
-        model, about = load(path)
+        own = tiny.folder / f"{part}.pt"
+        model, about = load(ROOT / "data" / "pretrained" / name if name else own)
         assert not any(module.training for module in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         assert all(value.isfinite().all() for value in model.state_dict().values())
         assert about["class_names"] and not {"model", "optimizers", "scaler"} & about.keys()
-        if not name:
-            other = {"tokenizer": "transformer.pt", "transformer": "tokenizer.pt"}[part]
-            with pytest.raises(BadInput, match=f"does not hold a {part}"):
-                load(tiny.folder / other)
 
 
 @pytest.mark.parametrize("options, flat", [
@@ -223,35 +198,30 @@ SIZES = dict(
 NOISE = np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8)
 TOKENS = list(np.random.default_rng(0).integers(0, 16, (2, 32, 21), dtype=np.uint16))
 LABELS = np.arange(32) // 11                               # sorted, as in class folders
-ABOUT = dict(class_names=["a", "b", "c"], dataset="noise")
 
 
-def make_tokenizer(settings):
+def train(stage, out, **changes):
+    """One stage, without a data set. -> the tokenizer, the entries of the steps in the log"""
+    settings = m5.Settings(out=str(out), **(SIZES | changes))
+    out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     tokenizer = m2.MultiScaleVQVAE(m5.tokenizer_config(settings))
     if settings.quantizer == "vq":
         tokenizer.quantizer.initialised.fill_(True)        # the codes need not start on the data
-    return tokenizer
-
-
-def train(stage, out, **changes):
-    """One stage, without a data set. -> the model, the entries of its steps in the log"""
-    settings = m5.Settings(out=str(out), **{**SIZES, **changes})
-    out.mkdir(exist_ok=True)
-    model = tokenizer = make_tokenizer(settings)
+    about = dict(class_names=["a", "b", "c"], dataset="noise")
     if stage == "tokenizer":
         held_out = torch.from_numpy(NOISE[:4])
-        m5.train_tokenizer(settings, tokenizer, NOISE, held_out, ABOUT, CPU)
+        m5.train_tokenizer(settings, tokenizer, NOISE, held_out, about, CPU)
     else:
         tokenizer.eval().requires_grad_(False)
-        model = m4.VAR(m5.var_config(settings, tokenizer.config, 3))
+        var = m4.VAR(m5.var_config(settings, tokenizer.config, 3))
         data = [(TOKENS, LABELS), (TOKENS[:1], LABELS)]
-        m5.train_transformer(settings, model, tokenizer, *data, ABOUT, CPU)
-    return model, [e for e in log_of(out) if "held_out" not in e and e["stage"] == stage]
+        m5.train_transformer(settings, var, tokenizer, *data, about, CPU)
+    return tokenizer, [e for e in log_of(out) if "held_out" not in e]
 
 
 def spy(monkeypatch, owner, name, change=lambda result, calls: result):
-    """Record the arguments and results of a function. change(result, calls) -> what it returns"""
+    """Record arguments and results of a function. change(result, calls) -> what it returns"""
     calls, real = [], getattr(owner, name)
 
     def wrapper(*args, **options):
@@ -273,7 +243,7 @@ def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_all_parts(
     forward = spy(monkeypatch, m2.MultiScaleVQVAE, "forward")
     loaded = spy(monkeypatch, m5, "to_float")
     _, entries = train("tokenizer", tmp_path / "run", perceptual=3.0, adversarial=0.5, flip=flip,
-                       accumulate=4, quantizer="lfq", latent_dim=4)
+                       accumulate=4, quantizer="lfq")
     for step, entry in enumerate(entries):
         losses, errors = [], []
         for _, (_, _, parts) in forward[4 * step:4 * step + 4]:
@@ -283,9 +253,6 @@ def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_all_parts(
         late = min(max(0, (step / 10 - 0.2) / 0.2), 1)     # the critic joins after a fifth
         assert entry["loss"] == pytest.approx(np.mean(losses) + 0.5 * late * 100, rel=1e-5)
         assert entry["psnr"] == pytest.approx(10 * np.log10(4 / np.mean(errors)), rel=1e-5)
-        maps = zip(*[tokens for _, (_, tokens, _) in forward[4 * step:4 * step + 4]])
-        counts = health.count_codes([torch.cat(parts) for parts in maps], 16)
-        assert entry["used"] == health.usage(counts)["used"]
     shown = torch.cat([image for (_, image), _ in forward])
     image = torch.cat([result for _, result in loaded])
     plain, mirrored = ((shown == x).flatten(1).all(1) for x in (image, image.flip(3)))
@@ -313,47 +280,36 @@ def test_stage_2_is_shown_shuffled_rows_of_the_cache_and_leaves_the_tokenizer_al
     each view of each image once in 8 steps, with its label, then in another order."""
     monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", lambda *_: pytest.fail("encoded again"))
     calls = spy(monkeypatch, m5, "token_losses")
-    train("transformer", tmp_path / "run", steps=16, label_dropout=0.0)
-    batches = [args[2:] for args, _ in calls if args[0].training or len(args[3]) == 8][:16]
+    tokenizer, _ = train("transformer", tmp_path / "run", steps=16)
     rows = {tuple(row): i for i, row in enumerate(np.concatenate(TOKENS).tolist())}
-    seen = [[rows[tuple(row)] for row in tokens.tolist()] for tokens, _ in batches]
-    for order, (_, labels) in zip(seen, batches):
-        assert labels.tolist() == [LABELS[i % 32] for i in order]
-        assert len(set(labels.tolist())) > 1
+    seen = []
+    for (_, _, tokens, labels), _ in calls:
+        if len(labels) == 8:                               # 32 are held out
+            seen.append([rows[tuple(row)] for row in tokens.tolist()])
+            assert labels.tolist() == [LABELS[i % 32] for i in seen[-1]]
+            assert len(set(labels.tolist())) > 1
     first, second = sum(seen[:8], []), sum(seen[8:], [])
     assert sorted(first) == sorted(second) == list(range(64)) and first != second
-    tokenizer = calls[0][0][1]
-    settings = m5.Settings(**SIZES)
-    assert same(tokenizer.state_dict(), make_tokenizer(settings).state_dict())
+    state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
+    assert state["settings"]["tokenizer"] == checkpoints.model_fingerprint(tokenizer)
     assert not tokenizer.training
 
 
-def test_the_held_out_loss_is_the_mean_over_all_tokens_and_all_batches(tmp_path):
-    settings = m5.Settings(**SIZES)
-    tokenizer = make_tokenizer(settings).eval()
-    var = m4.VAR(m5.var_config(settings, tokenizer.config, 3)).eval()
-    for p in var.parameters():
-        p.data.add_(0.3 * torch.randn_like(p))             # unlike tokens get unlike losses
-    tokens = np.random.default_rng(1).integers(0, 16, (130, 21))
-    labels = np.arange(130) % 3
-    text, found = m5.evaluate(var, tokenizer, ([tokens], labels), CPU, contextlib.nullcontext)
-    loss, right = m5.token_losses(var, tokenizer, *map(torch.from_numpy, (tokens, labels)))
-    loss = loss.detach()
-    assert found["loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
-    assert found["right"] == pytest.approx(float(right.float().mean()), rel=1e-5)
-    per_scale = [float(part.mean()) for part in loss.split([1, 4, 16], 1)]
-    assert found["per_scale"] == pytest.approx(per_scale, rel=1e-5)
-    assert "per-scale " + " ".join(f"{x:.2f}" for x in per_scale) in text
-
-
-def test_small_gradients_survive_float16(monkeypatch, tmp_path):
-    """Without a factor on the loss, they would be rounded to zero."""
-    spy(monkeypatch, m5, "token_losses", lambda result, calls: (1e-7 * result[0], result[1]))
-    norms = []
+def test_small_gradients_survive_float16_and_the_held_out_loss_is_a_mean(monkeypatch, tmp_path):
+    """Without a factor on the loss, these gradients would be rounded to zero."""
+    calls, norms = [], []
     for precision in ("float32", "float16"):
-        _, entries = train("transformer", tmp_path / precision, precision=precision, steps=3)
+        with monkeypatch.context() as patch:
+            calls = spy(patch, m5, "token_losses", lambda found, _: (1e-7 * found[0], found[1]))
+            _, entries = train("transformer", tmp_path / precision, precision=precision, steps=3)
         norms.append([e["grad"] for e in entries])
     assert norms[1] == pytest.approx(norms[0], rel=0.1)
+    numbers = log_of(tmp_path / "float16")[-1]["held_out"]
+    loss, right = calls[-1][1]
+    assert numbers["loss"] == pytest.approx(1e-7 * float(loss.mean()), rel=1e-4)
+    per_scale = [1e-7 * float(part.mean()) for part in loss.split([1, 4, 16], 1)]
+    assert numbers["per_scale"] == pytest.approx(per_scale, rel=1e-4)
+    assert numbers["right"] == pytest.approx(float(right.float().mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage, changes", [
@@ -361,58 +317,36 @@ def test_small_gradients_survive_float16(monkeypatch, tmp_path):
     ("tokenizer", dict(learn="gradient", optimizer="adamw", precision="bfloat16")),
     ("transformer", dict(precision="float16", drop_path=0.2, accumulate=2))])
 def test_a_stage_that_was_stopped_goes_on_bit_for_bit(monkeypatch, tmp_path, stage, changes):
-    """With a critic, random flips and dropout, and in float16 with steps that were skipped."""
+    """With a critic, random flips and dropout, and the factor of float16."""
     monkeypatch.setattr(perceptual, "start_late", lambda progress: 1.0)
-    spoilt = [] if stage == "tokenizer" else [3, 7]
-
-    def run(name, first):
-        parts = []
-
-        def spoil(result, calls):
-            parts.extend([1] * result[0].requires_grad)    # two a step, besides held-out images
-            bad = result[0].requires_grad and first + (len(parts) + 1) // 2 in spoilt
-            return (result[0] * torch.inf if bad else result[0]), result[1]
-        with monkeypatch.context() as patch:
-            spy(patch, m5, "token_losses", spoil)
-            train(stage, tmp_path / name, **changes)
-    run("straight", 0)
+    train(stage, tmp_path / "straight", **changes)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "stop_requested", lambda step: 15 * (step == 5))
         with pytest.raises(SystemExit, match="143"):
-            run("stopped", 0)
-    run("stopped", 5)
+            train(stage, tmp_path / "stopped", **changes)
+    train(stage, tmp_path / "stopped", **changes)
     straight, stopped = (checkpoints.load_checkpoint(tmp_path / name / f"{stage}.pt")
                          for name in ("straight", "stopped"))
     assert stopped["step"] == 10 and same(straight, stopped)
-    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("straight", "stopped")]
-    assert logs[0] == logs[1]
-    if spoilt:
-        assert straight["scaler"]["scale"] < 2.0 ** 11, "halved at every skipped step"
-    if "adversarial" in changes:
-        assert "critic" in straight
-        assert "critic" not in m5.load_tokenizer(tmp_path / "stopped" / "tokenizer.pt")[1]
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "stopped")
+    assert ("critic" in straight) == ("adversarial" in changes)
+    assert "float16" not in changes.values() or straight["scaler"]["_growth_tracker"] == 10
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_harm_nothing(
-        monkeypatch, tmp_path, stage):
-    """Three of them alone are skipped."""
-    bad = [2, 3, 4, *range(6, 99)]
-    owner, name = (m5, "token_losses") if stage == "transformer" else (m2.MultiScaleVQVAE,
-                                                                       "forward")
-
+@pytest.mark.parametrize("stage, owner, name", [
+    ("tokenizer", m2.MultiScaleVQVAE, "forward"), ("transformer", m5, "token_losses")])
+def test_ten_steps_in_a_row_with_infinite_gradients_end_the_run_and_harm_nothing(
+        monkeypatch, tmp_path, stage, owner, name):
     def spoil(result, calls):
-        factor = torch.nan if len(calls) in bad else 1.0
-        if stage == "transformer":
-            return factor * result[0], result[1]
-        return factor * result[0], result[1], {k: factor * v for k, v in result[2].items()}
+        if len(calls) in (2, 3, 4) or len(calls) > 5:      # the first three are skipped
+            result[0].register_hook(lambda gradient: gradient * torch.inf)
+        return result
     calls = spy(monkeypatch, owner, name, spoil)
     with pytest.raises(BadInput, match="ten steps in a row.*learning rate.*--fresh"):
         train(stage, tmp_path / "run", steps=99, tokenizer_steps=99, save_every=1)
     assert len(calls) == 15
     state = checkpoints.load_checkpoint(tmp_path / "run" / f"{stage}.pt")
-    moments = [x for o in state["optimizers"] for s in o["state"].values() for x in s.values()]
-    assert all(x.isfinite().all() for x in [*state["model"].values(), *moments])
+    assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
 # -- The same run again ----------------------------------------------------------------------------
@@ -422,19 +356,19 @@ def test_changed_settings_are_refused_by_name_and_nothing_is_lost(refused, cli, 
     options = [*tiny.options, "--out", run]
     for change, name in (("--lr 0.5", "lr 0.0015 -> 0.5"), ("--steps 25", "steps 24 -> 25"),
                          ("--tokenizer-lr 0.5", "tokenizer_lr"), ("--views 3", "views"),
-                         ("--precision bfloat16", "precision"), ("--beta 1", "beta")):
+                         ("--precision bfloat16", "precision")):
         line = refused(SCRIPT, *options, *change.split())
-        assert name in line and ("--fresh" in line or "--beta" in line)
+        assert name in line and "--fresh" in line
     for name in ("tokenizer.pt", "transformer.pt"):
         assert (run / name).read_bytes() == (tiny.folder / name).read_bytes()
     # The precision that was refused is not the run's, and some settings may change.
     result = cli(SCRIPT, *options, "--precision", "auto", "--accumulate", 2, "--log-every", 7)
-    assert result.status == 0, result.err
-    assert result.out.count("resuming at step 24") == 2
+    assert result.out.count("resuming at step 24") == 2, result.err
     assert log_of(run) == log_of(tiny.folder)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_has_its_default(refused, cli, tiny, tmp_path):
+def test_a_checkpoint_from_before_a_setting_existed_has_its_default_and_a_damaged_one_is_refused(
+        refused, cli, tiny, tmp_path):
     run = shutil.copytree(tiny.folder, tmp_path / "run")
     options = [*tiny.options, "--out", run]
     for name in ("tokenizer", "transformer"):
@@ -445,62 +379,43 @@ def test_a_checkpoint_from_before_a_setting_existed_has_its_default(refused, cli
         torch.save(state, run / f"{name}.pt")
     assert cli(SCRIPT, *options).out.count("resuming at step 24") == 2
     assert "clip 2.0 -> 3.0" in refused(SCRIPT, *options, "--clip", 3)
+    state["model"]["start"] = torch.zeros(3)               # readable, but of another shape
+    torch.save(state, run / "transformer.pt")
+    assert "transformer.pt is damaged" in refused(SCRIPT, *options)
+    (run / "tokenizer.pt").write_bytes((run / "tokenizer.pt").read_bytes()[:5000])
+    assert "tokenizer.pt: not a readable checkpoint" in refused(SCRIPT, *options)
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_fresh_trains_what_the_stage_names_anew_and_what_depends_on_it(cli, tiny, tmp_path, stage):
+@pytest.mark.parametrize("stage, left", [("tokenizer", dict(tokenizer=2)),
+                                         ("transformer", dict(tokenizer=24, transformer=2))])
+def test_fresh_trains_its_stage_anew_and_forgets_what_depends_on_it(
+        cli, tiny, tmp_path, stage, left):
     run = shutil.copytree(tiny.folder, tmp_path / "run")
     options = [*tiny.options, "--out", run, "--stage", stage, "--fresh"]
     assert cli(SCRIPT, *options, "--steps", 2, "--tokenizer-steps", 2).status == 0
-    steps = {path.stem: checkpoints.load_checkpoint(path)["step"] for path in run.glob("*.pt")}
-    assert steps == ({"tokenizer": 2} if stage == "tokenizer" else {"tokenizer": 24,
-                                                                     "transformer": 2})
+    assert left == {p.stem: checkpoints.load_checkpoint(p)["step"] for p in run.glob("*.pt")}
 
-
-@pytest.mark.parametrize("damage", [lambda old: old[:5000], lambda old: b"text",
-                                    lambda old: (0, "wrong")])
-def test_a_damaged_checkpoint_is_one_line_that_names_it(refused, tiny, tmp_path, damage):
-    run = shutil.copytree(tiny.folder, tmp_path / "run")
-    path = run / "transformer.pt"
-    content = damage(path.read_bytes())
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:                                                  # readable, but a weight has no shape
-        state = checkpoints.load_checkpoint(path)
-        state["model"]["start"] = torch.zeros(3)
-        torch.save(state, path)
-    line = refused(SCRIPT, *tiny.options, "--out", run)
-    assert "transformer.pt" in line and len(line) < 250
-
-
-# -- Stage 2 on a tokenizer from a file ------------------------------------------------------------
 
 def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
         cli, refused, tiny, tmp_path):
     """The file has the layout of vae_ch160v4096z32.pth: 64 px, maps of 1, 2, 3 and 4."""
     keys = json.loads((ROOT / "tests" / "golden" / "tiny_keys.json").read_text())
-    torch.manual_seed(0)
     weights = {name: 0.1 * torch.randn(shape) for name, shape in keys["plain"]["vae"].items()}
     torch.save(weights, tmp_path / "vae.pth")
+    file = ["--tokenizer-file", "vae.pth"]
     options = [*"--depth 1 --width 16 --heads 2 --batch-size 4 --workers 0 --steps 3 --image-size "
                "64 --stage transformer --device cpu --precision float32 --out run".split(),
                "--dataset", tiny.pictures]
-    assert "last scale" in refused(SCRIPT, *options, "--tokenizer-file", "vae.pth",
-                                   "--image-size", 48)
-    result = cli(SCRIPT, *options, "--tokenizer-file", "vae.pth")
+    assert "last scale" in refused(SCRIPT, *options, *file, "--image-size", 48)
+    result = cli(SCRIPT, *options, *file)
     assert result.status == 0, result.err
-    tokenizer, about = m5.load_tokenizer("run/tokenizer.pt")
+    tokenizer, _ = m5.load_tokenizer("run/tokenizer.pt")
     assert torch.equal(tokenizer.quantizer.codebook, weights["quantize.embedding.weight"])
-    assert torch.equal(tokenizer.decoder.conv_out.weight, weights["decoder.conv_out.weight"])
     assert tokenizer.config.scales == (1, 2, 3, 4)
-    for file in ([], ["--tokenizer-file", "vae.pth"]):
-        assert "resuming at step 3" in cli(SCRIPT, *options, *file).out
+    for again in (options, [*options, *file]):
+        assert "resuming at step 3" in cli(SCRIPT, *again).out
     another = ["--tokenizer-file", tiny.folder / "tokenizer.pt"]           # that of another run
     assert "choose a new folder" in refused(SCRIPT, *options, *another)
     assert cli(SCRIPT, *options, *another, "--out", "new").status == 0
-    found = m5.load_tokenizer("new/tokenizer.pt")[0], m5.load_tokenizer(another[1])[0]
-    assert same(*(model.state_dict() for model in found))
-    line = refused(SCRIPT, *options, "--stage", "all", "--out", "new", "--image-size", 16,
-                   *"--scales 1,2,4 --multipliers 1,2 --unshuffle 2 --vocab-size 16 --latent-dim 4 "
-                   "--channels 8 --groups 4".split())
+    line = refused(SCRIPT, *tiny.options, "--out", "new")  # it was trained with settings unknown
     assert "--tokenizer-file" in line and "--stage transformer" in line
