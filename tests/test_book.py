@@ -4,7 +4,6 @@ import contextlib
 import io
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -17,6 +16,7 @@ from PIL import Image
 CHAPTERS = sorted(ROOT.glob("0*.py"))
 SUPPORT = sorted(path for name in ("data", "engine", "report") for path in ROOT.glob(f"{name}/*.py"))
 EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+README = (ROOT / "README.md").read_text()
 # What the files of a folder may import; all others data, engine and report.
 FOLDERS = {"data": {"data", "engine"}, "engine": {"engine"},
            "experiments": {"data", "engine", "report", "experiments"}}
@@ -103,18 +103,23 @@ def test_commands_that_are_shown_name_scripts_and_options_that_exist(path):
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text))
     known = {script.name: options_of(script.name) for script in CHAPTERS[4:]}
-    for command in re.findall(r"python ([\w/.-]+\.py[^`\n#|]*)", text.replace("\\\n", " ")):
-        script, *words = shlex.split(command.split("  ")[0])
-        assert (ROOT / script).exists(), command
-        typed = {word for word in words if word.startswith("--")}
-        assert script not in known or typed <= known[script], command
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-    assert shown <= set().union(*known.values(), {"--student", "--quick", "--index-url"}), shown
+    for script, words in re.findall(r"python ([\w/.-]+\.py)([^`\n#|]*)", text):
+        assert (ROOT / script).exists(), script
+        typed = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", words))
+        assert script not in known or typed <= known[script], (script, typed)
+    others = {"--student", "--quick", "--index-url"}
+    assert set(re.findall(r"`(--[a-z][a-z-]+)", text)) <= set().union(others, *known.values())
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_programs_in_the_readme_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_the_readme_names_every_chapter_and_only_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    assert all(path.name in text for path in CHAPTERS)
+    assert all(path.name in README for path in CHAPTERS)
     folders = "data|engine|report|experiments|exercises|tests"
-    for name in re.findall(rf"[`(]((?:{folders})/[\w/.-]+\.\w+|0\d_\w+\.py)[`)#]", text):
+    for name in re.findall(rf"[`(]((?:{folders})/[\w/.-]+\.\w+|0\d_\w+\.py)[`)#]", README):
         assert (ROOT / name).exists() or name.startswith("data/downloads"), name
