@@ -569,9 +569,12 @@ def train_both(settings):
         tokenizer = tokenizer_for_stage_2(settings)
         for name in ("image_size", "scales", "vocab_size", "latent_dim"):
             setattr(settings, name, getattr(tokenizer.config, name))
-    with distributed.rank_0_first():                       # one download, not eight
-        splits, chosen, class_names = load_splits(settings.dataset, settings.image_size,
-                                                  settings.data_dir, settings.classes)
+    if distributed.rank() > 0:
+        distributed.barrier()                              # rank 0 first: one download, not eight
+    splits, chosen, class_names = load_splits(settings.dataset, settings.image_size,
+                                              settings.data_dir, settings.classes)
+    if distributed.rank() == 0:
+        distributed.barrier()
     images, labels = chosen["train"]
     settings.classes = tuple(class_names) if settings.classes else ()
     if settings.epochs:

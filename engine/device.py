@@ -9,7 +9,7 @@ from engine import BadInput
 
 
 def best_device():
-    """The device that "auto" stands for on this machine."""
+    """What "auto" stands for on this machine."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -17,11 +17,9 @@ def pick_device(name):
     """ "auto", "cpu" or "cuda" -> torch.device. Under torchrun each process gets its own GPU.
     Raises BadInput if there is no GPU."""
     name = best_device() if name == "auto" else name
-    if name != "cuda":
-        return torch.device(name)
-    if not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 def fast_bfloat16(device):

@@ -1,5 +1,4 @@
 """One process or several, started by torchrun. The functions also work in a single process."""
-import contextlib
 import os
 import signal
 import sys
@@ -18,10 +17,9 @@ _signals = []                             # signals that asked this process to s
 def launch(gpus, device):
     """Replace this process by torchrun, which runs the same command in `gpus` processes, one per
     GPU (with --device cpu they share the CPU). Raises BadInput if there are too few GPUs."""
-    found = torch.cuda.device_count()
-    if gpus > found and device != "cpu":
-        raise BadInput(f"--gpus {gpus}: torch finds {found} CUDA GPUs on this machine; with "
-                       f"--device cpu {gpus} processes share the CPU")
+    if gpus > torch.cuda.device_count() and device != "cpu":
+        raise BadInput(f"--gpus {gpus}: torch finds {torch.cuda.device_count()} CUDA GPUs here; "
+                       f"with --device cpu {gpus} processes share the CPU")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -87,16 +85,6 @@ def barrier():
     """Wait until every process has reached this line."""
     if world() > 1:
         dist.barrier()
-
-
-@contextlib.contextmanager
-def rank_0_first():
-    """Rank 0 runs the block before the others do: one download instead of eight."""
-    if rank():
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
 
 
 def data_parallel(model, compiled=False):

@@ -13,9 +13,8 @@ INSIDE_BLOCKS = r"^blocks\..*(attention|mlp)|^(en|de)coder\.(levels|middle)"
 
 
 def make_optimizers(model, lr, weight_decay, kind="adamw", precision="float32"):
-    """A list with AdamW and, if kind is "muon", a second optimizer for the matrices inside the
-    blocks, which computes in this precision. Weights of linear layers and convolutions decay; biases,
-    embeddings and gains do not."""
+    """A list with AdamW and, if kind is "muon", Muon for the matrices inside the blocks, computing
+    in this precision. Only weights of linear layers and convolutions decay."""
     matrices = {id(module.weight) for module in model.modules()
                 if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
     inside, decayed, plain = [], [], []
@@ -48,19 +47,17 @@ def set_schedule(optimizers, progress, share, final_decay=None):
 
 def take_step(optimizers, norm, skipped, scaler=None):
     """Let the optimizers step, unless the norm of the gradient is not finite, and clear the
-    gradients. skipped: the number of steps skipped in a row so far; scaler: a torch GradScaler
-    -> the new number. Raises BadInput at ten"""
-    if norm.isfinite():
-        skipped = 0
-        for optimizer in optimizers:
+    gradients. skipped: how many steps in a row were skipped before; scaler: a torch GradScaler
+    -> how many now. Raises BadInput at ten"""
+    skipped = 0 if norm.isfinite() else skipped + 1
+    for optimizer in optimizers:
+        if not skipped:
             scaler.step(optimizer) if scaler else optimizer.step()
-    else:
-        skipped += 1
-        say(f"  skipped a step whose gradient was not finite, {skipped} in a row")
+        optimizer.zero_grad()
     if scaler:
         scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    if skipped:
+        say(f"  skipped a step whose gradient was not finite, {skipped} in a row")
     if skipped == 10:
         raise BadInput("ten steps in a row had no finite gradient: lower the learning rate and "
                        "train this stage again with --fresh")
