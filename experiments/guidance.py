@@ -1,120 +1,56 @@
-"""At which scales does guidance pay: as a ramp or at equal strength, and until which scale?
+"""Where should guidance be strong? Its strength t at each scale, tried with one model.
 
-    python experiments/guidance.py --data-dir DIR          three classes of CIFAR-10
-    python experiments/guidance.py --dataset shapes
+    python experiments/guidance.py --data-dir DIR --cfg 3 --n 2000     classes of CIFAR-10
+    python experiments/guidance.py --dataset shapes --cfg 1.5
 
-A guided scale goes through the transformer twice, for the class and without one. After the last
-guided scale the half without a class is dropped: chapter 6 does so by itself when it is handed
-strengths that end in zeros. Half of all tokens belong to the last scale, so to guide only the first
-maps costs little more than not to guide at all:
+Guidance moves the logits of a scale away from the prediction without a class: logits = (1 +
+t) cond - t uncond. The original code lets t grow from 0 at the first scale to cfg at the
+last:
 
-                             1x1  2x2  3x3  4x4  6x6  8x8   tokens computed for an image
-    none                      0    0    0    0    0    0    130
-    ramp 3                    0   .6  1.2  1.8  2.4    3    260, as in the paper's code
-    constant 3                3    3    3    3    3    3    260
-    constant 3, off from 4x4  3    3    3    0    0    0    144
-    constant 3, on from 4x4   0    0    0    3    3    3    260: the first maps fill the cache
-    constant 1.5            1.5  1.5  1.5  1.5  1.5  1.5    260: on the average the ramp's strength
+    row            1x1  2x2  3x3  4x4  6x6  8x8
+    none            0    0    0    0    0    0
+    ramp 3          0   .6  1.2  1.8  2.4    3     the original code, and chapter 6
+    constant 3      3    3    3    3    3    3
+    constant 1.5   1.5  1.5  1.5  1.5  1.5  1.5    the mean of the ramp over the scales
 
-Nothing is trained. All rows draw from the shipped model with its own top-p, with the same labels
-and, seed by seed, the same random numbers. That top-p was chosen for the model's own ramp, cfg 3 on
-CIFAR-10. Seconds are of the CPU, the tokenizer's decoder included.
+Nothing is trained. All rows draw from the shipped model with the top-k and top-p that suit
+it, with the same labels and, for each seed, the same random numbers. (On CIFAR-10 this
+top-p was chosen for the ramp with cfg 3.)
 
-Shapes: strengths t, a list of K numbers; samples (n, 3, 32, 32).
-
-Sources: the ramp is that of the code of VAR (Tian et al. 2024). Guidance in a part of the steps
-alone: Kynkäänniemi et al. 2024, for diffusion. Without guidance at the large scales: Switti
-(Voronov et al. 2024), a text-to-image VAR.
+Sources: the code of VAR (Tian et al. 2024). Guidance in a part of the steps: Kynkäänniemi
+et al. 2024, for diffusion, and Switti (Voronov et al. 2024), for a VAR conditioned on text.
 """
 import sys
-from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import ROOT, Trial, of_seeds, read_arguments, show  # noqa: E402
-from engine.checkpoints import model_fingerprint  # noqa: E402
-from engine.options import number, one_line  # noqa: E402
-from report import plots  # noqa: E402
-
-training, drawing = import_module("05_train"), import_module("06_sample_and_edit")
-STRENGTHS = {"cifar10": (1.5, 3.0), "shapes": (0.5, 1.5)}
-
-
-def first(t, count):
-    """The strengths t, switched off after `count` scales."""
-    return [*t[:count], *[0.0] * (len(t) - count)]
-
-
-def schedules(cfgs, scales):
-    """-> {curve: {row: K strengths}}. A curve is one way to guide: all scales, then ever fewer. The
-    curve "others" is the largest strength without the first scales, and that ramp's mean."""
-    K, curves = len(scales), {}
-    for cfg in cfgs:
-        for name, t in (("ramp", drawing.strengths(cfg, K)), ("constant", [cfg] * K)):
-            curve = curves[f"{name} {cfg:g}"] = {f"{name} {cfg:g}": t}
-            for k in range(K - 1, 0, -1):
-                if any(t[:k]):
-                    side = f"{scales[k]}x{scales[k]}"
-                    curve[f"{name} {cfg:g}, off from {side}"] = first(t, k)
-    others, most = {}, max(cfgs)
-    for k in range(1, K):
-        others[f"constant {most:g}, on from {scales[k]}x{scales[k]}"] = [0.0] * k + [most] * (K - k)
-    if most / 2 not in cfgs:
-        others[f"constant {most / 2:g}"] = [most / 2] * K
-    return {**curves, "others": others}
-
-
-def tokens_computed(t, scales):
-    """Tokens that go through the transformer for an image: twice as many up to the last guided
-    scale, even where t is 0: without a class, too, it needs the cached keys and values."""
-    last = max((k for k in range(len(t)) if t[k] > 0), default=-1)
-    return sum(side * side * (2 if k <= last else 1) for k, side in enumerate(scales))
-
-
-def line_of(row, t, scales, found):
-    """A line of the table. found: what each seed found"""
-    return [row, f"{tokens_computed(t, scales)}"] + [
-        of_seeds([f[key] * factor for f in found], digits)
-        for key, factor, digits in (("seconds", 1000, 1), ("frechet", 1, 3), ("precision", 1, 3),
-                                    ("recall", 1, 3), ("in_class", 1, 3))]
+from engine.options import number, run_main
+from experiments.trial import Trial, cells, training, trial_parser
 
 
 def main():
-    args = read_arguments(__doc__, steps=0, more=[("--cfg", dict(
-        type=number(float, 0.01), nargs="+", help="strengths [cifar10: 1.5 3; shapes: 0.5 1.5]"))])
-    trial = Trial("guidance", args)
-    tokenizer = trial.tokenizer()
-    var, about = training.load_transformer(ROOT / "data" / "pretrained" / f"{args.dataset}.pt")
-    sampling = {key: about["sampling"][key] for key in ("top_k", "top_p")}
-    scales, lines, curves, model = tokenizer.scales, [], {}, model_fingerprint(var)
-
-    def measured(row, t):
-        """Adds the row to the table. -> its point (milliseconds, Fréchet) in the figure"""
-        found = [trial.measure(row, seed, lambda: trial.judged(tokenizer, var, seed, cfg=t,
-                                                               **sampling), model=model, **sampling)
-                 for seed in trial.seeds]
-        lines.append(line_of(row, t, scales, found))
-        # Other programs can only slow down a drawing.
-        return (1000 * min(f["seconds"] for f in found),
-                sum(f["frechet"] for f in found) / len(found))
-
-    without = measured("none", [0.0] * len(scales))
-    for name, rows in schedules(sorted(set(args.cfg or STRENGTHS[args.dataset])), scales).items():
-        curves[name] = [*(measured(row, t) for row, t in rows.items()), without]
-    del curves["others"]                                   # one cost, so no curve
-    for row, compute in (("held-out images", trial.floor),
-                         ("their reconstructions", lambda: trial.reconstructed(tokenizer))):
-        found = trial.measure(row, 0, compute)
-        lines.append([row, "", ""] + [f"{found[key]:.3f}" for key in
-                                      ("frechet", "precision", "recall")] + [""])
-    show(["guidance", "tokens", "ms an image", "Fréchet", "precision", "recall", "in class"],
-         lines, f"{trial.headline()}, " + ", ".join(f"{key} {x:g}" for key, x in sampling.items()))
-    path = trial.folder / "guidance.png"
-    plots.save_curve(path, curves, y_label="Frechet distance of samples",
-                     x_label="CPU milliseconds an image; guided from left to right: at no scale, "
-                             "at the first ones, at all")
-    print("wrote", path)
+    parser = trial_parser(__doc__, n=3000, seeds=2)
+    parser.add_argument("--cfg", type=number(float, 0.01), default=3.0, help="strength [3]")
+    trial = Trial("guidance", parser.parse_args())
+    tokenizer, cfg, lines = training.load_tokenizer(trial.shipped)[0], trial.args.cfg, []
+    digits = dict(frechet=3, precision=3, recall=3)
+    var, about = training.load_transformer(trial.shipped)
+    likely = {name: about["sampling"][name] for name in ("top_k", "top_p")}
+    rows = {"none": 0.0, f"ramp {cfg:g}": cfg, f"constant {cfg:g}": [cfg] * tokenizer.K,
+            f"constant {cfg / 2:g}": [cfg / 2] * tokenizer.K}
+    for row, t in rows.items():
+        found = []
+        for seed in trial.seeds:
+            found.append(trial.measure(row, seed, lambda: trial.judged(
+                tokenizer, var, seed, cfg=t, **likely)))
+        lines.append([row, *cells(found, dict(ms=1, **digits, in_class=1))])
+    rebuilt = trial.reconstructed("shipped", tokenizer)
+    real = {"held-out images": trial.floor(), "their reconstructions": rebuilt}
+    for row, found in real.items():
+        lines.append([row, "", *cells([found], digits), ""])
+    trial.show(["guidance", "CPU ms per image", "Fréchet", "precision", "recall",
+                "in class, %"], lines)
 
 
 if __name__ == "__main__":
-    one_line(main)
+    run_main(main)

@@ -2,48 +2,48 @@
 
     python experiments/independence.py       a table, and out/independence.png
 
-Because the coarser maps have decided it. Here the first m token maps are those of a real image and
-the rest is drawn by the model. PSNR compares with the image that all K real maps decode to.
+Because the coarser maps have settled what both halves must agree on. Here the first m token
+maps are those of a held-out shape, and the shipped model draws the rest. PSNR compares the
+result with the image that all real maps decode to.
 """
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from experiments.editing import m6, models_and_images                   # noqa: E402
-from report import health, plots                                        # noqa: E402
+from engine.options import Parser, run_main
+from experiments.editing import held_out_shapes
+from experiments.trial import drawing, show
+from report import health, plots
 
 
 @torch.no_grad()
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--run", default="data/pretrained/shapes.pt", help="folder or shipped file")
-    p.add_argument("--data-dir", default="")
-    p.add_argument("--n", type=int, default=200, help="held-out images")
-    p.add_argument("--cfg", type=float, default=0.0)
-    p.add_argument("--out", default="out/independence.png")
-    args = p.parse_args()
-    tokenizer, var, image, labels = models_and_images(args.run, args.n, args.data_dir)
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="10 images instead of 200")
+    quick = parser.parse_args().quick
+    tokenizer, var, image, labels = held_out_shapes(10 if quick else 200)
     tokens = tokenizer.image_to_tokens(image)
-    own = tokenizer.tokens_to_image(tokens)
-    some = slice(None, None, -(-len(image) // 10))                       # ten of them are shown
-    rows, texts = [image[some], own[some]], ["original", "all maps real"]
-    print("| maps that are real | tokens drawn | PSNR, dB |\n| --- | --- | --- |")
+    all_real = tokenizer.tokens_to_image(tokens)
+    lines, rows = [], {"original": image, "all maps real": all_real}
     for m in reversed(range(tokenizer.K)):
-        keep = [torch.full((side * side,), k < m) for k, side in enumerate(tokenizer.scales)]
-        painted = 2 * m6.generate(tokenizer, var, labels, cfg=args.cfg, tokens=tokens, keep=keep,
-                                  generator=torch.Generator().manual_seed(0)) - 1
-        db = float(health.psnr(painted, own).mean())
-        name = f"up to {tokenizer.scales[m - 1]}x{tokenizer.scales[m - 1]}" if m else "none"
-        print(f"| {name} | {sum(side * side for side in tokenizer.scales[m:])} | {db:.1f} |")
-        rows.append(painted[some])
-        texts.append(f"{name} real, {db:.1f} dB" if m else f"all drawn, {db:.1f} dB")
-    plots.save_grid(args.out, (torch.cat(rows) + 1) / 2, len(rows[0]), row_labels=texts)
-    print(f"wrote {args.out}")
+        keep = [torch.full(map_k.shape[1:], k < m) for k, map_k in enumerate(tokens)]
+        painted = drawing.generate(tokenizer, var, labels, cfg=0.0, tokens=tokens,
+                                   keep=keep, generator=torch.Generator().manual_seed(0))
+        db = float(health.psnr(2 * painted - 1, all_real).mean())
+        side = tokenizer.scales[m - 1]
+        name = f"up to {side}x{side}" if m else "none"
+        drawn = sum(side * side for side in tokenizer.scales[m:])
+        lines.append([name, f"{drawn}", f"{db:.1f}"])
+        rows[f"{name} real, {db:.1f} dB"] = 2 * painted - 1
+    show(["maps that are real", "tokens drawn", "PSNR, dB"], lines)
+    some = slice(None, None, -(-len(image) // 10))
+    images = torch.cat([row[some] for row in rows.values()])
+    plots.save_grid("out/independence.png", (images + 1) / 2, len(images) // len(rows),
+                    row_labels=list(rows))
+    print("wrote out/independence.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,73 +1,50 @@
 """Bitwise modelling: 2^32 codes at the price of 64 outputs (Infinity, Han et al. 2025).
 
     python experiments/infinity.py --dataset shapes
-    python experiments/infinity.py --data-dir DIR --dataset cifar10         three of its classes
+    python experiments/infinity.py --dataset cifar10 --data-dir DIR     three of its classes
 
-A softmax needs one output for each code. Infinity keeps the sign of each channel instead and
-predicts, all at once, the signs of a vector:
+A softmax needs one output per code. Infinity keeps the sign of each channel instead, and
+predicts all signs of a vector at once:
 
-    vector (0.9, -0.1, 0.2, ...) --> bits 1 0 1 ...    `bits` tokens at one position, each 0 or 1
-    softmax     2^bits outputs a position              512 | 65,536 | 4,294,967,296
-    bitwise     2 logits a bit                          18 |     32 |            64
+    vector (0.9, -0.1, 0.2, ...) --> bits 1 0 1 ...    `bits` tokens at one position
+    softmax     2^bits outputs per position            512 | 65,536 | 4,294,967,296
+    bitwise     2 logits per bit                        18 |     32 |            64
 
-A bit still depends on the class and on all coarser maps, but no longer on the other bits of its
-vector. The likelihood stays exact; the row "2^9, softmax" tells, on the very tokens of the row
-"2^9, bitwise", what is lost.
+A bit depends on the class and on all coarser maps, but no longer on the other bits of its
+vector. "2^9, softmax" and "2^9, bitwise" model the same tokens and show what this loses.
 
-Self-correction: a model trained on true maps alone has never seen its own mistakes. So bits flip at
-random in training. The label is the bit *before* its flip; finer maps quantize what f misses
-*after* it, and so learn to correct mistakes:
+Self-correction: bits flip at random in training. The label is the bit *before* its flip;
+finer maps quantize what f misses *after* it, so they learn to correct mistakes:
 
-    rate_k ~ {0, 0.01 .. 0.30};  label_k = sign(f - f_hat);  f_hat += codes(label_k, some flipped)
+    rate_k ~ {0, 0.01 .. 0.30};  label_k = sign(f - f_hat);  f_hat += codes(flipped label_k)
 
-Columns: reconstructions; exact bits of a held-out image, of log2(V) * 130 possible; samples without
-guidance at temperature 1, then at one that falls from 1 at the first scale to --cool at the last.
+Shapes: f (B, C, h, w), C = bits; tokens: list of K (B, n_k * bits), the bits of a position
+side by side; logits (B, L * bits, 2). So V = 2, and chapters 2 to 6 take bits for tokens.
 
-Shapes: f (B, C, h, w), C = bits; tokens: list of K (B, n_k * bits), the bits of a position side by
-side; logits (B, L * bits, 2). So V = 2, and chapters 2 to 6 work on bits as they are.
-
-Sources: Infinity (Han et al. 2025), section 3; binary spherical quantization (Zhao et al. 2024).
-Differs from Infinity: vectors are not normalised before they are quantized; each image of a batch
-has its own rates of flips; every token counts alike in the loss; class labels, not texts.
+Differs from Infinity: vectors are not normalised before they are quantized, each image of a
+batch has its own rates of flips, and all tokens have the same weight in the loss.
 """
-import math
 import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.batches import batch_indices, to_float  # noqa: E402
-from data.views import view_of  # noqa: E402
-from engine import BadInput  # noqa: E402
-from engine.options import one_line  # noqa: E402
-from experiments.self_correction import requantize  # noqa: E402
-from experiments.trial import Trial, of_seeds, read_arguments, show  # noqa: E402
-from report import plots  # noqa: E402
-
-vq, vqvae = import_module("01_vq"), import_module("02_multiscale_vqvae")
-transformer, training = import_module("04_var_transformer"), import_module("05_train")
-drawing = import_module("06_sample_and_edit")
+from data.batches import to_float, view_of
+from engine.checkpoints import load_checkpoint, save_atomically
+from engine.device import autocast
+from engine.optimizers import make_optimizers, set_schedule, take_step
+from engine.options import run_main
+from engine.progress import progress
+from experiments.trial import (CPU, Trial, cells, training, transformer, trial_parser, vq,
+                               vqvae)
 
 
-# -- Signs instead of indices ----------------------------------------------------------------------
-
-class BitQuantizer(vq.Quantizer):
-    """Chapter 1's lookup-free quantizer without its index: a vector is `bits` tokens of two values.
-    An index of 24 bits or more would need tables, counts and softmaxes that nobody can store."""
-    extra_loss = vq.LookupFreeQuantizer.extra_loss
-
-    def __init__(self, bits, entropy=0.1):
-        super().__init__()
-        self.dim, self.entropy, self.size = bits, entropy, 1 / math.sqrt(bits)
-
-    @classmethod
-    def build(cls, vocab_size, dim, learn):
-        return cls(dim)
+class BitQuantizer(vq.LookupFreeQuantizer):
+    """Chapter 1's quantizer without its index: a vector is `bits` tokens of two values
+    each. An index of 32 bits would need tables and counts that no memory holds."""
 
     def nearest(self, x):                                  # (..., n, C) -> (..., n * C)
         return (x > 0).long().flatten(-2)
@@ -76,21 +53,24 @@ class BitQuantizer(vq.Quantizer):
         return (2 * tokens.unflatten(-1, (-1, self.dim)) - 1) * self.size
 
 
-vq.QUANTIZERS["bits"] = BitQuantizer                       # a name for --quantizer
+# Row -> channels whose signs are kept (0: vectors), highest rate of flips (None: softmax)
+ROWS = {"512 vectors, softmax": (0, None), "2^9, softmax": (9, None),
+        "2^9, bitwise": (9, 0.0), "2^16, bitwise": (16, 0.0), "2^32, bitwise": (32, 0.0),
+        "2^16, flips to 30%": (16, 0.3)}
+vq.QUANTIZERS["bits"] = lambda vocab_size, dim, learn: BitQuantizer(dim)
 
 
 def with_indices(tokenizer):
-    """The same tokenizer with chapter 1's quantizer: one token a position, of V = 2^bits."""
-    bits = tokenizer.config.latent_dim
-    same = vqvae.MultiScaleVQVAE(replace(tokenizer.config, quantizer="lfq", vocab_size=2 ** bits))
+    """The same tokenizer with chapter 1's quantizer: one token per position, V = 2^bits."""
+    config = replace(tokenizer.config, quantizer="lfq",
+                     vocab_size=2 ** tokenizer.config.latent_dim)
+    same = vqvae.MultiScaleVQVAE(config)
     same.load_state_dict(tokenizer.state_dict())
     return same.eval().requires_grad_(False)
 
 
-# -- A head of two logits a bit --------------------------------------------------------------------
-
 class BitwiseVAR(transformer.VAR):
-    """Chapter 4's transformer, whose L positions each predict all bits of a vector at once."""
+    """Chapter 4's transformer, but a position predicts all bits of a vector at once."""
 
     def __init__(self, config):
         super().__init__(replace(config, vocab_size=2 * config.latent_dim))
@@ -99,133 +79,87 @@ class BitwiseVAR(transformer.VAR):
         return super().predict(x, conditioning).unflatten(2, (-1, 2)).flatten(1, 2)
 
 
-class Cooled:
-    """A transformer for chapter 6's loop with a temperature for each scale. Below 1 likely tokens
-    become likelier: less variety, fewer mistakes."""
+# -- Training, with mistakes to correct ----------------------------------------------------
 
-    def __init__(self, var, temperatures):
-        self.var, self.temperatures = var, temperatures
-
-    def __getattr__(self, name):
-        return getattr(self.var, name)
-
-    def step(self, k, *rest):
-        return self.var.step(k, *rest) / self.temperatures[k]
-
-
-# -- Training, with mistakes to correct ------------------------------------------------------------
-
+@torch.no_grad()
 def flipped_rounds(tokenizer, f, rates):
-    """Algorithm 1 in which a share rates (B, K) of the bits is wrong. f (B, C, h, w) -> labels
-    (B, L * bits), the right bits given the mistakes so far, and teacher inputs (B, L-1, C)"""
-    def flip(k, bits):
-        return bits ^ (torch.rand(bits.shape) < rates[:, k, None])
-    labels, inputs = requantize(tokenizer, f, flip)
-    return torch.cat(labels, 1), inputs
+    """Algorithm 1 in which a share rates (B, K) of the bits is wrong. f (B, C, h, w) ->
+    the right bits given the mistakes so far (B, n), teacher inputs (B, L - 1, C)"""
+    f_hat, labels, inputs = torch.zeros_like(f), [], []
+    for k in range(tokenizer.K):
+        bits = tokenizer.quantizer.nearest(tokenizer.downsample_to(f - f_hat, k))
+        flips = torch.rand(bits.shape) < rates[:, k, None]             # (B, n_k * bits)
+        f_hat, next_input = tokenizer.next_input(k, f_hat, bits ^ flips)
+        labels.append(bits)
+        inputs.append(next_input)
+    return torch.cat(labels, 1), torch.cat(inputs[:-1], 1)
 
 
-def bitwise(most):
-    """-> chapter 5's second stage on bits, of which a share of up to `most` flips (0: none). It is
-    handed images instead of cached tokens, as flips need f; to encode costs 5 % of a step."""
-    class Bitwise(training.TransformerStage):
-        model_class = BitwiseVAR
-
-        def __init__(self, settings, processes, tokenizer, config, data, class_names):
-            super().__init__(settings, processes, tokenizer, config, data, class_names)
-            self.sizes = [size * config.latent_dim for size in self.sizes]
-            self.token_weight = self.token_weight.repeat_interleave(config.latent_dim)
-
-        def rows(self, split, indices, view=0):
-            images, labels = self.data[split]
-            image = view_of(to_float(torch.from_numpy(images[indices])), view, indices, len(images))
-            return image, torch.from_numpy(labels[indices])
-
-        def batches(self, start):
-            for step in range(start, self.steps):
-                indices = batch_indices(step, len(self.data["train"][1]), self.batch_size,
-                                        self.settings.seed + 1)
-                yield self.rows("train", indices, step % self.settings.views)
-
-        def per_token(self, model, image, labels):
-            """-> (cross-entropy in nats (B, L * bits), right (B, L * bits) bool)"""
-            with torch.no_grad(), self.autocast():
-                f = self.tokenizer.encode(image)
-            flips = round(100 * most) if self.model.training else 0
-            rates = torch.randint(flips + 1, (len(image), self.tokenizer.K)) / 100
-            with torch.no_grad():
-                wanted, inputs = flipped_rounds(self.tokenizer, f.float(), rates)
-            with self.autocast():
-                logits = model(labels, inputs)
-            loss = F.cross_entropy(logits.mT.float(), wanted, reduction="none")
-            return loss, logits.argmax(-1) == wanted
-    return Bitwise
+def bit_losses(var, classes, inputs, bits):
+    """classes (B,), inputs (B, L - 1, C), bits (B, n) -> cross-entropy in nats (B, n)"""
+    logits = var(classes, inputs)                                      # (B, n, 2)
+    return F.cross_entropy(logits.mT.float(), bits, reduction="none")
 
 
-# -- The table -------------------------------------------------------------------------------------
-
-def make_tokenizer(trial, name, options=()):
-    """-> tokenizer, dict with psnr and frechet of its reconstructions of held-out images"""
-    tokenizer = trial.train_tokenizer(name, 0, options)
-    return tokenizer, trial.measure(f"tokenizer, {name}", 0, lambda: trial.reconstructed(tokenizer))
-
-
-def exact_bits(trial, tokenizer, var):
-    """Bits of a held-out image given its class, by scale. -> list of K"""
-    (images, labels), parts = trial.data["test"], []
-    for rows in np.array_split(np.arange(len(labels)), -(-len(labels) // 100)):
-        tokens = tokenizer.image_to_tokens(to_float(torch.from_numpy(images[rows])))
-        parts.append(drawing.log_likelihood(tokenizer, var, tokens,
-                                            torch.from_numpy(labels[rows])))
-    return (-torch.cat(parts).double().mean(0) / math.log(2)).tolist()
-
-
-def examine(trial, row, seed, tokenizer, stage, cool):
-    """Train a row and measure it. stage: None is chapter 5's. -> dict"""
-    var = trial.train(row, seed, tokenizer, stage=stage,
-                      tokens=stage and {split: trial.data[split] for split in ("train", "test")})
-    cooled = Cooled(var, torch.linspace(1, cool, tokenizer.K).tolist())
-    found = trial.measure(row, seed, lambda: dict(
-        trial.judged(tokenizer, var, seed, cfg=0.0), outputs=var.head.out_features,
-        bits=exact_bits(trial, tokenizer, var)))
-    cold = trial.measure(row, f"{seed} cooled to {cool}", lambda: trial.judged(
-        tokenizer, cooled, seed, cfg=0.0))
-    return dict(found, cool=cold["frechet"])
+def train_bitwise(trial, row, seed, tokenizer, most):
+    """Train a BitwiseVAR, or load it if it was trained. most: the highest rate of flips.
+    Flips need f, so each step encodes its images. -> BitwiseVAR, frozen"""
+    settings, (images, labels) = trial.settings_of(row, seed), trial.data["train"]
+    torch.manual_seed(seed)
+    config = training.var_config(settings, tokenizer.config, len(trial.names))
+    var, path = BitwiseVAR(config), Path(settings.out) / "transformer.pt"
+    optimizers = make_optimizers(var, settings.lr, settings.weight_decay,
+                                 settings.optimizer, settings.precision)
+    steps, skipped = settings.steps, 0
+    todo = [] if path.exists() else range(steps)
+    for step in progress(todo, steps, f"steps of {row}", size=lambda step: 1):
+        share = training.learning_rate(step / steps, settings.final_lr)
+        set_schedule(optimizers, step / steps, share)
+        indices = training.batch_indices(step, len(labels), settings.batch_size, seed + 1)
+        image = to_float(torch.from_numpy(images[indices]))            # (B, 3, H, W)
+        image = view_of(image, step % settings.views, indices, len(labels))
+        rates = torch.randint(round(100 * most) + 1, (len(image), tokenizer.K)) / 100
+        with autocast(CPU, settings.precision):
+            f = tokenizer.encode(image)                                # (B, C, h, w)
+        bits, inputs = flipped_rounds(tokenizer, f.float(), rates)
+        with autocast(CPU, settings.precision):
+            loss = bit_losses(var, torch.from_numpy(labels[indices]), inputs, bits).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(var.parameters(), settings.clip)
+        skipped = take_step(optimizers, norm, skipped)
+    if todo:
+        save_atomically(var.state_dict(), path)
+    var.load_state_dict(load_checkpoint(path))
+    return var.eval().requires_grad_(False)
 
 
 def main():
-    more = [("--flips", dict(type=float, default=0.3, help="largest share of flipped bits [0.3]")),
-            ("--cool", dict(type=float, default=0.7, help="temperature of the last scale [0.7]"))]
-    args = read_arguments(__doc__, dataset="shapes", steps=1200, tokenizer_steps=2000, n=2000,
-                          more=more)
-    if not 0 <= args.flips <= 1 or not args.cool > 0:
-        raise BadInput("--flips must lie in 0..1, and --cool above 0")
-    trial, lines, curves = Trial("infinity", args), [], {}
-    vectors = make_tokenizer(trial, "vectors")
-    of_bits = {bits: make_tokenizer(trial, f"2^{bits}", [
-        "--quantizer", "bits", "--vocab-size", "2", "--set", f"latent_dim={bits}"])
-        for bits in (9, 16, 32)}
-    rows = {"512 vectors, softmax": (9, *vectors, None),
-            "2^9, softmax": (9, with_indices(of_bits[9][0]), of_bits[9][1], None),
-            **{f"2^{bits}, bitwise": (bits, *of_bits[bits], bitwise(0)) for bits in of_bits},
-            f"2^16, flips to {args.flips:.0%}": (16, *of_bits[16], bitwise(args.flips))}
-    for row, (bits, tokenizer, rebuilt, stage) in rows.items():
-        found = [examine(trial, row, seed, tokenizer, stage, args.cool) for seed in trial.seeds]
-        possible = [bits * side * side for side in tokenizer.scales]
-        lines.append([
-            row, f"{rebuilt['psnr']:.2f}", f"{rebuilt['frechet']:.3f}", f"{found[0]['outputs']}",
-            f"{of_seeds([sum(f['bits']) for f in found], 1)} of {sum(possible):,}",
-            *[of_seeds([f[key] for f in found], 3) for key in ("frechet", "in_class", "cool")]])
-        shares = np.mean([f["bits"] for f in found], 0) / possible
-        curves[row] = list(zip(tokenizer.scales, shares.tolist()))
-    floor = f"{trial.measure('held-out', 0, trial.floor)['frechet']:.3f}"
-    lines.append(["held-out images", "", floor, "", "", floor, "", floor])
-    show(["codes", "PSNR, dB", "Fréchet, rebuilt", "outputs", "bits an image", "Fréchet, samples",
-          "in class", f"Fréchet, cooled to {args.cool:g}"], lines, trial.headline())
-    path = trial.folder / "infinity.png"
-    plots.save_curve(path, curves, title="bits spent of bits possible", x_label="side of the map",
-                     size=(1000, 400))
-    print("wrote", path)
+    parser = trial_parser(__doc__, "shapes", steps=1200, tokenizer_steps=2000, n=2000,
+                          seeds=2)
+    trial, lines = Trial("infinity", parser.parse_args()), []
+    for row, (bits, flips) in ROWS.items():
+        changes = dict(quantizer="bits", vocab_size=2, latent_dim=bits) if bits else {}
+        tokenizer, found = trial.train_tokenizer(f"2^{bits}", 0, **changes), []
+        rebuilt = trial.reconstructed(f"2^{bits}", tokenizer)
+        if bits and flips is None:
+            tokenizer = with_indices(tokenizer)
+        for seed in trial.seeds:
+            if flips is None:
+                var = trial.train(row, seed, tokenizer)
+            else:
+                var = train_bitwise(trial, row, seed, tokenizer, flips)
+            found.append(trial.measure(row, seed, lambda: dict(
+                trial.judged(tokenizer, var, seed, cfg=0.0),
+                bits=trial.bits(tokenizer, var))))
+        spent, *others = cells(found, dict(bits=1, frechet=3, recall=2, in_class=1))
+        spent += f" of {(bits or 9) * 130:,}"
+        before = cells([rebuilt], dict(psnr=2, frechet=3))
+        lines.append([row, *before, f"{var.head.out_features}", spent, *others])
+    floor, recall = cells([trial.floor()], dict(frechet=3, recall=2))
+    lines.append(["held-out images", "", floor, "", "", floor, recall, ""])
+    trial.show(["codes", "PSNR, dB", "Fréchet, rebuilt", "outputs", "bits per image",
+                "Fréchet, samples", "recall", "in class, %"], lines)
 
 
 if __name__ == "__main__":
-    one_line(main)
+    run_main(main)

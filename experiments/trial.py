@@ -1,22 +1,20 @@
-"""What the experiments share: data, tokens, training of a row, judging of its samples, the table.
+"""What the experiments share: data, tokens, a training run per row, the judge, the table.
 
-    trial = Trial("ablation", arguments)
-    tokenizer = trial.tokenizer()
-    found = trial.row("depth 4", seed, tokenizer, options=["--depth", "4"], cfg=1.5)
+    trial = Trial("scaling", trial_parser(__doc__, steps=1000).parse_args())
+    tokenizer, _ = training.load_tokenizer(trial.shipped)
+    var = trial.train("depth 4", seed, tokenizer, depth=4)
+    found = trial.measure("depth 4", seed, lambda: trial.judged(tokenizer, var, seed))
 
-A row is a short training of chapter 5's second stage on tokens that all rows share, then its
-measures on held-out images and on samples. What a row has found is kept in its folder, so the same
-command resumes where it stopped, and a second one only prints the table again.
-
-The default data are three classes of CIFAR-10 and the tokenizer that comes with the code; then
-stage 1 takes no time. `--dataset shapes` needs no data. `--quick` uses few images and steps: it
-shows that the script works, and its figures mean nothing.
+A row is a short training run with the loops of chapter 5, then measurements on held-out
+images and samples. Both are kept in out/experiments/, so the same command resumes where it
+was stopped. After a change of the code use another --out. `--quick` runs in seconds on few
+images and steps: it shows that a script works, and its numbers mean nothing.
 """
 import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -26,274 +24,220 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.batches import to_float  # noqa: E402
-from data.registry import load_data, load_splits  # noqa: E402
-from data.views import Views  # noqa: E402
-from engine.checkpoints import model_fingerprint  # noqa: E402
-from engine.devices import choose_precision  # noqa: E402
-from engine.files import write_atomically  # noqa: E402
-from engine.options import OneLineParser, number  # noqa: E402
-from engine.processes import Processes  # noqa: E402
-from engine.run_folder import RunFolder  # noqa: E402
-from engine.stop import StopSignal  # noqa: E402
-from report import health, judge  # noqa: E402
+from data.batches import rows_of, sample_of, to_float
+from data.registry import load_splits
+from engine.checkpoints import write_atomically
+from engine.device import best_precision
+from engine.options import Parser, number
+from report import health, judge, plots
 
-training, drawing = import_module("05_train"), import_module("06_sample_and_edit")
+vq, vqvae = import_module("01_vq"), import_module("02_multiscale_vqvae")
+transformer, training = import_module("04_var_transformer"), import_module("05_train")
+drawing = import_module("06_sample_and_edit")
 
-# Data set -> where an experiment starts: options of 05_train.py. In the loss all tokens count
-# alike, as in the paper (loss_weights.py asks whether they should).
-BASES = {
-    "cifar10": ["--preset", "cifar10-cpu", "--depth", "4", "--set", "width=128", "heads=4",
-                "drop_path=0", "side_power=0", "--batch-size", "32"],
-    "shapes": ["--dataset", "shapes", "--set", "side_power=0"],
-}
-AT_ONCE = 100                                              # images drawn together
+CPU = torch.device("cpu")
+AT_ONCE = 100                             # images drawn or scored together
+# Data set -> settings of chapter 5 to start from. "cifar10" is three of its classes.
+BASES = {"shapes": {}, "cifar10": training.PRESETS["cifar10-cpu"] | dict(
+    depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
 
 
-def read_arguments(doc, argv=None, *, dataset="cifar10", steps=3000, n=3000, seeds=2,
-                   tokenizer_steps=None, more=()):
-    """The options of an experiment. doc: its docstring; steps: 0 if it trains no transformer;
-    tokenizer_steps: None if it trains no tokenizers; more: (name, options of add_argument)"""
-    parser = OneLineParser(description=doc.splitlines()[0], allow_abbrev=False)
+HELP = {"steps": "steps of each transformer", "tokenizer_steps": "steps of each tokenizer",
+        "n": "samples to judge", "seeds": "training runs, or sets of samples, per row"}
+
+
+def trial_parser(doc, dataset="cifar10", **defaults):
+    """The options that experiments share. doc: docstring of the script; defaults: of those
+    options in HELP that it uses -> Parser"""
+    parser = Parser(doc.splitlines()[0])
+    parser.set_defaults(**dict.fromkeys(HELP, 0))
     parser.add_argument("--dataset", choices=BASES, default=dataset, help=f"[{dataset}]")
-    parser.add_argument("--data-dir", default="", help="where CIFAR-10 lies, if not in data/")
-    parser.add_argument("--out", type=Path, default=Path("out/experiments"),
-                        help="folder of all experiments [out/experiments]")
-    parser.set_defaults(steps=0)
-    if steps:
-        parser.add_argument("--steps", type=number(int, 1), default=steps,
-                            help=f"steps of stage 2 in each row [{steps}]")
-    parser.set_defaults(tokenizer_steps=None)
-    if tokenizer_steps:
-        parser.add_argument("--tokenizer-steps", type=number(int, 1), default=tokenizer_steps,
-                            help=f"steps of stage 1 in each row [{tokenizer_steps}]")
-    parser.add_argument("--n", type=number(int, 4), default=n, help=f"samples to judge [{n}]")
-    parser.add_argument("--seeds", type=number(int, 1), default=seeds,
-                        help=f"{'trainings' if steps else 'drawings'} of each row [{seeds}]")
-    parser.add_argument("--quick", action="store_true",
-                        help="few images and steps: does the script work?")
-    for name, options in more:
-        parser.add_argument(name, **options)
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.dataset, args.steps, args.n, args.seeds = "shapes", min(args.steps, 3), 8, 1
-        args.tokenizer_steps = 3
-    return args
+    parser.add_argument("--data-dir", default="", help="where CIFAR-10 is, if not in data/")
+    parser.add_argument("--out", type=Path, default=Path("out/experiments"))
+    parser.add_argument("--quick", action="store_true", help="does it work? (seconds)")
+    for name, default in defaults.items():
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{HELP[name]} [{default}]",
+                            type=number(int, 4 if name == "n" else 1), default=default)
+    return parser
 
 
 class Trial:
-    """One experiment: its folder, its images, its judge."""
+    """One experiment: its folder, its images, its judge. Everything runs on the CPU."""
 
     def __init__(self, name, args):
-        self.args = args
+        if args.quick:
+            args.dataset, args.n, args.seeds = "shapes", 8, 1
+            args.steps = min(args.steps, 3)
+            args.tokenizer_steps = min(args.tokenizer_steps, 3)
+        self.args, self.seeds, self.dates = args, range(args.seeds), set()
+        kind = f"{args.dataset}-{args.tokenizer_steps}-{args.steps}"
+        self.folder = args.out / name / kind
         self.shipped = ROOT / "data" / "pretrained" / f"{args.dataset}.pt"
-        self.folder = args.out / name / (args.dataset + "-quick" * args.quick)
-        self.options = [*BASES[args.dataset], "--data-dir", args.data_dir, "--stage",
-                        "transformer", "--steps", str(args.steps or 1), "--device", "cpu"]
-        if args.tokenizer_steps:
-            self.options += ["--tokenizer-steps", str(args.tokenizer_steps)]
-        if args.quick:
-            self.options += ["--views", "1", "--depth", "2", "--set", "width=32", "heads=2",
-                             "--batch-size", "8", "--precision", "float32"]
-        self.settings = settings = training.read_settings(self.options)[0]
+        self.settings = training.Settings(**BASES[args.dataset] | dict(
+            dataset=args.dataset, precision=best_precision(CPU), steps=args.steps,
+            tokenizer_steps=args.tokenizer_steps))
         self.all, self.data, self.names = load_splits(args.dataset, 32, args.data_dir,
-                                                      settings.classes)
+                                                      self.settings.classes)
         if args.quick:
-            self.all = self.data = {split: (images[:60], labels[:60])
-                                    for split, (images, labels) in self.data.items()}
-        self.processes = Processes("cpu")
-        # Without training there are only samples, which chapter 6 draws in float32.
-        self.precision = settings.precision if args.steps else "float32"
-        if self.precision == "auto":
-            self.precision = choose_precision(self.processes, None)
-        self.seeds, self.found_tokens, self.dates = range(args.seeds), {}, set()
+            self.data = {split: (images[:60], labels[:60])
+                         for split, (images, labels) in self.data.items()}
+            self.all = self.data
+        self.about = dict(class_names=self.names, dataset=args.dataset)
 
-    # -- Tokens ------------------------------------------------------------------------------------
+    # -- Models ----------------------------------------------------------------------------
 
-    def tokenizer(self, path=None):
-        """A frozen tokenizer of chapter 5, or the one that comes with the code, in float32."""
-        return training.load_tokenizer(path or self.shipped)[0].float()
+    def settings_of(self, row, seed, **changes):
+        """Settings of chapter 5 for a row, in a folder of its own."""
+        folder = self.folder / row / str(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        return replace(self.settings, out=str(folder), seed=seed, **changes)
 
-    def tokenizer_steps(self):
-        """How long the tokenizer that comes with the code was trained."""
-        return training.load_tokenizer(self.shipped)[1]["step"]
+    def train_tokenizer(self, row, seed, config=None, **changes):
+        """Train a tokenizer on all images of the data set, or load it if it was trained.
+        config: fields of TokenizerConfig; changes: of Settings -> frozen MultiScaleVQVAE"""
+        settings = self.settings_of(f"tokenizers/{row}", seed, **changes)
+        sizes = replace(training.tokenizer_config(settings), **(config or {}))
+        print(f"== tokenizer {row}, seed {seed}", flush=True)
+        torch.manual_seed(seed)
+        tokenizer = vqvae.MultiScaleVQVAE(sizes)
+        training.train_tokenizer(settings, tokenizer, self.all["train"][0],
+                                 sample_of(self.all["test"][0], 1000), self.about, CPU)
+        return tokenizer
 
-    def train_tokenizer(self, row, seed, options=(), changes=()):
-        """A tokenizer of its own, trained on all images of the data set. options: of 05_train.py;
-        changes: functions that change the stage -> MultiScaleVQVAE, frozen"""
-        path = self.folder / "tokenizers" / row / str(seed)
-        settings, config, _ = training.read_settings(
-            [*self.options, "--stage", "tokenizer", *options, "--seed", str(seed), "--out",
-             str(path)])
-        settings.precision = self.precision
-        images = [self.all[split][0] for split in ("train", "test")]
-        with RunFolder(path) as folder, StopSignal(self.processes) as stop:
-            stage = training.TokenizerStage(settings, self.processes, folder, config, *images,
-                                            self.names)
-            for change in changes:
-                change(stage)
-            training.train(stage, folder, stop, {**asdict(settings), **asdict(config)})
-        return stage.model.eval().requires_grad_(False)
+    def train(self, row, seed, tokenizer, model=transformer.VAR, config=None, **changes):
+        """Train a transformer on this tokenizer's tokens, or load it if it was trained.
+        model: a class like VAR; config: fields of VARConfig; changes: of Settings"""
+        settings, tokens = self.settings_of(row, seed, **changes), self.tokens(tokenizer)
+        sizes = training.var_config(settings, tokenizer.config, len(self.names))
+        print(f"== {row}, seed {seed}", flush=True)
+        torch.manual_seed(seed)
+        var = model(replace(sizes, **(config or {})))
+        training.train_transformer(settings, var, tokenizer, tokens["train"],
+                                   tokens["test"], self.about, CPU)
+        return var
 
     def tokens(self, tokenizer):
-        """-> {split: (tokens (views, N, L), labels (N,))}, made once for all experiments"""
-        settings = training.read_settings(self.options)[0]
-        settings.precision, found = self.precision, {}
-        fingerprint = model_fingerprint(tokenizer)
-        if fingerprint in self.found_tokens:
-            return self.found_tokens[fingerprint]
-        path = self.args.out / "tokens" / f"{self.folder.name}-{fingerprint}"
-        with RunFolder(path) as folder, StopSignal(self.processes) as stop:
-            for split, (images, labels) in self.data.items():
-                views = Views(images, settings.views if split == "train" else 1)
-                found[split] = training.cache_tokens(settings, self.processes, folder, stop,
-                                                     tokenizer, views, split), labels
-        self.found_tokens[fingerprint] = found
+        """One cache for all experiments. -> {split: (list of views (N, L), labels (N,))}"""
+        settings = replace(self.settings, out=str(self.args.out / "tokens"))
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        found = {}
+        for split, (images, labels) in self.data.items():
+            views = training.encode_once(settings, tokenizer, images, split, CPU)
+            found[split] = views, labels
         return found
 
-    # -- One row -----------------------------------------------------------------------------------
+    # -- Measurements ----------------------------------------------------------------------
 
-    def train(self, row, seed, tokenizer, options=(), stage=None, tokens=None):
-        """Train a transformer, or read the one that was trained. options: of 05_train.py; stage: a
-        class like chapter 5's TransformerStage -> VAR in eval mode"""
-        path = self.folder / row / str(seed)
-        settings, _, sizes = training.read_settings(
-            [*self.options, *options, "--seed", str(seed), "--out", str(path)])
-        settings.precision = self.precision
-        sizes = training.var_sizes(sizes, tokenizer.config, len(self.names))
-        tokens = tokens or self.tokens(tokenizer)
-        print(f"== {row}, seed {seed}", flush=True)
-        with RunFolder(path) as folder, StopSignal(self.processes) as stop:
-            run = (stage or training.TransformerStage)(settings, self.processes, tokenizer, sizes,
-                                                       tokens, self.names)
-            training.train(run, folder, stop, {**asdict(settings), **asdict(sizes)})
-        return run.model.eval().requires_grad_(False)
-
-    def measure(self, row, seed, compute, **asked):
-        """compute() -> dict of numbers; kept in the row's folder for these options, and for what
-        else they depend on (asked: plain values)."""
-        path, today = self.folder / row / f"{seed}.json", time.strftime("%Y-%m-%d")
-        asked |= {name: getattr(self.args, name) for name in ("steps", "n")}
-        if path.exists():
-            kept = json.loads(path.read_text())
-            if kept["asked"] == asked and "date" in kept:
-                self.dates.add(kept["date"])
-                return kept["found"]
-        found = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json.dumps(dict(asked=asked, date=today, found=found)), path)
-        self.dates.add(today)
-        print(f"   {row}, seed {seed}: " + "  ".join(f"{k} {v:.4g}" for k, v in found.items()
-                                                     if isinstance(v, float)), flush=True)
+    def measure(self, row, seed, compute):
+        """compute() -> dict of numbers, which is kept in the folder of the row."""
+        path = self.folder / row / f"{seed}-{self.args.n}.json"
+        if not path.exists():
+            found = compute()
+            print(f"   {row}, seed {seed}: {found}", flush=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(json.dumps([time.strftime("%Y-%m-%d"), found]), path)
+        date, found = json.loads(path.read_text())
+        self.dates.add(date)
         return found
 
-    def row(self, name, seed, tokenizer, *, options=(), stage=None, **sampling):
-        """Train a transformer, weigh held-out images and judge samples. -> dict"""
-        var = self.train(name, seed, tokenizer, options, stage)
-        return self.measure(name, seed, lambda: {
-            **self.bits(tokenizer, var), **self.judged(tokenizer, var, seed, **sampling)})
-
-    # -- Measures ----------------------------------------------------------------------------------
+    def bits(self, tokenizer, var):
+        """What a held-out image costs given its class: the exact likelihood in bits."""
+        (images, labels), nats = self.data["test"], 0.0
+        for rows in np.split(np.arange(len(labels)), range(AT_ONCE, len(labels), AT_ONCE)):
+            tokens = tokenizer.image_to_tokens(to_float(torch.from_numpy(images[rows])))
+            classes = torch.from_numpy(labels[rows])
+            nats -= float(drawing.log_likelihood(tokenizer, var, tokens, classes).sum())
+        return nats / len(labels) / math.log(2)
 
     @cached_property
     def network(self):
-        """The judge, of all classes of the data set."""
-        images, labels = self.all["train"]
-        classes = int(labels.max()) + 1
+        """The judge of these classes."""
+        images, labels = self.data["train"]
         if self.args.quick:
-            return judge.train_judge(images, labels, classes, steps=3, log=lambda text: None)
-        return judge.judge_of(self.args.dataset, images, labels, classes)
+            return judge.train_judge(images, labels, len(self.names), steps=3)
+        return judge.judge_of(self.args.dataset, images, labels, len(self.names))
+
+    def some(self, split):
+        """-> up to n images of a split, a few at a time"""
+        images = self.data[split][0]
+        return judge.batches_of(images, rows_of(len(images), self.args.n))
 
     @cached_property
-    def known(self):
-        """Features of n training images, which all distances are measured from."""
-        images = self.data["train"][0]
-        rows = judge.rows_of(len(images), min(self.args.n, len(images)))
-        return judge.extract(self.network, judge.batches_of(images, rows))[0]
+    def real(self):
+        """Features of n training images, to which all others are compared."""
+        return judge.extract(self.network, self.some("train"))[0]
 
-    def distance(self, batches, names=None):
-        """batches of images, names: classes meant -> dict of the judge's figures"""
-        found, logits = judge.extract(self.network, batches)
-        precision, recall = judge.precision_recall(self.known, found)
-        figures = dict(frechet=judge.frechet_distance(self.known, found), precision=precision,
-                       recall=recall)
-        if names is not None:
-            figures["in_class"] = judge.accuracy(logits, names)
-        return figures
+    def compare(self, batches, labels=None):
+        """Compare batches of images with training images. labels: the classes that were
+        meant -> dict with frechet, precision, recall, and with labels in_class, in %"""
+        features, logits = judge.extract(self.network, batches)
+        precision, recall = judge.precision_recall(self.real, features)
+        found = dict(frechet=judge.frechet_distance(self.real, features),
+                     precision=precision, recall=recall)
+        if labels is not None:
+            found["in_class"] = 100 * judge.accuracy(logits, labels)
+        return found
 
     def floor(self):
-        """Held-out images measured as samples are."""
-        return self.distance(judge.batches_of(*self.held_out()))
+        """Held-out images, compared as samples are: samples can hardly do better."""
+        return self.measure("held-out images", 0, lambda: self.compare(self.some("test")))
 
-    def reconstructed(self, tokenizer):
-        """Reconstructions of held-out images measured as samples are, and their PSNR in dB."""
-        rebuilt = list(judge.rebuilt(tokenizer, *self.held_out()))
-        db = [health.psnr(to_float(image), 2 * other - 1)
-              for image, other in zip(judge.batches_of(*self.held_out()), rebuilt)]
-        return dict(self.distance(rebuilt), psnr=float(torch.cat(db).mean()))
+    def reconstructed(self, name, tokenizer, seed=0):
+        """Reconstructions of held-out images, compared like samples, and their PSNR."""
+        def compute():
+            psnr, rebuilt = [], []
+            for batch in self.some("test"):
+                image = to_float(batch)                                # (B, 3, H, W)
+                f_hat = tokenizer.features(tokenizer.image_to_tokens(image))
+                other = tokenizer.decode(f_hat).clamp(-1, 1)
+                psnr.append(health.psnr(image, other))
+                rebuilt.append((other + 1) / 2)
+            return dict(self.compare(rebuilt), psnr=float(torch.cat(psnr).mean()))
+        return self.measure(f"tokenizers/{name}", seed, compute)
 
-    def held_out(self):
-        images = self.data["test"][0]
-        return images, judge.rows_of(len(images), min(self.args.n, len(images)))
-
-    def judged(self, tokenizer, var, seed=0, draw=None, **options):
-        """Measure n samples. draw: a function like chapter 6's generate(), which takes options
-        -> dict with frechet, precision, recall, in_class, seconds (of the CPU, per image)"""
-        draw, seconds = draw or drawing.generate, 0.0
+    def judged(self, tokenizer, var, seed=0, **options):
+        """n samples, compared with training images. options: of chapter 6's generate()
+        -> dict as in compare(), and ms: milliseconds of the CPU per image"""
         labels = torch.arange(self.args.n) % len(self.names)
-        generator = torch.Generator().manual_seed(seed)
+        generator, begin = torch.Generator().manual_seed(seed), time.process_time()
+        samples = [drawing.generate(tokenizer, var, part, generator=generator, **options)
+                   for part in labels.split(AT_ONCE)]
+        ms = 1000 * (time.process_time() - begin) / len(labels)
+        return dict(self.compare(samples, labels), ms=ms)
 
-        def batches():
-            nonlocal seconds
-            for part in labels.split(AT_ONCE):
-                begin = time.process_time()
-                images = draw(tokenizer, var, part, generator=generator, **options)
-                seconds += time.process_time() - begin
-                yield images
-        found = self.distance(batches(), self.judge_labels()[labels])
-        return dict(found, seconds=seconds / len(labels))
+    def show(self, head, lines):
+        """Print a table, and above it how and when its numbers were measured."""
+        dates = " to ".join(sorted({min(self.dates), max(self.dates)}))
+        print(f"\npython {' '.join(sys.argv)}; {self.args.dataset}, trained in "
+              f"{self.settings.precision}, torch {torch.__version__}, "
+              f"{torch.get_num_threads()} thread(s), {dates}\n")
+        show(head, lines)
 
-    def judge_labels(self):
-        """The judge's index of each of our classes, which may be a few of its classes only."""
-        every = load_data(self.args.dataset, "test", 32, self.args.data_dir)[2]
-        return torch.tensor([every.index(name) for name in self.names])
-
-    def bits(self, tokenizer, var, tokens=None):
-        """-> dict: bits of a held-out image given its class, and by scale"""
-        tokens, labels = (tokens or self.tokens(tokenizer))["test"]
-        sizes, parts = [side * side for side in tokenizer.scales], []
-        for rows in np.array_split(np.arange(len(labels)), -(-len(labels) // AT_ONCE)):
-            maps = torch.from_numpy(tokens[0, rows].astype(np.int64)).split(sizes, 1)
-            parts.append(drawing.log_likelihood(tokenizer, var, list(maps),
-                                                torch.from_numpy(labels[rows])))
-        per_scale = -torch.cat(parts).double().mean(0) / math.log(2)
-        return dict(bits=float(per_scale.sum()), bits_per_scale=per_scale.tolist())
-
-    # -- The table ---------------------------------------------------------------------------------
-
-    def headline(self):
-        """What every table says of itself. Its dates are those of its first and last figures."""
-        args, dates = self.args, sorted({min(self.dates), max(self.dates)})
-        trained = f"{args.steps} steps" if args.steps else "the shipped model"
-        return (f"{args.dataset}, {trained}, {args.n} samples, {args.seeds} seed(s), "
-                f"{self.precision}, torch {torch.__version__}, {torch.get_num_threads()} "
-                f"thread(s), {' to '.join(dates)}")
+    def draw(self, rows, row_labels, column_labels=()):
+        """Write images, a tensor (n, 3, H, W) for each row, into the folder."""
+        path = self.folder / f"{self.folder.parent.name}.png"
+        plots.save_grid(path, torch.cat(rows), len(rows[0]), row_labels=row_labels,
+                        column_labels=column_labels)
+        print(f"wrote {path}")
 
 
-def parameters(model):
-    """Millions of parameters"""
-    return sum(p.numel() for p in model.parameters()) / 1e6
-
-
-def of_seeds(values, digits=2):
-    """[1.52, 1.60] -> "1.56 +- 0.04": the mean, and half of the range"""
-    mean, half = np.mean(values), (max(values) - min(values)) / 2
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
-
-
-def show(head, lines, headline):
-    """Print a table for experiments/README.md."""
-    print(f"\n{headline}\n")
+def show(head, lines):
+    """Print a table of texts in Markdown."""
     for line in [head, ["---"] * len(head), *lines]:
-        print("| " + " | ".join(line) + " |")
-    print(flush=True)
+        print("| " + " | ".join(line) + " |", flush=True)
+
+
+def cells(found, digits):
+    """found: a dict of numbers per seed; digits: {name: digits after the point} -> cells
+    such as "1.56 ± 0.04": the mean of the seeds, and half of their range"""
+    texts = []
+    for name, places in digits.items():
+        values = [numbers[name] for numbers in found]
+        half = (max(values) - min(values)) / 2
+        spread = f" ± {half:.{places}f}" if len(values) > 1 else ""
+        texts.append(f"{np.mean(values):.{places}f}{spread}")
+    return texts
+
+
+def parameters(model):                                    # in millions
+    return sum(p.numel() for p in model.parameters()) / 1e6
