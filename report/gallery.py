@@ -1,7 +1,7 @@
-"""The tasks of chapter 6: images to work on, and a sheet of images or a table for each task.
+"""The tasks of chapter 6: images to work on, and for each task a sheet or a table.
 
-args: the options of chapter 6, and what is known of the model: names (of all classes), labels
-({number: text} of the classes to show), dataset, side (of its images), sampling, out, device
+args: the options of chapter 6, and facts about the model: names (of all classes), labels
+    ({number: text} of the classes to show), dataset, side (of its images), sampling
 model: its tokenizer, and functions of chapter 6 that already know the model:
     draw(labels, seed=0, ...) and repaint(labels, image, keep=...) -> images in [0, 1]
     tokens(labels) -> K token maps        log_likelihood(tokens, labels) -> nats (B, K)
@@ -29,16 +29,16 @@ BOXES = {"inpaint": (0.5, 0, 1, 1), "outpaint": (0.25, 0.25, 0.75, 0.75),
 
 
 def pick_classes(names, wanted):
-    """wanted: names or numbers of classes (none: the first ten) -> {number: text for a label}.
-    Raises BadInput for a class that is not among the `names`."""
+    """wanted: names or numbers of classes (none: the first ten) -> {number: label}. Raises
+    BadInput for a class that is not among the `names`."""
     numbers = [find_class(names, text) for text in wanted] or range(len(names))[:10]
     return {c: plots.class_label(names[c], c) for c in numbers}
 
 
 def in_batches(paint, args, labels, image=None, seed=0, **options):
-    """paint(labels=..., image=..., generator=..., **options) for any number of images, as many
-    at a time as fit into memory. Image i is drawn from the seed args.seed + seed + i, in a batch
-    of any size. -> all images (n, 3, H, W), on the CPU"""
+    """paint(labels=..., image=..., generator=..., **options) for any number of images, as
+    many at a time as fit into memory. Image i is drawn from the seed args.seed + seed + i,
+    in a batch of any size. -> all images (n, 3, H, W), on the CPU"""
     memory = 2 ** 31
     if args.device.type == "cuda":
         memory = torch.cuda.get_device_properties(args.device).total_memory
@@ -59,19 +59,19 @@ def in_batches(paint, args, labels, image=None, seed=0, **options):
 # -- Images to work on ---------------------------------------------------------------------
 
 def read_image(path, side):
-    """The middle square of an image file -> (1, 3, side, side) in [-1, 1]. Raises BadInput"""
+    """The middle square of a file -> (1, 3, side, side) in [-1, 1]. Raises BadInput"""
     try:
         picture = decode(path)
-    except Exception as error:                             # damaged files raise nearly anything
+    except Exception as error:                             # damaged files raise anything
         raise BadInput(f"{path}: not a readable image ({error})") from None
     picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
     return to_float(stack([np.array(picture)]))
 
 
 def held_out(args, count, examples=True):
-    """Up to `count` held-out images of the classes in args.labels, in turn. examples: the few
-    that are shipped with the code will do. -> (n, 3, side, side) in [-1, 1], labels (n,).
-    Raises BadInput if there are none."""
+    """Up to `count` held-out images of the classes in args.labels, in turn. examples: the
+    few that are shipped with the code will do. -> (n, 3, side, side) in [-1, 1], labels
+    (n,). Raises BadInput if there are none."""
     shipped = dataset_named(args.dataset).examples
     if shipped and examples and not args.data_dir:
         images, labels, names = shipped()
@@ -108,7 +108,7 @@ def images_to_edit(args, model, count=10):
 
 
 def kept_region(args, task):
-    """--mask, --box or the box of the task -> (side, side) bool, True = keep. Raises BadInput"""
+    """--mask, --box or the task's own box -> (side, side) bool, True = keep"""
     if args.mask:
         inside = read_image(args.mask, args.side)[0].mean(0) > 0         # where it is white
     else:
@@ -123,7 +123,7 @@ def kept_region(args, task):
 # -- Tasks ---------------------------------------------------------------------------------
 
 def save(args, name, rows, **labels):
-    """One sheet. rows: {text: images (n, 3, H, W) in [0, 1]}; labels: as in plots.save_grid()"""
+    """One sheet. rows: {text: images (n, 3, H, W) in [0, 1]}; labels: see save_grid()"""
     path = args.out / f"{name}.png"
     images = torch.cat([row.cpu() for row in rows.values()])
     plots.save_grid(path, images, len(images) // len(rows), row_labels=list(rows), **labels)
@@ -131,8 +131,8 @@ def save(args, name, rows, **labels):
 
 
 def show_samples(args, model):
-    """Samples of each class. Then how the first five come about: the token map added at each
-    scale, beside the image decoded from all maps so far."""
+    """Samples of each class. Then how the first five come about: the token map added at
+    each scale, beside the image decoded from all maps so far."""
     rows, n = {}, args.n or 8
     for i, (c, text) in enumerate(args.labels.items()):
         rows[text] = model.draw(torch.tensor([c] * n), seed=i * n)
@@ -144,14 +144,14 @@ def show_samples(args, model):
         colours = plots.token_colours(maps, side, tokenizer.config.vocab_size)
         pairs = zip(colours, (image + 1) / 2)
         rows[f"{side}x{side}"] = plots.cells([picture for pair in pairs for picture in pair])
-    footer = ("Under a class name: the token map of this scale. A colour stands for the number "
-              "of a code.\nBeside it: the image decoded from all maps down to this row.")
+    footer = ("Under a class name: the token map of this scale. A colour stands for the "
+              "number of a code.\nBeside it: the image decoded from all maps down to this row.")
     save(args, "coarse_to_fine", rows, scale=1, footer=plots.legend(footer),
          column_labels=[label for text in texts for label in (text, "so far")])
 
 
 def show_guidance(args, model):
-    """The first class at several strengths of guidance, with the same noise in every row."""
+    """The first class at several strengths of guidance. All rows use the same noise."""
     rows, default = {}, args.sampling["cfg"]
     for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, default}):
         text = f"cfg {cfg:g}" + " (default)" * (cfg == default)
@@ -162,21 +162,22 @@ def show_guidance(args, model):
 def show_reconstructions(args, model):
     """Images, and what the tokenizer makes of them after each scale."""
     image, _ = images_to_edit(args, model)
-    health.save_picture(args.out / "reconstruct.png", model.tokenizer, image.to(args.device))
-    print(f"wrote {args.out / 'reconstruct.png'}")
+    path = args.out / "reconstruct.png"
+    health.save_picture(path, model.tokenizer, image.to(args.device))
+    print(f"wrote {path}")
 
 
 @torch.no_grad()
 def show_edits(args, model, task):
-    """Repaint images without a class, which is the paper's task, and with their own; or as other
-    classes. Print how true the kept part stays and how probable the whole is."""
+    """Repaint images without a class, which is the paper's task, and with their own; or as
+    other classes. Print how true the kept part stays and how probable the whole is."""
     image, labels = images_to_edit(args, model, 5 if task == "edit" else 10)
     keep, tokenizer = kept_region(args, task), model.tokenizer
     if task == "inpaint":
         check_no_leak(model, image[:1], keep, labels[:1])
     wanted = {"no class": torch.full_like(labels, len(args.names)), "own class": labels}
     if task == "edit":
-        wanted = {f"as {text}": torch.full_like(labels, c) for c, text in args.labels.items()}
+        wanted = {f"as {text}": labels * 0 + c for c, text in args.labels.items()}
     alone = tokenizer.tokens_to_image(tokenizer.image_to_tokens(image.to(args.device)))
     rows = {"tokenizer alone": (alone.cpu() + 1) / 2}
     for text, classes in wanted.items():
@@ -206,17 +207,19 @@ def show_density(args, model):
         image, labels = read_image(args.image, args.side), None
     else:
         image, labels = held_out(args, args.n or 500, examples=False)
-    density(model.tokenizer, model.log_likelihood, image, labels, args.labels, len(args.names))
+    no_class = len(args.names)
+    density(model.tokenizer, model.log_likelihood, image, labels, args.labels, no_class)
 
 
 def show_evaluation(args, model):
     """Samples beside held-out images and reconstructions, measured by a classifier."""
-    evaluate(args.dataset, args.data_dir, args.names, model.tokenizer, model.draw, args.n or 1000)
+    evaluate(args.dataset, args.data_dir, args.names, model.tokenizer, model.draw,
+             args.n or 1000)
 
 
 def export_npz(args, model):
-    """Write what the standard ImageNet evaluator reads: samples of all classes in turn, uint8
-    (N, side, side, 3), named arr_0. 50,000 images of 256 pixels need 10 GB of memory."""
+    """Write what the standard ImageNet evaluator reads: samples of all classes in turn,
+    uint8 (N, side, side, 3), named arr_0. 50,000 of 256 pixels need 10 GB of memory."""
     path = Path(args.export_npz)
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(f"--export-npz {path}: give a file in a folder that exists")
@@ -229,7 +232,8 @@ def export_npz(args, model):
     print(f"wrote {path}: {len(images)} images")
 
 
-TASKS = {"sample": show_samples, "guidance": show_guidance, "reconstruct": show_reconstructions,
+TASKS = {"sample": show_samples, "guidance": show_guidance,
+         "reconstruct": show_reconstructions,
          "inpaint": partial(show_edits, task="inpaint"),
          "outpaint": partial(show_edits, task="outpaint"),
          "edit": partial(show_edits, task="edit"),

@@ -1,13 +1,13 @@
 """Is the tokenizer healthy? What each scale does, measured on held-out images.
 
     side          1x1    2x2    3x3    4x4    6x6    8x8
-    codes used    12%    40%    45%    64%    61%    99%   share of the codebook that occurs here
-    perplexity     29    130    157    231    159    418   as many codes, if all occurred equally
-    energy left 72.0%  61.2%  51.7%  35.6%  28.0%   2.6%   of the feature map f, after this scale
-    psnr, dB     15.7   16.9   17.9   20.7   22.6   30.4   of the image decoded after this scale
+    codes used    12%    40%    45%    64%    61%    99%   share of the codebook that occurs
+    perplexity     29    130    157    231    159    418   as many codes, all equally often
+    energy left 72.0%  61.2%  51.7%  35.6%  28.0%   2.6%   of the feature map f, afterwards
+    psnr, dB     15.7   16.9   17.9   20.7   22.6   30.4   of the image decoded so far
 
-A 1x1 map sees one vector per image, so few codes there are normal. Few codes at a *large* scale
-mean codebook collapse, which longer training does not cure.
+A 1x1 map sees one vector per image, so few codes there are normal. Few codes at a *large*
+scale mean codebook collapse, which longer training does not cure.
 """
 import torch
 
@@ -16,25 +16,26 @@ from report import plots
 
 
 def psnr(image, other, keep=None):
-    """Peak signal-to-noise ratio in dB of images (B, 3, H, W) in [-1, 1]: one per image, (B,).
-    keep (H, W) bool: of these pixels only"""
+    """Peak signal-to-noise ratio of images (B, 3, H, W) in [-1, 1], or of the pixels in
+    keep (H, W) bool -> (B,) in dB"""
     error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square()           # (B, 3, H, W)
-    return decibels(error.mean((1, 2, 3)) if keep is None else error[:, :, keep].mean((1, 2)))
+    error = error.flatten(2) if keep is None else error[:, :, keep]      # (B, 3, pixels)
+    return decibels(error.mean((1, 2)))
 
 
 def decibels(error):
-    """Mean squared error of values in [-1, 1] -> PSNR in dB: 10 log10(range^2 / error), range 2"""
+    """Mean squared error of values in [-1, 1] -> PSNR in dB, 10 log10(range^2 / error)"""
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
 def count_codes(tokens, vocab_size):
-    """How often each code occurs at each scale. tokens: list of K (B, n_k) -> (K, V) int64"""
+    """tokens: list of K (B, n_k) -> how often each code occurs at each scale, (K, V)"""
     return torch.stack([torch.bincount(t.flatten(), minlength=vocab_size) for t in tokens])
 
 
 def usage(counts):
-    """counts (K, V) -> dict: shares of codes used, and perplexities exp(-sum p ln p), both for
-    each scale and for all scales together"""
+    """counts (K, V) -> dict: the share of codes used and the perplexity, exp(-sum p ln p),
+    for each scale and for all scales together"""
     used, perplexity = [], []
     for row in [*counts, counts.sum(0)]:
         p = row[row > 0].double() / row.sum()
@@ -46,9 +47,9 @@ def usage(counts):
 
 @torch.no_grad()
 def examine(tokenizer, batches, autocast):
-    """Health over batches of images (B, 3, H, W) in [-1, 1]. autocast() makes the context in which
-    the networks run. -> dict: usage() and, for each scale, `left` (share of the energy of f that
-    is still missing) and `psnr_after` (mean over the images, dB); `psnr` is that of the last."""
+    """Health over batches of images (B, 3, H, W) in [-1, 1]. autocast() makes the context
+    in which the networks run. -> dict: usage(); for each scale `left`, the share of the
+    energy of f that is still missing, and `psnr_after` in dB; and `psnr`, its last value"""
     counts, left, energy, db, n = 0, 0, 0, 0, 0
     for image in batches:
         with autocast():
@@ -68,18 +69,17 @@ def examine(tokenizer, batches, autocast):
 
 
 def check_up(tokenizer, held_out, device, autocast, path=None):
-    """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and draw ten of them into the
-    file `path`. autocast: as in examine(). -> the report as text, the dict of examine() with
-    `warnings`"""
-    images = (to_float(part.to(device)) for part in held_out.split(per_pass(held_out.shape[1])))
-    health = examine(tokenizer, images, autocast)
+    """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and draw ten of them
+    into the file `path`. -> a report as text, the dict of examine() with `warnings`"""
+    parts = held_out.split(per_pass(held_out.shape[1]))
+    health = examine(tokenizer, (to_float(part.to(device)) for part in parts), autocast)
     health["warnings"] = warnings(tokenizer.config, health, len(held_out))
     if path:
         some = held_out[::max(1, len(held_out) // 10)][:10]              # of all classes
         save_picture(path, tokenizer, to_float(some.to(device)))
-    lines = [f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes | "
-             f"{len(held_out)} images", *table(tokenizer.scales, health), *health["warnings"]]
-    return "\n".join(lines), health
+    line = (f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes"
+            f" | {len(held_out)} images")
+    return "\n".join([line, *table(tokenizer.scales, health), *health["warnings"]]), health
 
 
 def short(scales, health):
@@ -95,22 +95,23 @@ def table(scales, health):
             ("perplexity", [f"{x:.0f}" for x in health["perplexity"]]),
             ("energy left", [f"{x:.1%}" for x in health["left"]]),
             ("psnr, dB", [f"{x:.1f}" for x in health["psnr_after"]])]
-    return [f"    {name:<12}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows]
+    return [f"    {name:<12}" + "".join(f"{x:>8}" for x in cells) for name, cells in rows]
 
 
 def warnings(config, health, images):
-    """-> what is wrong, a line each. A scale has collapsed if it has more than 16 tokens, saw at
-    least 4 V vectors, and still uses less than a fifth of the V codes."""
+    """-> what is wrong, a line each. A scale has collapsed if it has more than 16 tokens,
+    saw at least 4 V vectors, and still uses less than a fifth of the V codes."""
     V, lines = config.vocab_size, []
     for k, side in enumerate(config.scales):
         used, left = health["used"][k], health["left"]
         if side * side > 16 and images * side * side >= 4 * V and used < 0.2:
-            lines.append(f"warning: scale {side}x{side} has collapsed, {used:.0%} of {V} codes are "
-                         "in use; try --learn ema, a smaller --tokenizer-lr or --vocab-size")
+            lines.append(f"warning: scale {side}x{side} has collapsed, {used:.0%} of {V} "
+                         "codes are in use; try --learn ema, or a smaller --tokenizer-lr or "
+                         "--vocab-size")
         if k and config.residual and left[k] > left[k - 1] + 0.01:
-            lines.append(f"warning: scale {side}x{side} makes the features worse (energy left "
-                         f"{left[k - 1]:.0%} -> {left[k]:.0%}); train longer, or try a smaller "
-                         "--tokenizer-lr")
+            lines.append(f"warning: scale {side}x{side} makes the features worse (energy "
+                         f"left {left[k - 1]:.0%} -> {left[k]:.0%}); train longer, or try a "
+                         "smaller --tokenizer-lr")
     return lines
 
 

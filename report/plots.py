@@ -19,25 +19,24 @@ FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "a
          "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf", "seguiemj.ttf")
 
 
-# -- Text ------------------------------------------------------------------------------------------
+# -- Text ----------------------------------------------------------------------------------
 
 @functools.cache
 def font_for(text):
-    """A font that has all characters of the text: Pillow's own or one of this system. -> None if
-    there is none"""
+    """A font with all characters of the text: Pillow's own, one of this system, or None"""
     fonts = [ImageFont.load_default(14)]
     for name in FONTS:
         with suppress(OSError):
             fonts.append(ImageFont.truetype(name, 14))
     for font in fonts:
-        missing = bytes(font.getmask("\U0010ffff"))        # what it draws for unknown characters
+        missing = bytes(font.getmask("\U0010ffff"))        # drawn for unknown characters
         if all(bytes(font.getmask(c)) != missing for c in set(text) - {" ", "\n"}):
             return font
     return None
 
 
 def class_label(name, number):
-    """The name of a class, shortened if it is long, or its number if no font can draw it."""
+    """The name of a class, shortened if it is long, or its number if no font has it."""
     name = " ".join(name.split())
     if len(name) > 22:
         name = f"{name[:12]}...{name[-7:]}"
@@ -58,11 +57,11 @@ def text_size(text):
     return round(box[2] + 0.5), round(box[3] + 0.5)
 
 
-# -- Grids of images -------------------------------------------------------------------------------
+# -- Grids of images -----------------------------------------------------------------------
 
 def cells(images):
-    """Images (3, h, h) of different sizes -> (N, 3, side, side), all as large as the largest
-    and at least 96 pixels. Every pixel becomes a rectangle."""
+    """Images (3, h, h) of different sizes -> (N, 3, side, side), all as large as the
+    largest and at least 96 pixels. Every pixel becomes a rectangle."""
     side = max(96, *(image.shape[-1] for image in images))
     places = [torch.arange(side) * image.shape[-1] // side for image in images]
     return torch.stack([image[:, at[:, None], at] for image, at in zip(images, places)])
@@ -74,18 +73,18 @@ def to_uint8(images):
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=None, gap=2,
+def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=None,
               footer=None):
     """Write images row by row into one PNG on white. Raises ValueError if there are none.
 
     images: float tensor (N, 3, H, W) in [0, 1] or uint8 array (N, H, W, 3)
-    scale: a whole number (None: cells of about 96 pixels); gap: pixels between cells
-    row_labels, column_labels: a text for each; footer: the picture that legend() makes"""
+    scale: a whole number (None: cells of about 96 pixels); row_labels, column_labels: a text
+    for each; footer: the picture that legend() makes"""
     if torch.is_tensor(images) and images.is_floating_point():
         images = to_uint8(images)
     if len(images) == 0:
         raise ValueError("save_grid needs at least one image")
-    scale = scale or max(1, round(96 / images.shape[2]))
+    gap, scale = 2, scale or max(1, round(96 / images.shape[2]))
     images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
     # Labels set the margins, and a wide column label widens its column, so none is cut off.
     row_sizes = [text_size(text) for text in row_labels]
@@ -122,7 +121,7 @@ def save(picture, path):
     picture.save(path)
 
 
-# -- Colours ---------------------------------------------------------------------------------------
+# -- Colours -------------------------------------------------------------------------------
 
 def heat_map(matrix, low=None, high=None):
     """Matrix (..., H, W) -> uint8 (..., H, W, 3), from dark blue for `low` to yellow."""
@@ -141,51 +140,45 @@ def heat_maps(matrices, low, high):
 
 
 def token_colours(tokens, side, vocab_size):
-    """Tokens (N, side*side) -> one colour each, floats (N, 3, side, side). The number of a code
-    means nothing, so neighbouring numbers get colours far apart: multiples of irrational
-    numbers fill the colour cube evenly."""
+    """Tokens (N, side*side) -> one colour each, floats (N, 3, side, side). The number of a
+    code means nothing, so neighbouring numbers get colours far apart: multiples of
+    irrational numbers fill the colour cube evenly."""
     numbers = torch.arange(vocab_size, dtype=torch.float64)[:, None] + 1
     steps = torch.tensor([0.8191725134, 0.6710436067, 0.5497004779], dtype=torch.float64)
     table = (0.12 + 0.83 * (numbers * steps).frac()).float()              # (V, 3)
     return table[tokens.reshape(-1, side, side).cpu()].permute(0, 3, 1, 2)
 
 
-# -- Line charts -----------------------------------------------------------------------------------
-
-def round_numbers(low, high, log):
-    """Ticks from low to high: 1, 2 and 5 times powers of ten on a logarithmic axis of more
-    than a decade, else a few equal steps."""
-    if log and high > 10 * low:
-        ticks = [digit * 10.0 ** power for power in range(-12, 13) for digit in (1, 2, 5)]
-        return [tick for tick in ticks if low <= tick <= high]
-    step = 10.0 ** np.floor(np.log10((high - low) / 4))
-    step *= max(digit for digit in (1, 2, 5) if digit * step <= (high - low) / 4)
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
+# -- Line charts ---------------------------------------------------------------------------
 
 def axis(values, log, begin, end):
     """An axis from pixel `begin` to pixel `end`, a little longer than the values need.
-    -> a function from numbers to pixels, the ticks"""
-    to_linear, back = (math.log10, lambda x: 10 ** x) if log else (float, float)
-    low, high = to_linear(min(values)), to_linear(max(values))
-    room = 0.04 * (high - low) or 0.5                      # a single value lies in the middle
-    low, high = low - room, high + room
+    -> a function from numbers to pixels; ticks, which are round numbers"""
+    def linear(value):
+        return math.log10(value) if log else value
 
     def place(value):
-        return begin + (to_linear(value) - low) / (high - low) * (end - begin)
-    return place, round_numbers(back(low), back(high), log)
+        return begin + (linear(value) - low) / (high - low) * (end - begin)
+    low, high = linear(min(values)), linear(max(values))
+    room = 0.04 * (high - low) or 0.5                      # one value lies in the middle
+    low, high = low - room, high + room
+    if log and high - low > 1:                             # more than a decade: 1, 2, 5, 10, ...
+        ticks = [digit * 10.0 ** power for power in range(-12, 13) for digit in (1, 2, 5)]
+        return place, [tick for tick in ticks if low <= linear(tick) <= high]
+    first, last = (10 ** low, 10 ** high) if log else (low, high)
+    step = 10.0 ** math.floor(math.log10((last - first) / 4))
+    step *= max(digit for digit in (1, 2, 5) if digit * step <= (last - first) / 4)
+    return place, [k * step for k in range(math.ceil(first / step), int(last // step) + 1)]
 
 
 def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400), log=""):
     """Write a line chart. series: name -> list of (x, y); what cannot be drawn is left out.
     log: the logarithmic axes, "x", "y" or "xy" (with "xy", powers become straight lines).
     Raises ValueError if no point is left."""
-    def drawable(x, y):
-        positive = (x > 0 or "x" not in log) and (y > 0 or "y" not in log)
-        return positive and math.isfinite(x) and math.isfinite(y)
-
-    lines = {name: [point for point in points if drawable(*point)]
-             for name, points in series.items()}
+    def drawable(point):
+        return all(math.isfinite(value) and (value > 0 or name not in log)
+                   for name, value in zip("xy", point))
+    lines = {name: list(filter(drawable, points)) for name, points in series.items()}
     points = [point for line in lines.values() for point in line]
     if not points:
         raise ValueError("save_curve needs at least one point")
