@@ -78,13 +78,13 @@ def straight_through(x, code):
 
 
 def commitment_loss(x, code):
-    """Moves x towards its code. Without it x grows, because far codes decode better. -> ()"""
+    """Moves x towards its code. Without it x grows, as distant codes decode better. -> ()"""
     # Exercise 01_2
     return F.mse_loss(x, code.detach())
 
 
 def codebook_loss(x, code):
-    """Moves the code towards x. Give it the code: x_hat has no gradient to it. -> ()"""
+    """Moves the code towards x. Takes the code, to which x_hat has no gradient. -> ()"""
     # Exercise 01_2
     return F.mse_loss(code, x.detach())
 
@@ -135,7 +135,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def learn(self, groups, indices):
-        """Learn from a batch of vectors, list of (..., C), with indices, list of (...)."""
+        """Learn from a batch: vectors, list of (..., C), and indices, list of (...)."""
         x = torch.cat([g.reshape(-1, self.dim) for g in groups]).float()     # (N, C)
         idx = torch.cat([i.reshape(-1) for i in indices])                    # (N,)
         count = torch.bincount(idx, minlength=self.vocab_size).float()       # (V,)
@@ -185,8 +185,8 @@ class VectorQuantizer(nn.Module):
 
 def residual_quantize(x, quantizer, depth):
     """Quantize x, then what is left, `depth` times (RQ-VAE, eq. 3), with one quantizer or a
-    list of one per round. d rounds reach up to V**d points but search only d V codes; chapter
-    2 spreads them over scales. x (..., C) -> (x_hat (..., C), [idx_1 .. idx_depth])"""
+    list of one per round. d rounds reach up to V**d points but search only d V codes. Next:
+    a round per scale. x (..., C) -> (x_hat (..., C), [idx_1 .. idx_depth])"""
     quantizers = quantizer if isinstance(quantizer, list) else [quantizer] * depth
     # Exercise 01_4
     x_hat, indices = torch.zeros_like(x), []
@@ -231,8 +231,8 @@ class LookupFreeQuantizer(nn.Module):
         return self.entropy * (cross_entropy(p, p) - cross_entropy(mean, mean))
 
 
-# What --quantizer may name, made from (vocab_size, dim, learn). A new one is a class with
-# nearest, lookup, learn, extra_loss and initialised (False: start_on_data is still due).
+# Names for --quantizer and how to make each. A new one is a class with nearest, lookup,
+# learn, extra_loss and initialised (if that is False, start_on_data will be called).
 QUANTIZERS = {"vq": VectorQuantizer, "lfq": lambda V, dim, learn: LookupFreeQuantizer(dim)}
 
 

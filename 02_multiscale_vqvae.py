@@ -37,7 +37,7 @@ class TokenizerConfig:
     """Every size of the tokenizer. Raises ValueError if they do not fit together."""
     image_size: int = 32                 # side of the square image, in pixels
     scales: tuple = (1, 2, 3, 4, 6, 8)   # sides of the token maps
-    vocab_size: int = 512                # V, codes shared by all scales
+    vocab_size: int = 512                # V, codes for all scales: one vocabulary
     latent_dim: int = 32                 # C, length of a code
     channels: int = 64                   # width of the first convolution
     multipliers: tuple = (1,)            # of `channels` at each resolution
@@ -68,12 +68,11 @@ class MultiScaleVQVAE(nn.Module):
         C = config.latent_dim
         self.encoder, self.decoder = make_encoder(config), make_decoder(config)
         self.quant_conv, self.post_quant_conv = conv3x3(C, C), conv3x3(C, C)   # mix cells
-        # One codebook for all scales, so that the transformer has one vocabulary.
         self.quantizer = vq.QUANTIZERS[config.quantizer](config.vocab_size, C, config.learn)
         self.phis = nn.ModuleList(conv3x3(C, C) for _ in range(config.phis))
         self.phi_index = phi_of_scale(self.K, config.phis)
         for i, phi in enumerate(self.phis):
-            phi.requires_grad_(i in self.phi_index)         # with few scales, some are unused
+            phi.requires_grad_(i in self.phi_index)        # with few scales some are unused
 
     def downsample_to(self, f, k):
         """A feature map as the vectors of scale k: each is the mean of its area, the vector
@@ -158,9 +157,9 @@ class MultiScaleVQVAE(nn.Module):
             vq = 1/K sum_k w_k (beta |f - sg(f_hat_k)|^2 + |sg(f) - f_hat_k|^2)
 
         The first part moves the encoder, the second phi (and codes if learn="gradient").
-        This is the middle term of equation 5, which the paper asks of the last f_hat alone
-        (coarse codes then collapse), the original code of all alike (f is then pulled to
-        what few tokens can say). Here w_k = coarse, and the last gets the rest of K."""
+        This is the middle term of equation 5. The paper applies it to the last f_hat alone,
+        which lets coarse codes collapse; the original code weights all f_hat alike, which
+        pulls f towards what few tokens can say. Here w_k = coarse; the last makes the sum K."""
         if self.training and not self.quantizer.initialised:
             self.quantizer.start_on_data(self.unquantized(f.detach()))
         K, beta, coarse = self.K, self.config.beta, self.config.coarse
@@ -175,11 +174,11 @@ class MultiScaleVQVAE(nn.Module):
             # End of exercise
             extra = extra + self.quantizer.extra_loss(x)   # x has a gradient for this alone
         if self.training:
-            torch.compiler.disable(self.quantizer.learn)(groups, tokens)  # runs uncompiled
+            torch.compiler.disable(self.quantizer.learn)(groups, tokens)   # never compiled
         return f_hat, tokens, loss / K, extra / K
 
     def unquantized(self, f):
-        """Where codes start: what scales would see if coarser ones lost nothing. -> groups"""
+        """What scales would see if none lost anything: the codes start there. -> groups"""
         f_hat, groups = torch.zeros_like(f), []
         for k in range(self.K):
             groups.append(self.downsample_to(f - f_hat if self.config.residual else f, k))
@@ -192,7 +191,7 @@ class MultiScaleVQVAE(nn.Module):
 
     def decode(self, f_hat):
         """f_hat (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped"""
-        f_hat = f_hat.to(self.post_quant_conv.weight.dtype)  # chapter 6 may use half precision
+        f_hat = f_hat.to(self.post_quant_conv.weight.dtype)        # may be half precision
         return self.decoder(self.post_quant_conv(f_hat))
 
     def image_to_tokens(self, image):
@@ -330,7 +329,7 @@ def check_sizes(cfg):
     need(cfg.quantizer in vq.QUANTIZERS, f"quantizer must be one of {list(vq.QUANTIZERS)}")
     need(cfg.quantizer != "lfq" or cfg.vocab_size == 2 ** cfg.latent_dim <= 2 ** 24,
          "lfq needs vocab_size = 2**latent_dim, with latent_dim at most 24")
-    need(cfg.channels % cfg.groups == 0, f"channels must be a multiple of groups, {cfg.groups}")
+    need(cfg.channels % cfg.groups == 0, f"channels must be a multiple of {cfg.groups} groups")
     side = cfg.image_size / (cfg.unshuffle * 2 ** (len(cfg.multipliers) - 1))
     need(cfg.scales[-1] == side, f"the last scale must be {side:g} (image_size / downsampling)")
 

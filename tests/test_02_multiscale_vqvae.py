@@ -268,7 +268,7 @@ def test_torch_compile_trains_the_same():
     (dict(quantizer="lfq", latent_dim=8, vocab_size=512), "2\\*\\*latent_dim"),
     (dict(quantizer="lfq", latent_dim=25, vocab_size=2 ** 25), "24"),
     (dict(coarse=1.5), "coarse"), (dict(learn="by heart"), "gradient"),
-    (dict(quantizer="x"), "'vq', 'lfq'"), (dict(channels=6, groups=4), "multiple of groups, 4")])
+    (dict(quantizer="x"), "'vq', 'lfq'"), (dict(channels=6, groups=4), "multiple of 4")])
 def test_bad_settings_raise_one_clear_line(changes, word):
     with pytest.raises(ValueError, match=word):
         ms.TokenizerConfig(**changes)
