@@ -39,7 +39,8 @@ class Raster(torch.nn.Module):
     def __init__(self, tokenizer):
         super().__init__()
         side, config = tokenizer.scales[0], tokenizer.config
-        self.tokenizer, self.scales, self.K = tokenizer, (1,) * side ** 2, side ** 2
+        self.tokenizer, self.decode = tokenizer, tokenizer.decode
+        self.scales, self.K = (1,) * side ** 2, side ** 2
         self.config = SimpleNamespace(
             image_size=config.image_size, scales=self.scales, vocab_size=config.vocab_size,
             latent_dim=config.latent_dim)
@@ -50,9 +51,6 @@ class Raster(torch.nn.Module):
 
     def features(self, tokens):
         return self.tokenizer.features([torch.cat(tokens, 1)])
-
-    def decode(self, f_hat):
-        return self.tokenizer.decode(f_hat)
 
     def teacher_inputs(self, tokens):
         """64 tokens (B, 1) -> the codes of all but the last (B, 63, C)"""

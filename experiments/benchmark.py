@@ -53,9 +53,10 @@ def main():
     add("--compile", action="store_true", help="compile the training steps")
     add("--quick", action="store_true", help="one step of two images")
     args = parser.parse_args()
-    batch, repeats = (2, 1) if args.quick else (args.batch_size, 5)
+    batch = 2 if args.quick else args.batch_size
     settings = training.read_settings(SIZES[args.size].split())
     device = pick_device(args.device)
+    timed = partial(measure, device=device, repeats=1 if args.quick else 5)
     config, precision = training.tokenizer_config(settings), best_precision(device)
     compute = partial(autocast, device, precision)
 
@@ -65,7 +66,8 @@ def main():
     side = config.image_size
     image = 2 * torch.rand(batch, 3, side, side, device=device) - 1
     labels = torch.arange(batch, device=device) % 1000
-    maps = tokenizer.eval().image_to_tokens(image)                     # K maps (B, n)
+    with torch.no_grad():
+        maps = tokenizer.eval().image_to_tokens(image)                 # K maps (B, n)
 
     def training_step(model):
         optimizers = make_optimizers(model, 1e-4, 0.05, settings.optimizer, precision)
@@ -84,32 +86,23 @@ def main():
             take_step(optimizers, norm, 0)
         return step
 
-    @torch.no_grad()
-    def tokenise():
-        with compute():
-            tokenizer.image_to_tokens(image)
-
-    @torch.no_grad()
-    def decode():
-        drawing.to_image(tokenizer, var, maps)
-
-    def sample():
-        drawing.generate(tokenizer, var, labels, cfg=1.5, top_k=900, top_p=0.96)
-
     rows = {}
     for name, model in (("tokenizer", tokenizer), ("transformer", var)):
-        rows[f"training step, {name}"] = measure(training_step(model), device, repeats)
-        model.eval().requires_grad_(False)
-    rows["tokenise"] = measure(tokenise, device, repeats)
-    drawing.set_precision(var, "auto", device)             # of decoding, too, as in chapter 6
-    rows["decode"] = measure(decode, device, repeats)
-    rows["sample, guided"] = measure(sample, device, repeats)
+        rows[f"training step, {name}"] = timed(training_step(model))
+        model.eval()
+    with torch.no_grad():
+        with compute():
+            rows["tokenise"] = timed(lambda: tokenizer.image_to_tokens(image))
+        drawing.set_precision(var, "auto", device)         # of decoding, too
+        rows["decode"] = timed(lambda: drawing.to_image(tokenizer, var, maps))
+        rows["sample, guided"] = timed(lambda: drawing.generate(
+            tokenizer, var, labels, cfg=1.5, top_k=900, top_p=0.96))
 
     machine = f"CPU with {torch.get_num_threads()} thread(s)"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name()
-    print(f"{args.size}: {parameters(tokenizer):.1f} and {parameters(var):.1f} M parameters,"
-          f" trained in {precision}, torch {torch.__version__}, {machine}")
+    sizes = f"{parameters(tokenizer):.1f} and {parameters(var):.1f} M parameters"
+    print(f"{args.size}, {sizes}, {precision}, torch {torch.__version__}, {machine}")
     show([f"batch {batch}", "ms", "images/s", "peak memory, GB"],
          [[name, f"{1000 * seconds:.1f}", f"{batch / seconds:.1f}", f"{peak:.1f}"]
           for name, (seconds, peak) in rows.items()])

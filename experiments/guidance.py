@@ -3,9 +3,8 @@
     python experiments/guidance.py --data-dir DIR --cfg 3 --n 2000     classes of CIFAR-10
     python experiments/guidance.py --dataset shapes --cfg 1.5
 
-Guidance moves the logits of a scale away from the prediction without a class: logits = (1 +
-t) cond - t uncond. The original code lets t grow from 0 at the first scale to cfg at the
-last:
+Guidance moves logits away from the prediction without a class: (1 + t) cond - t uncond. The
+original code lets t grow from 0 at the first scale to cfg at the last:
 
     row            1x1  2x2  3x3  4x4  6x6  8x8
     none            0    0    0    0    0    0
@@ -16,9 +15,6 @@ last:
 Nothing is trained. All rows draw from the shipped model with the top-k and top-p that suit
 it, with the same labels and, for each seed, the same random numbers. (On CIFAR-10 this
 top-p was chosen for the ramp with cfg 3.)
-
-Sources: the code of VAR (Tian et al. 2024). Guidance in a part of the steps: Kynkäänniemi
-et al. 2024, for diffusion, and Switti (Voronov et al. 2024), for a VAR conditioned on text.
 """
 import sys
 from pathlib import Path

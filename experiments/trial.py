@@ -84,8 +84,6 @@ class Trial:
             self.all = self.data
         self.about = dict(class_names=self.names, dataset=args.dataset)
 
-    # -- Models ----------------------------------------------------------------------------
-
     def settings_of(self, row, seed, **changes):
         """Settings of chapter 5 for a row, in a folder of its own."""
         folder = self.folder / row / str(seed)
@@ -125,8 +123,6 @@ class Trial:
             views = training.encode_once(settings, tokenizer, images, split, CPU)
             found[split] = views, labels
         return found
-
-    # -- Measurements ----------------------------------------------------------------------
 
     def measure(self, row, seed, compute):
         """compute() -> dict of numbers, which is kept in the folder of the row."""
