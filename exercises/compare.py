@@ -1,4 +1,4 @@
-"""What graders call: run a student's function, compare what it returns, say what is wrong."""
+"""What graders call: run a student's function, compare the result, say what is wrong."""
 import inspect
 
 import torch
@@ -8,7 +8,7 @@ CASE = []                        # the present inputs, as lines of a message
 
 
 class Wrong(AssertionError):
-    """What a grader says about a wrong answer, and the inputs at hand."""
+    """What a grader says about a wrong answer, and the present inputs."""
 
     def __init__(self, text):
         super().__init__(text + "".join(CASE))
@@ -21,8 +21,8 @@ def case(**inputs):
 
 
 def call(function, *inputs, **context):
-    """Call a student's function and check that it leaves its inputs as they were. context:
-    shown in messages, after the inputs"""
+    """Call a student's function and check that it leaves its inputs as they were. Messages
+    show the inputs and the context."""
     given = dict(zip(inspect.signature(function).parameters, inputs))
     case(**given, **context)
     before = []
@@ -60,40 +60,58 @@ def gradients(name, value, *inputs):
     if not torch.is_tensor(value) or not value.requires_grad:
         raise Wrong(f"{name} has no gradient: is everything detached?")
     try:
-        found = torch.autograd.grad(value.sum(), inputs, allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(value.sum(), inputs, allow_unused=True,
+                                    retain_graph=True)
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
-        raise Wrong(f"{name} has no gradient: a tensor that the backward pass needs was changed "
-                    "in place (by +=, *=, x[...] = ..., or a method that ends in _)") from None
+        raise Wrong(f"{name} has no gradient: what the backward pass needs was changed in "
+                    "place (by +=, *=, x[...] = ..., a method that ends in _)") from None
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, found)]
 
 
-# -- Comparing and describing --------------------------------------------------------------
+def expect_gradients(name, got, want, tolerance=1e-3, **inputs):
+    """Raise Wrong unless got.sum() and want.sum() have the same gradients at the inputs."""
+    found, right = (gradients(name, value, *inputs.values()) for value in (got, want))
+    for at, one, other in zip(inputs, found, right):
+        if one.any() and not other.any():
+            raise Wrong(f"the gradient of {name} reaches {at}, which must not learn from "
+                        "it: what was not detached?")
+        expect(f"the gradient of {name}.sum() at {at}", one, other, tolerance)
+
+
+def random_var(chapter, scales, **sizes):
+    """A transformer of chapter 4 in eval mode. Random numbers open its gates, which are
+    almost shut at first, so that a wrong branch would hardly show."""
+    var = chapter.VAR(chapter.VARConfig(scales=scales, **sizes)).eval()
+    for p in var.parameters():
+        p.data.add_(0.4 * torch.randn_like(p))
+    return var
+
 
 def difference(name, got, want, tolerance):
     """How `got` differs from what is wanted, or "" if it does not."""
+    if torch.is_tensor(want) and torch.is_tensor(got):
+        for what in ("shape", "dtype", "device"):
+            one, other = getattr(got, what), getattr(want, what)
+            if one != other:
+                return f"{name} has {what} {show(one)}, expected {show(other)}"
+        return difference_in_values(name, got.detach(), want.detach(), tolerance)
     if isinstance(want, (list, tuple)) and isinstance(got, (list, tuple)):
         if len(got) == len(want):
-            pairs = enumerate(zip(got, want))
-            parts = [difference(f"{name}[{i}]", *pair, tolerance) for i, pair in pairs]
+            parts = [difference(f"{name}[{i}]", *pair, tolerance)
+                     for i, pair in enumerate(zip(got, want))]
             return next(filter(None, parts), "")
     elif isinstance(want, float) and isinstance(got, (int, float)):
         if abs(got - want) <= tolerance * max(1, abs(want)):
             return ""
     elif not torch.is_tensor(want) and type(got) is type(want) and got == want:
         return ""
-    elif torch.is_tensor(want) and torch.is_tensor(got):
-        for what in ("shape", "dtype", "device"):
-            one, other = getattr(got, what), getattr(want, what)
-            if one != other:
-                return f"{name} has {what} {show(one)}, expected {show(other)}"
-        return difference_in_values(name, got.detach(), want.detach(), tolerance)
     return f"{name} is {describe(got)}, expected {describe(want)}"
 
 
 def difference_in_values(name, got, want, tolerance):
-    """Two tensors of one shape, dtype and device: the first place where they differ, or ""."""
+    """Two tensors of one shape, dtype and device: where they first differ, or ""."""
     wrong = got != want
     if want.is_floating_point():
         wrong = ~torch.isclose(got, want, tolerance, tolerance, equal_nan=True)
@@ -120,8 +138,8 @@ def show(value, digits=4):
     """Numbers, lists and small tensors; of what is larger, the shape."""
     if torch.is_tensor(value):
         return show(value.tolist()) if value.numel() <= SMALL else describe(value)
-    if isinstance(value, torch.Size):
-        return str(tuple(value))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
         return f"[{', '.join(map(show, value[:SMALL]))}]"
-    return f"{value + 0.0:.{digits}g}" if isinstance(value, float) else str(value)[:100]
+    if isinstance(value, float):
+        return f"{value + 0.0:.{digits}g}"                 # + 0.0: -0 becomes 0
+    return str(value).removeprefix("torch.Size")[:100]

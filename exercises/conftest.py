@@ -1,4 +1,4 @@
-"""Grade a student's copy: pytest exercises --student DIR [-k 02_1] [--junitxml marks.xml]"""
+"""Grade a student's copy: pytest exercises --student DIR [-k 02_1]"""
 import sys
 from pathlib import Path
 
@@ -35,14 +35,15 @@ def results(pytestconfig):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    results, tasks, write = config.stash[RESULTS], make.read_tasks(), terminalreporter.write_line
+    results, tasks = config.stash[RESULTS], make.read_tasks()
+    write = terminalreporter.write_line
     if not results:
         write(f"no task was graded; -k takes one of {', '.join(make.graded_tasks())}")
         return
     write(f"\n{'task':<13}{'title':<40}{'minutes':>7}  {'result':<9} why")
     for task, (status, why) in results.items():
         title, minutes, _ = tasks[task]
-        write(f"{task:<13}{title[:39]:<40}{minutes:>7}  {status:<9} {why.splitlines()[0][:99] if why else ''}"
-              .rstrip(), green=status == "passed")
+        line = f"{task:<13}{title[:39]:<40}{minutes:>7}  {status:<9} "
+        write((line + why.partition("\n")[0][:99]).rstrip(), green=status == "passed")
     passed = [status for status, _ in results.values()].count("passed")
     write(f"\n{passed} of {len(results)} tasks passed")

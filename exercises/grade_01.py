@@ -17,14 +17,19 @@ def slow_lloyd(x, centres, iterations):
 
 
 def grade_01_1(chapter):
-    middle = torch.tensor([1., 1., 1., 1., 1., 6.])        # the second level stays unused
-    last = torch.tensor([0., 6., 6., 6.])                  # here the third
-    for x, levels, iterations in ((torch.tensor([0., 1., 5., 6., 7., 20.]), 2, 1),
-                                  (middle, 3, 2), (last, 3, 2), (torch.randn(50) ** 3, 7, 3),
-                                  (torch.randn(40), 5, 20)):
+    small = torch.tensor([0., 1., 5., 6., 7., 20.])
+    unused = torch.tensor([1., 1., 1., 1., 1., 6.])        # no number chooses level 2 of 3
+    last = torch.tensor([0., 6., 6., 6.])                  # or level 3
+    for x, levels, iterations in ((small, 2, 1), (unused, 3, 2), (last, 3, 2),
+                                  (torch.randn(50) ** 3, 7, 3), (torch.randn(40), 5, 20)):
         start = chapter.equal_mass_levels(x, levels)
-        expect("lloyd_levels", call(chapter.lloyd_levels, x, levels, iterations),
-               slow_lloyd(x, start, iterations))
+        got = call(chapter.lloyd_levels, x, levels, iterations, start=start)
+        expect("lloyd_levels", got, slow_lloyd(x, start, iterations))
+    # From here the second level moves to 8, and then no number chooses it any more.
+    x, start = torch.tensor([0., 2., 14., 19.]), torch.tensor([-2., 5., 30.])
+    chapter.equal_mass_levels = lambda x, levels: start.clone()
+    expect("lloyd_levels", call(chapter.lloyd_levels, x, 3, 2, start=start),
+           slow_lloyd(x, start, 2))
 
 
 def grade_01_2(chapter):
@@ -35,7 +40,8 @@ def grade_01_2(chapter):
         expect("straight_through", x_hat, code)
         at_x, at_code = gradients("straight_through", weight * x_hat, x, code)
         expect("the gradient of sum(weight * straight_through) at x", at_x, weight)
-        expect("the gradient of sum(weight * straight_through) at the code", at_code, nothing)
+        expect("the gradient of sum(weight * straight_through) at the code", at_code,
+               nothing)
 
         pull = 2 * (x - code).detach() / x.numel()         # of the mean square, at x
         for function, name, moves_x, moves_code in (
@@ -53,20 +59,19 @@ def grade_01_3(chapter):
     d = 0.75                                 # with 0.5, d and 1 - d would look alike
     for learn in ("ema", "gradient"):
         quantizer = chapter.VectorQuantizer(6, 2, learn=learn, decay=d, revive=False)
-        # Codes used often, never, almost never, rarely; and two that this batch leaves out.
+        # Codes used before: once, twice, never, almost never, rarely, often.
         quantizer.hits.copy_(torch.tensor([1., 2., 0., 0.0005, 0.02, 5.]))
         quantizer.sums.copy_(torch.randn(6, 2) * quantizer.hits[:, None])
-        for count in (torch.tensor([3., 1., 0., 0., 0., 0.]), torch.tensor([2., 0, 0, 0, 0, 4])):
+        for count in ([3., 1., 0., 0., 0., 0.], [2., 0., 1., 0., 0., 4.]):
+            count = torch.tensor(count)
             total = torch.randn(6, 2) * count[:, None]
             hits, sums, codes = (x.detach().clone() for x in (
                 quantizer.hits, quantizer.sums, quantizer.codebook))
             call(quantizer.move_codes, count, total, learn=learn, decay=d, hits_before=hits,
                  sums_before=sums, codebook_before=codes)
-            swapped = "decay and 1 - decay are swapped"
-            expect("hits", quantizer.hits, d * hits + (1 - d) * count,
-                   slips={swapped: (1 - d) * hits + d * count})
-            expect("sums", quantizer.sums, d * sums + (1 - d) * total,
-                   slips={swapped: (1 - d) * sums + d * total})
+            expect("hits", quantizer.hits, d * hits + (1 - d) * count, slips={
+                "decay and 1 - decay are swapped": (1 - d) * hits + d * count})
+            expect("sums", quantizer.sums, d * sums + (1 - d) * total)
             for i in range(6 if learn == "ema" else 0):
                 if d * hits[i] + (1 - d) * count[i] > 1e-3:
                     codes[i] = quantizer.sums[i] / quantizer.hits[i]

@@ -4,15 +4,15 @@ from importlib import import_module
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from exercises.compare import Wrong, call, case, expect, unpack
+from exercises.compare import Wrong, call, case, expect, expect_gradients, unpack
 from exercises.grading import judge_property
+from exercises.properties import small_tokenizer
 
-
-# -- 05_1 ----------------------------------------------------------------------------------
 
 class Model(torch.nn.Module):
-    """Stands for the transformer: notes what it is given, returns the logits it was made with."""
+    """Stands for the transformer: notes its inputs, returns the logits it was made with."""
 
     def __init__(self, logits):
         super().__init__()
@@ -23,124 +23,108 @@ class Model(torch.nn.Module):
         return 1 * self.logits                             # under no_grad: cut off
 
 
-def tiny_tokenizer(scales):
-    vqvae = import_module("02_multiscale_vqvae")
-    return vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(
-        image_size=2 * scales[-1], scales=scales, vocab_size=5, latent_dim=4, channels=8,
-        groups=4, unshuffle=2)).eval()
-
-
 def slow_losses(logits, tokens):
     """logits (B, L, V), tokens (B, L) -> nats (B, L), right (B, L)"""
     nats, right = torch.zeros(tokens.shape), torch.zeros(tokens.shape, dtype=torch.bool)
-    for b in range(tokens.shape[0]):
-        for t in range(tokens.shape[1]):
-            row, code = logits[b, t].tolist(), int(tokens[b, t])
-            most = max(row)
-            nats[b, t] = most + math.log(sum(math.exp(x - most) for x in row)) - row[code]
-            right[b, t] = row.index(most) == code          # of equal logits, the first
+    for b, t in np.ndindex(*tokens.shape):
+        row, code = logits[b, t].tolist(), int(tokens[b, t])
+        most = max(row)
+        nats[b, t] = most + math.log(sum(math.exp(x - most) for x in row)) - row[code]
+        right[b, t] = row.index(most) == code              # of equal logits, the first
     return nats, right
 
 
 def grade_05_1(chapter):
     for scales, dtype in (((1, 2, 3), torch.float32), ((2, 3), torch.bfloat16)):
-        tokenizer, L = tiny_tokenizer(scales), sum(side ** 2 for side in scales)
+        tokenizer = small_tokenizer(import_module("02_multiscale_vqvae"), scales)
+        L = sum(side ** 2 for side in scales)
         tokens, labels = torch.randint(5, (2, L)), torch.tensor([7, 3])
         logits = 3 * torch.randn(2, L, 5)
-        logits[0, :2] = torch.tensor([0., 200, 0, 0, 0])   # a loss of 200, and one of 0
-        tokens[0, :2] = torch.tensor([0, 1])
-        logits[0, 2:4], tokens[0, 2:4] = 1.0, torch.tensor([1, 0])
+        logits[0, :2] = torch.tensor([0., 200, 0, 0, 0])   # losses of 200 and 0
+        logits[0, 2:4] = 1.0                               # ties
+        tokens[0, :4] = torch.tensor([0, 1, 1, 0])
         logits = logits.to(dtype).requires_grad_()
         model = Model(logits)
-        found = call(chapter.token_losses, model, tokenizer, tokens, labels, scales=scales)
+        found = call(chapter.token_losses, model, tokenizer, tokens, labels)
         loss, right = unpack("token_losses", found, "the loss", "right")
         case(scales=scales, tokens=tokens, logits_dtype=dtype)
         expect("how often the model is called", len(model.calls), 1)
-        shown_labels, inputs = model.calls[0]
-        expect("labels, the model's first argument", shown_labels, labels)
-        maps = list(tokens.split([side ** 2 for side in scales], 1))
+        expect("labels, the model's first argument", model.calls[0][0], labels)
+        inputs, maps = model.calls[0][1], tokens.split([side ** 2 for side in scales], 1)
         expect("teacher inputs, the model's second argument", inputs,
-               tokenizer.teacher_inputs(maps))
+               tokenizer.teacher_inputs(list(maps)))
         if inputs.requires_grad:
-            raise Wrong("a gradient can reach the tokenizer, which is frozen: make the inputs "
-                        "under torch.no_grad()")
+            raise Wrong("a gradient can reach the tokenizer, which is frozen: make the "
+                        "inputs under torch.no_grad()")
         wanted, right_wanted = slow_losses(logits, tokens)
         nexts = slow_losses(logits, tokens.roll(-1, 1))[0]
-        shift = "the targets are shifted by one, as in a language model; output i predicts " \
-                "token i of its own map"
         if torch.is_tensor(loss) and loss.shape == (2, L - 1):
-            expect("the loss", loss, wanted, slips={shift: nexts[:, :-1]})
+            nexts = nexts[:, :-1]
         expect("the loss", loss, wanted, slips={
-            shift: nexts, "it is the mean, not one loss per token": wanted.mean().expand(2, L),
+            "the targets are shifted by one, as in a language model; here output i "
+            "predicts token i": nexts,
+            "it is the mean, not a loss per token": wanted.mean().expand(2, L),
             "the softmax is taken twice": slow_losses(logits.softmax(-1), tokens)[0]})
-        expect("right (the token is the argmax; of equal logits, the first)", right, right_wanted)
-        if not loss.requires_grad:
-            raise Wrong("no gradient reaches the model: the loss was cut off from the logits")
-        loss.sum().backward()
-        wanted = logits.detach().float().softmax(-1) - torch.nn.functional.one_hot(tokens, 5)
-        expect("the gradient of loss.sum() at the logits", logits.grad.float(), wanted, 0.02)
+        expect("right (is the token the argmax? of equal logits, the first counts)", right,
+               right_wanted)
+        want = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+        expect_gradients("loss", loss, want, 0.02, logits=logits)
 
 
-# -- 05_2 ----------------------------------------------------------------------------------
+def random_state():
+    return str(np.random.get_state()), torch.get_rng_state().tolist()
 
-def epochs_of(chapter, n, batch, seed, count=4):
-    """The first `count` epochs, taken from the batches laid end to end -> (count, n)"""
+
+def epochs_of(chapter, n, batch, seed):
+    """Four epochs, taken from the batches laid end to end -> (4, n)"""
     stream = []
-    for step in range(-(-count * n // batch)):
-        case(step=step, n=n, batch=batch, seed=seed)
-        got = chapter.batch_indices(step, n, batch, seed)
-        if not isinstance(got, np.ndarray) or got.shape != (batch,) or got.dtype != np.int64:
-            what = f"{got.dtype} of shape {got.shape}" if hasattr(got, "shape") else got
-            raise Wrong(f"batch_indices is {what}, expected a NumPy array of {batch} int64")
+    for step in range(-(-4 * n // batch)):
+        got = call(chapter.batch_indices, step, n, batch, seed)
+        if not isinstance(got, np.ndarray):
+            raise Wrong(f"batch_indices returns a {type(got).__name__}, not a NumPy array")
+        expect("batch_indices, as a tensor,", torch.from_numpy(0 * got),
+               torch.zeros(batch, dtype=torch.int64))
         stream.append(got.copy())
     case(n=n, batch=batch, seed=seed)
-    return np.concatenate(stream)[:count * n].reshape(count, n)
+    return np.concatenate(stream)[:4 * n].reshape(4, n)
 
 
 def grade_05_2(chapter):
     for n, batch in ((10, 5), (11, 4), (13, 1), (9, 30), (10, 10)):
-        np.random.seed(1)
-        torch.manual_seed(1)
-        before = np.random.get_state()[2], torch.random.get_rng_state()
+        before = random_state()
         epochs = epochs_of(chapter, n, batch, seed=3)
-        if before[0] != np.random.get_state()[2] or (
-                not torch.equal(before[1], torch.random.get_rng_state())):
-            raise Wrong("batch_indices moves the global random state, which others use, too")
+        if random_state() != before:
+            raise Wrong("batch_indices changes the global random state: use one of its own")
         for number, epoch in enumerate(epochs):
-            if sorted(epoch.tolist()) != list(range(n)):
-                raise Wrong(f"epoch {number}, {epoch.tolist()} when the batches are laid end to "
-                            f"end, does not hold each of the {n} images once")
+            if sorted(epoch) != list(range(n)):
+                raise Wrong(f"epoch {number} does not hold each of {n} images once: the "
+                            f"batches, laid end to end, have {epoch.tolist()}")
             if epoch.tolist() == list(range(n)):
                 raise Wrong(f"epoch {number} is not shuffled: {epoch.tolist()}")
-        if any((epochs[i] == epochs[j]).all() for i in range(4) for j in range(i)):
-            raise Wrong(f"two epochs have the same order, {epochs[0].tolist()}")
+        if len(np.unique(epochs, axis=0)) < 4:
+            raise Wrong(f"epochs have the same order, {epochs[0].tolist()}")
         if (epochs_of(chapter, n, batch, seed=4)[0] == epochs[0]).all():
             raise Wrong(f"seeds 3 and 4 give the same first epoch, {epochs[0].tolist()}")
-        # A run that resumes in the middle, in another process.
-        np.random.seed(2)
-        torch.manual_seed(2)
-        for step in reversed(range(4 * n // batch)):
+        for step in reversed(range(4 * n // batch)):       # as runs that resume there
             got = call(chapter.batch_indices, step, n, batch, 3)
-            if (got != np.resize(epochs, 4 * n)[step * batch:(step + 1) * batch]).any():
-                raise Wrong("the same step gives other images when it is called again: the "
-                            "answer may depend on step and seed, not on earlier calls")
+            if (got != epochs.flatten()[step * batch:(step + 1) * batch]).any():
+                raise Wrong("the same step gives other images when it is called again: "
+                            "they may depend on step and seed, but not on earlier calls")
 
 
 def grade_05_property(chapter):
     judge_property(chapter.property_05, "05_2")
 
 
-# -- 05_3 ----------------------------------------------------------------------------------
-
 def grade_05_3(chapter):
-    for shape in ((2,), (3, 2, 1, 2)):
-        for factor in (1.0, 25.0, 0.02, 1e-4, 0.0):
+    for factor in (1.0, 25.0, 0.02, 1e-4, 0.0):
+        for shape in ((2,), (3, 2, 1, 2)):
             check_weight(chapter.adaptive_weight, shape, factor)
 
 
 def check_weight(adaptive_weight, shape, factor):
-    """Both losses also depend on another parameter, which must not matter, and are curved, so
-    that their gradients have a graph of their own."""
+    """Both losses also depend on another parameter, which must not matter, and are curved,
+    so that their gradients have graphs of their own."""
     weight, another = (torch.randn(shape, requires_grad=True) for _ in range(2))
     weight.grad, another.grad = torch.ones(shape), torch.ones(shape)
     along, across = torch.randn(shape), torch.randn(shape)
@@ -150,12 +134,11 @@ def check_weight(adaptive_weight, shape, factor):
     short = (factor * weight.cos() * across * another).detach()
     lengths = [math.sqrt(sum(x * x for x in g.flatten().tolist())) for g in (long, short)]
     wanted = torch.tensor(min(lengths[0] / (lengths[1] + 1e-4), 1e4))
-    got = call(adaptive_weight, other, adversarial, weight, gradient_of_other=long.flatten(),
-               gradient_of_adversarial=short.flatten())
+    got = call(adaptive_weight, other, adversarial, weight,
+               gradient_of_other=long.flatten(), gradient_of_adversarial=short.flatten())
     for p in (weight, another):
         if p.grad is None or not p.grad.eq(1).all():
-            raise Wrong("a .grad was changed: use torch.autograd.grad, which only returns "
-                        "gradients")
+            raise Wrong("a .grad was changed: torch.autograd.grad leaves it alone")
     expect("adaptive_weight", got, wanted, 1e-4, slips={
         "the ratio is upside down": torch.tensor(lengths[1] / (lengths[0] + 1e-4))})
     if got.requires_grad:

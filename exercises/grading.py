@@ -1,9 +1,9 @@
 """Judge one task: put the student's functions into the reference and run the task's grader.
 
-A mistake in one task must not spoil another. So the module to judge is the reference, in
-which only the functions with the task's blanks are the student's, and all it imports is the
-reference, too. Functions, classes and imports that a student adds to a file are kept. Thus a
-mistake costs one task, unless the file cannot be parsed.
+A mistake in one task must not spoil another. So the module to judge is the reference, with
+the student's functions in place of those that hold the task's blanks. What it imports is
+the reference, too. Functions, classes and imports that a student added to the file are
+kept. A mistake thus costs one task, unless the file cannot be parsed.
 """
 import ast
 import linecache
@@ -30,7 +30,7 @@ Result = namedtuple("Result", "status why")
 
 
 class TooSlow(BaseException):
-    """Not an Exception, so that `except Exception` in a student's code cannot swallow it."""
+    """Not an Exception, so that a student's `except Exception` cannot swallow it."""
 
 
 # -- The module to judge -------------------------------------------------------------------
@@ -41,7 +41,6 @@ def source_of(task):
     for name in make.SOURCES:
         if any(blank.task == task for blank in make.find_blanks(read_source(name))):
             return name
-    raise LookupError(f"no file has a line '# Exercise {task}'")
 
 
 @cache
@@ -53,17 +52,12 @@ def reference(task):
     return read_source(source_of(task))
 
 
-@cache
-def compiled(source):
-    return compile(read_source(source), str(make.ROOT / source), "exec")
-
-
 def build(task, text):
     """The module to judge. text: the student's file that holds the task"""
     source, solution = source_of(task), reference(task)
     module, path = ModuleType(Path(source).stem), f"student/{source}"
     module.__file__ = str(make.ROOT / source)
-    exec(compiled(source), vars(module))
+    exec(compile(solution, module.__file__, "exec"), vars(module))
     linecache.cache[path] = len(text), None, text.splitlines(True), path   # for tracebacks
 
     def run(node, names):
@@ -153,9 +147,9 @@ def judge_property(holds, task, unseen=()):
     try:
         try_on(reference(task))
     except AssertionError as error:
-        notes = "\n".join((str(error), *getattr(error, "__notes__", ())))
-        where = student_line(error, "exercises/properties.py")
-        raise Wrong(f"the property rejects the reference solution: {where}{notes}") from None
+        why = student_line(error, "exercises/properties.py")
+        why += "\n".join((str(error), *getattr(error, "__notes__", ())))
+        raise Wrong(f"the property rejects the reference solution: {why}") from None
     holds.__globals__["SHRINK"] = False      # from here on any example will do
     for name in [name for name in WRONG[task] if name not in unseen]:
         try:
@@ -167,20 +161,19 @@ def judge_property(holds, task, unseen=()):
 
 @contextmanager
 def limits(seconds):
-    """One thread, as inputs are small, and TooSlow after so many seconds, then every second,
-    because a bare `except` may swallow it. Windows lacks the signal: no limit there."""
+    """One thread, because inputs are small; and TooSlow after so many seconds, then every
+    second, because a bare `except` may swallow it. Windows has no such signal: no limit."""
     def stop(*_):
         raise TooSlow
 
-    threads, alarm = torch.get_num_threads(), getattr(signal, "SIGALRM", None)
+    threads, timed = torch.get_num_threads(), hasattr(signal, "setitimer")
     torch.set_num_threads(1)
-    if alarm:
-        before = signal.signal(alarm, stop)
+    if timed:
+        signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        if alarm:
+        if timed:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(alarm, before)

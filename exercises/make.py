@@ -3,9 +3,9 @@
     python exercises/make.py DIR                with blanks; DIR must be new or empty
     python exercises/make.py DIR --solutions    the same files with the solutions
 
-A blank begins below a line `# Exercise 01_1` in a function and ends above `# End of exercise`,
-or with the function. A task may have blanks in several functions, but a function holds blanks
-of one task only. The texts of the tasks are in exercises/0*.md, under `## 01_1 Title (10 min)`.
+A blank begins below a line `# Exercise 01_1` in a function and ends above a line
+`# End of exercise` or with the function, which holds blanks of one task only. The texts are
+in exercises/0*.md, under `## 01_1 Title (10 min)`.
 """
 import argparse
 import ast
@@ -17,16 +17,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted(path.name for path in ROOT.glob("0*.py"))
-SOURCES = (*CHAPTERS, "engine/perceptual.py", "exercises/properties.py")    # these hold blanks
+SOURCES = (*CHAPTERS, "engine/perceptual.py", "exercises/properties.py")   # with blanks
 COPIED = ("data", "engine", "report", "experiments/figures", "experiments/README.md",
           "exercises/README.md", "README.md", "requirements.txt", "LICENSE")
+END = "# End of exercise"
 
 Task = namedtuple("Task", "title minutes text")
-Blank = namedtuple("Blank", "task function start end")      # lines[start:end], "Class.function"
+Blank = namedtuple("Blank", "task function start end")      # lines[start:end] of a file
 
 
 def read_tasks():
-    """-> {"01_1": Task}, in the order of the chapters; open tasks (01_open) have no blank"""
+    """-> {"01_1": Task}, in the order of the chapters"""
     tasks = {}
     for path in sorted(ROOT.glob("exercises/0*.md")):
         for section in re.split("^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
@@ -37,6 +38,7 @@ def read_tasks():
 
 
 def graded_tasks():
+    """All except the open ones, which have no blank."""
     return [task for task in read_tasks() if not task.endswith("_open")]
 
 
@@ -56,13 +58,11 @@ def find_blanks(text):
     """The blanks of a source, from top to bottom."""
     lines, blanks = text.splitlines(), []
     for name, node in functions_of(ast.parse(text)).items():
-        for i in range(node.lineno, node.end_lineno):
-            mark = re.fullmatch(r" +# Exercise (\w+)", lines[i])
+        for start in range(node.lineno + 1, node.end_lineno):
+            mark = re.fullmatch(r" +# Exercise (\w+)", lines[start - 1])
             if mark:
-                end = i + 1
-                while end < node.end_lineno and lines[end].strip() != "# End of exercise":
-                    end += 1
-                blanks.append(Blank(mark[1], name, i + 1, end))
+                rest = [line.strip() for line in lines[start:node.end_lineno]] + [END]
+                blanks.append(Blank(mark[1], name, start, start + rest.index(END)))
     return blanks
 
 
@@ -71,7 +71,8 @@ def with_blanks(text, tasks):
     lines = text.splitlines()
     for blank in reversed(find_blanks(text)):
         task, indent = tasks[blank.task], re.match(" *", lines[blank.start - 1])[0]
-        stub = [f'raise NotImplementedError("""{blank.task} {task.title} ({task.minutes} min)']
+        head = f"{blank.task} {task.title} ({task.minutes} min)"
+        stub = [f'raise NotImplementedError("""{head}']
         stub += [f"    {line}" if line else "" for line in task.text.splitlines()]
         stub[-1] += '""")'
         lines[blank.start:blank.end] = [indent + line if line else "" for line in stub]
@@ -79,7 +80,8 @@ def with_blanks(text, tasks):
 
 
 def write_copy(folder, solutions):
-    for name in [*COPIED, *(f"exercises/{path.name}" for path in ROOT.glob("exercises/0*.md"))]:
+    texts = [f"exercises/{path.name}" for path in ROOT.glob("exercises/0*.md")]
+    for name in [*COPIED, *texts]:
         (folder / name).parent.mkdir(exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name,
