@@ -26,12 +26,13 @@ m2, m6 = import_module("02_multiscale_vqvae"), import_module("06_sample_and_edit
        scale=st.integers(1, 3))
 def test_every_pixel_of_a_grid_lands_where_it_should(tmp_path_factory, count, columns, side,
                                                      scale):
-    images = np.random.default_rng(count).integers(0, 255, (count, side, side, 3), np.uint8)
-    path, step = tmp_path_factory.mktemp("grid") / "new" / "grid.png", side * scale + 2
+    images = np.random.default_rng(count).integers(0, 255, (count, side, 3, 3), np.uint8)
+    path = tmp_path_factory.mktemp("grid") / "new" / "grid.png"
     plots.save_grid(path, images, columns, scale=scale)
-    expected = np.full((2 + -(-count // columns) * step, 2 + columns * step, 3), 255, np.uint8)
-    for i, y, x in np.ndindex(count, side * scale, side * scale):
-        expected[2 + i // columns * step + y, 2 + i % columns * step + x] = (
+    high, wide, rows = side * scale + 2, 3 * scale + 2, math.ceil(count / columns)
+    expected = np.full((2 + rows * high, 2 + columns * wide, 3), 255, np.uint8)
+    for i, y, x in np.ndindex(count, side * scale, 3 * scale):
+        expected[2 + i // columns * high + y, 2 + i % columns * wide + x] = (
             images[i, y // scale, x // scale])
     assert (np.array(Image.open(path)) == expected).all()
 
