@@ -1,22 +1,22 @@
 """Chapter 6: sample, inpaint, outpaint, change a class, and ask how probable an image is.
 
 One loop over the scales draws an image: predict the logits of map k, draw its tokens, add
-them to f_hat, show f_hat to scale k+1. Editing adds one rule: where the image is kept, the
-token is not drawn but computed, as the code nearest to what f_hat *still misses* of the image:
+them to f_hat, feed f_hat to scale k+1. Editing adds one rule: where the image is kept, the
+token is not drawn but computed, as the code nearest to what f_hat *still misses* of it:
 
     k        1x1     2x2        3x3          ...      8x8
-    keep      x      x .       x x .                 x x x x x . . .     x  computed
-                     x .       x x .                 x x x x x . . .     .  drawn by the model
+    keep      x      x .       x x .                 x x x x x . . .   x  computed
+                     x .       x x .                 x x x x x . . .   .  drawn by the model
 
 Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); image
 (B, 3, H, W), in [-1, 1] coming in, [0, 1] going out; keep (H, W), True = leave as it is.
 
-Sources: VAR (Tian et al. 2024); classifier-free guidance (Ho and Salimans 2022); top-p
-sampling (Holtzman et al. 2020). Unlike in the original code, hidden pixels are replaced before
-encoding (there they leak through the encoder), kept tokens are quantized again as f_hat grows
-instead of being replayed, and an edit takes several passes.
+Sources: VAR (Tian et al. 2024), section 3 and appendix B; classifier-free guidance (Ho and
+Salimans 2022); top-p sampling (Holtzman et al. 2020). Unlike in the original code, hidden
+pixels are replaced before encoding (there they leak through the encoder), kept tokens are
+quantized again as f_hat grows instead of replayed, and an edit takes several passes.
 
-    python 06_sample_and_edit.py                    newest run in out/, else the shipped model
+    python 06_sample_and_edit.py                   newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
     python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-# Threads that spin while they wait make a run beside another busy process forty times slower.
+# Threads that spin while they wait make a run beside a busy process forty times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")            # read when torch is imported
 
 import torch
@@ -77,8 +77,8 @@ def draw(logits, generator=None):
 
 
 def soften(logits, progress, codebook, generator=None):
-    """The original's "smooth" sampling: mixtures of codes, nearly single ones at the last
-    scale. It looks pleasant but is no sample from the model. logits (B, n, V) -> (B, n, C)"""
+    """The original's "smooth" sampling: mixtures of codes, nearly single ones at the end.
+    It looks pleasant but is no sample from the model. logits (B, n, V) -> (B, n, C)"""
     if isinstance(generator, list):
         images = zip(logits.split(1), generator, strict=True)
         return torch.cat([soften(image, progress, codebook, one) for image, one in images])
@@ -96,8 +96,8 @@ def strengths(cfg, K):
         cfg = [cfg * (k / (K - 1)) for k in range(K)] if K > 1 else [cfg]
         # End of exercise
     if len(cfg) != K or not all(0 <= t < torch.inf for t in cfg):
-        raise BadInput(f"cfg {given}: expected a number of at least 0, or a list of {K}, one "
-                       "per scale")
+        raise BadInput(f"cfg {given}: expected a number of at least 0, or a list of {K}, "
+                       "one per scale")
     return cfg
 
 
@@ -117,7 +117,7 @@ def mixed_precision(var):
 
 def to_image(tokenizer, var, tokens):
     """tokens -> image (B, 3, H, W) in [0, 1], decoded in the precision of `var`"""
-    f_hat = tokenizer.features(tokens)                                          # (B, C, h, w)
+    f_hat = tokenizer.features(tokens)                                        # (B, C, h, w)
     with mixed_precision(var):
         image = tokenizer.decode(f_hat)
     return (image.float().clamp(-1, 1) + 1) / 2
@@ -127,14 +127,14 @@ def to_image(tokenizer, var, tokens):
 def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temperature=1.0,
                   smooth=False, generator=None, choose=None):
     """The loop. choose(k, drawn, f_hat) -> tokens may replace what was drawn. labels (B,)
-    -> K token maps (B, n), or with `smooth` mixtures of codes (B, n, C), which the tokenizer
+    -> K token maps (B, n), or with `smooth` mixtures of codes (B, n, C), which a tokenizer
     accepts as well. Temperature 0 takes the likeliest tokens.
 
     Guidance: t = 0 is the plain prediction for the class, t > 0 moves beyond it, away from
-    the prediction without a class (elsewhere often w = 1 + t). Why it helps: up to a constant,
-    (1+t) c - t u = log p(x|class) + t log [p(x|class) / p(x)], so what speaks for the class
-    counts more. cfg, a number or a list, is 0 here; generate() and edit() take 1.5 like the
-    original, and the command line what suits the model."""
+    the prediction without a class (elsewhere often w = 1 + t). Why does it help? Up to a
+    constant, (1+t) c - t u = log p(x|class) + t log [p(x|class) / p(x)]: what speaks for the
+    class counts more. cfg, a number or a list, is 0 here. generate() and edit() take 1.5,
+    like the original, and the command line takes the default of the model."""
     labels, K, no_class = as_labels(labels, var), tokenizer.K, var.config.num_classes
     B, t = len(labels), strengths(cfg, K)
     if not temperature > 1e-6:                             # the limit of temperature 0
@@ -202,12 +202,12 @@ def log_likelihood(tokenizer, var, tokens, labels):
 # -- Editing -------------------------------------------------------------------------------
 
 def hide(image, keep):
-    """Replace hidden pixels by a smooth continuation of the kept ones, the only ones it reads,
+    """Replace hidden pixels by a smooth continuation of the kept ones, the only ones read,
     so that the encoder meets no edge that the image lacks. image (B, 3, H, W), keep (H, W)
 
     Pull-push: halve the image until one pixel is left, averaging kept pixels only; then go
     back up and fill each gap from the next smaller image."""
-    weight = keep.to(image.dtype)[None, None]              # (1, 1, H, W): share that is kept
+    weight = keep.to(image.dtype)[None, None]              # (1, 1, H, W): share of it kept
     value, finer = torch.where(keep, image, 0.0), []       # sum of kept pixels / all pixels
     while max(value.shape[2:]) > 1:
         finer.append((value, weight))
@@ -222,8 +222,8 @@ def hide(image, keep):
 @torch.no_grad()
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_passes=6,
          settle_passes=2, **sampling):
-    """Repaint the part of an image where keep is False, as class labels (B,). sampling: top_k,
-    top_p and temperature, as in sample_tokens().
+    """Repaint the part of an image where keep is False, as class labels (B,). sampling:
+    top_k, top_p and temperature, as in sample_tokens().
 
     image (B, 3, S, S) in [-1, 1], keep (S, S) of True and False or 1 and 0 -> (B, 3, S, S)
     in [0, 1], whose kept part is as the tokenizer renders it. Hidden pixels are replaced
@@ -246,17 +246,17 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
     kept_cells = trusted_cells = (share >= 0.5).to(image.dtype)          # (1, 1, h, w)
     composite = hide(image, keep)                          # (B, 3, S, S): kept, and a guess
-    # Why repeat? In pass 1 a coarse token on the border is computed from its kept half alone.
+    # Why repeat? In pass 1 a coarse token on the border is computed from its kept half only.
     # In pass 2 its other half has been drawn, so it is computed from the mean of the whole
-    # cell. After six passes the kept and the drawn part agree. All passes use the same noise,
-    # so each refines the figure of the one before; new noise would draw another figure.
+    # cell. After six passes the kept and the drawn part agree. With the same noise, a pass
+    # refines the figure of the pass before; new noise would draw another figure.
     generators = generator if isinstance(generator, list) else [generator]
     noise = [one.get_state() for one in generators]
     for _ in range(paint_passes):
         for one, state in zip(generators, noise):
             one.set_state(state)
-        tokens = paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, cfg=cfg,
-                       generator=generator, **sampling)
+        tokens = paint(tokenizer, var, composite, kept_cells, trusted_cells, labels,
+                       cfg=cfg, generator=generator, **sampling)
         painted = to_image(tokenizer, var, tokens)                           # (B, 3, S, S)
         composite = torch.where(keep, image, 2 * painted - 1)
         trusted_cells = torch.ones_like(kept_cells)        # drawn, no longer guessed
@@ -273,28 +273,28 @@ def paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, **sampli
     composite (B, 3, S, S) in [-1, 1]: the image with its hidden part filled in. kept_cells
     and trusted_cells (1, 1, h, w), 0 or 1: cells of the last map that must stay, and cells
     whose features may be averaged into a coarser token."""
-    target = tokenizer.encode(composite)                                     # (B, C, h, w)
+    target = tokenizer.encode(composite)                                      # (B, C, h, w)
 
     def choose(k, drawn, f_hat):
-        """Half of a coarse cell kept is enough to compute its token. What it then gets wrong
-        in the kept part, finer scales correct: they quantize what is still missing."""
+        """A token is computed if half of its cell is kept. What it then gets wrong in the
+        kept part, finer scales correct, because they quantize what is still missing."""
         missing = target - f_hat if tokenizer.config.residual else target
-        covered = tokenizer.downsample_to(trusted_cells, k).clamp(min=1e-6)  # (1, n, 1)
-        mean = tokenizer.downsample_to(missing * trusted_cells, k) / covered # (B, n, C)
-        kept = tokenizer.downsample_to(kept_cells, k)[..., 0] >= 0.5         # (1, n)
-        return torch.where(kept, tokenizer.quantizer.nearest(mean), drawn)   # (B, n)
+        covered = tokenizer.downsample_to(trusted_cells, k).clamp(min=1e-6)   # (1, n, 1)
+        mean = tokenizer.downsample_to(missing * trusted_cells, k) / covered  # (B, n, C)
+        kept = tokenizer.downsample_to(kept_cells, k)[..., 0] >= 0.5          # (1, n)
+        return torch.where(kept, tokenizer.quantizer.nearest(mean), drawn)    # (B, n)
     return sample_tokens(tokenizer, var, labels, choose=choose, **sampling)
 
 
 # -- Models --------------------------------------------------------------------------------
 
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
-    """State dicts in the released layout -> (tokenizer, var). Sizes are read off the shapes;
+    """State dicts in the released layout -> (tokenizer, var). Sizes are read off the shapes.
     `scales` is needed only for schedules other than the paper's two, `heads` only without
     query/key normalisation. Raises BadInput for another layout."""
     sizes, weights = read_transformer(var_state, scales, heads)
     scales = sizes["scales"]
-    with torch.device("meta"):                             # no random weights to be replaced
+    with torch.device("meta"):                             # without random weights
         var = transformer.VAR(transformer.VARConfig(**sizes))
     var.mask = masking.block_causal_mask(scales)
     var.scale_of_token = masking.scale_of_token(scales)
@@ -304,14 +304,14 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
 
 
 def load_model(args):
-    """--released, --run, the newest run in out/, or the shipped model. -> tokenizer, var, and
+    """--released, --run, the newest run in out/, or the shipped model -> tokenizer, var and
     facts about them: class_names, dataset, sampling, name"""
     if args.released:
         tokenizer, var = load_released(fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
                                        fetch(f"var_{args.released}.pth", args.var_file))
         numbers = [str(c) for c in range(var.config.num_classes)]
         names = imagenet.class_names() if len(numbers) == 1000 else numbers
-        return tokenizer, var, dict(name=args.released, dataset="imagenet", class_names=names,
+        return tokenizer, var, dict(class_names=names, dataset="imagenet", name=args.released,
                                     sampling=dict(cfg=1.5, top_k=900, top_p=0.96))
     runs = sorted(Path("out").glob("*/transformer.pt"), key=os.path.getmtime)
     shipped = Path(__file__).with_name("data") / "pretrained" / "shapes.pt"
@@ -324,9 +324,9 @@ def load_model(args):
 
 
 def set_precision(var, name, device):
-    """Keep the weights of all linear layers in this precision; "auto": 16 bits for more than
-    100 M parameters if that is fast here. What encodes an image stays in float32, because
-    rounding would change its tokens."""
+    """Store all linear layers in this precision. "auto": float32, but 16 bits for more than
+    100 M parameters where that is fast. What encodes an image always stays in float32,
+    because rounding would change its tokens."""
     if name == "auto":
         large = sum(p.numel() for p in var.parameters()) > 1e8
         name = best_precision(device) if large else "float32"
@@ -341,7 +341,7 @@ def read_arguments():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--run", help="folder of a run, or a shipped file [the newest run in out/]")
-    add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="the paper's models")
+    add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="paper's model")
     add("--tokenizer-file", help="with --released: this file instead of a download")
     add("--var-file", help="with --released: this file instead of a download")
     add("--task", default="all", choices=("all", *TASKS), help="all: except the last two")
@@ -349,13 +349,13 @@ def read_arguments():
     add("--n", type=number(int, 1), help="number of images, per class if they are samples")
     add("--cfg", type=number(float), help="guidance at the last scale; 0: none [the run's]")
     add("--top-k", type=number(int), help="draw from the k likeliest tokens; 0: from all")
-    add("--top-p", type=number(float), help="... from the fewest with probability p; 0: all")
+    add("--top-p", type=number(float), help="... the fewest that hold probability p; 0: all")
     add("--smooth", action="store_true", help="sample mixtures of codes")
     add("--image", help="image to work on [held-out images]")
     add("--box", nargs=4, type=number(float), metavar=("X0", "Y0", "X1", "Y1"),
         help="part to repaint (outpaint: to keep), in fractions of the side")
     add("--mask", help="image file instead of --box: its white part")
-    add("--export-npz", metavar="FILE", help="only write samples, for the ImageNet evaluator")
+    add("--export-npz", metavar="FILE", help="only write samples for ImageNet's evaluator")
     add("--data-dir", default="", help="folder of the data set")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--precision", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
@@ -375,16 +375,15 @@ def main():
     args.device = pick_device(args.device)
     tokenizer, var, about = load_model(args)
     set_precision(var, args.precision, args.device)
-    tokenizer, var = tokenizer.to(args.device), var.to(args.device)
+    both = tokenizer.to(args.device), var.to(args.device)
     args.names, args.dataset = about["class_names"], about["dataset"]
-    args.labels, args.side = pick_classes(args.names, args.classes), tokenizer.config.image_size
+    args.labels = pick_classes(args.names, args.classes)
+    args.side = tokenizer.config.image_size
     args.out = Path(args.out or f"out/{about['name']}")
     args.sampling = {name: default if getattr(args, name) is None else getattr(args, name)
                      for name, default in about["sampling"].items()}
     print("sampling:", ", ".join(f"{name} {x:g}" for name, x in args.sampling.items()))
-
     # The tasks in report/ make sheets and tables of what these functions draw.
-    both = tokenizer, var
     sample = partial(generate, *both, smooth=args.smooth, **args.sampling)
     model = SimpleNamespace(
         tokenizer=tokenizer, log_likelihood=partial(log_likelihood, *both),
