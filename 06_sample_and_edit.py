@@ -341,11 +341,11 @@ def read_arguments():
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--run", help="folder of a run, or a shipped file [the newest run in out/]")
-    add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="paper's model")
+    add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="by the paper")
     add("--tokenizer-file", help="with --released: this file instead of a download")
     add("--var-file", help="with --released: this file instead of a download")
     add("--task", default="all", choices=("all", *TASKS), help="all: except the last two")
-    add("--classes", nargs="+", default=[], metavar="NAME", help="names or numbers [ten]")
+    add("--classes", nargs="+", default=[], metavar="NAME", help="[the first ten]")
     add("--n", type=number(int, 1), help="number of images, per class if they are samples")
     add("--cfg", type=number(float), help="guidance at the last scale; 0: none [the run's]")
     add("--top-k", type=number(int), help="draw from the k likeliest tokens; 0: from all")

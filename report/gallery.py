@@ -31,8 +31,11 @@ BOXES = {"inpaint": (0.5, 0, 1, 1), "outpaint": (0.25, 0.25, 0.75, 0.75),
 def pick_classes(names, wanted):
     """wanted: names or numbers of classes (none: the first ten) -> {number: label}. Raises
     BadInput for a class that is not among the `names`."""
-    numbers = [find_class(names, text) for text in wanted] or range(len(names))[:10]
-    return {c: plots.class_label(names[c], c) for c in numbers}
+    labels = {}
+    for c in [find_class(names, text) for text in wanted] or range(len(names))[:10]:
+        text = plots.class_label(names[c], c)
+        labels[c] = f"class {c}" if text in labels.values() else text
+    return labels
 
 
 def in_batches(paint, args, labels, image=None, seed=0, **options):
@@ -70,8 +73,8 @@ def read_image(path, side):
 
 def held_out(args, count, examples=True):
     """Up to `count` held-out images of the classes in args.labels, in turn. examples: the
-    few that are shipped with the code will do. -> (n, 3, side, side) in [-1, 1], labels
-    (n,). Raises BadInput if there are none."""
+    few images that are shipped with the code suffice. -> (n, 3, side, side) in [-1, 1],
+    labels (n,). Raises BadInput if there are none."""
     shipped = dataset_named(args.dataset).examples
     if shipped and examples and not args.data_dir:
         images, labels, names = shipped()
@@ -108,16 +111,18 @@ def images_to_edit(args, model, count=10):
 
 
 def kept_region(args, task):
-    """--mask, --box or the task's own box -> (side, side) bool, True = keep"""
+    """--mask, --box or the task's own box -> (side, side) bool, True = keep. Raises
+    BadInput if that is everything."""
     if args.mask:
         inside = read_image(args.mask, args.side)[0].mean(0) > 0         # where it is white
     else:
         x0, y0, x1, y1 = (round(x * args.side) for x in args.box or BOXES[task])
         inside = torch.zeros(args.side, args.side, dtype=torch.bool)
         inside[y0:y1, x0:x1] = True
-    if not inside.any():
-        raise BadInput("--mask is nowhere white, or --box is smaller than a pixel")
-    return inside if task == "outpaint" else ~inside
+    keep = inside if task == "outpaint" else ~inside
+    if keep.all():
+        raise BadInput(f"--task {task}: --box or --mask leaves no pixel to repaint")
+    return keep
 
 
 # -- Tasks ---------------------------------------------------------------------------------
@@ -153,10 +158,11 @@ def show_samples(args, model):
 def show_guidance(args, model):
     """The first class at several strengths of guidance. All rows use the same noise."""
     rows, default = {}, args.sampling["cfg"]
+    c, label = next(iter(args.labels.items()))
     for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, default}):
         text = f"cfg {cfg:g}" + " (default)" * (cfg == default)
-        rows[text] = model.draw(torch.tensor(list(args.labels)[:1] * 8), cfg=cfg)
-    save(args, "guidance", rows)
+        rows[text] = model.draw(torch.tensor([c] * 8), cfg=cfg)
+    save(args, "guidance", rows, column_labels=[f"{label} {i + 1}" for i in range(8)])
 
 
 def show_reconstructions(args, model):
@@ -170,7 +176,7 @@ def show_reconstructions(args, model):
 @torch.no_grad()
 def show_edits(args, model, task):
     """Repaint images without a class, which is the paper's task, and with their own; or as
-    other classes. Print how true the kept part stays and how probable the whole is."""
+    other classes. Print the PSNR of the kept part and the bits of the whole image."""
     image, labels = images_to_edit(args, model, 5 if task == "edit" else 10)
     keep, tokenizer = kept_region(args, task), model.tokenizer
     if task == "inpaint":
@@ -184,11 +190,13 @@ def show_edits(args, model, task):
         rows[text] = model.repaint(classes, image, keep=keep)
     print(f"{task:<20}{'PSNR of the kept part':>26}{'bits given the class':>26}")
     for text, row in rows.items():
-        db = health.psnr(2 * row - 1, image, keep).mean()
+        kept = "nothing is kept"
+        if keep.any():
+            kept = f"{health.psnr(2 * row - 1, image, keep).mean():.1f} dB"
         tokens = tokenizer.image_to_tokens((2 * row - 1).to(args.device))
         given = wanted.get(text, labels) if task == "edit" else labels
-        nats = model.log_likelihood(tokens, given)
-        print(f"    {text:<16}{db:>23.1f} dB{-nats.sum(1).mean() / math.log(2):>26.0f}")
+        bits = -model.log_likelihood(tokens, given).sum(1).mean() / math.log(2)
+        print(f"    {text:<16}{kept:>26}{bits:>26.0f}")
     shown = torch.where(keep, (image + 1) / 2, 0.5)
     save(args, task, {"original": (image + 1) / 2, "kept (grey: hidden)": shown, **rows})
 
