@@ -49,13 +49,13 @@ def best_precision(device):
 
 def autocast(device, precision):
     """A context in which products and convolutions are computed in this precision."""
-    if precision == "float32":
-        return contextlib.nullcontext()
     if device.type == "cpu":
         # On a CPU, fused attention has a slow backward pass in half precision. Despite their names
         # these two settings of torch also act on CPUs.
-        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_flash_sdp(precision == "float32")
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    if precision == "float32":
+        return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, precision))
 
 
