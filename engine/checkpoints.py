@@ -19,8 +19,8 @@ TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampli
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file open for writing bytes, which replaces `path` only when it is complete: a reader sees
-    the old bytes or all of the new ones. Raises OSError that names `path`."""
+    """A binary file that replaces `path` only when it is complete: a reader sees the old bytes
+    or all of the new ones. Raises OSError that names `path`"""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -49,23 +49,22 @@ def write_atomically(text, path):
 # -- Checkpoints -----------------------------------------------------------------------------------
 
 def load_checkpoint(path):
-    """The dict in a checkpoint, with all tensors on the CPU. Only tensors and plain values are
-    loaded, so a hostile file can do no harm. Raises BadInput"""
+    """The dict in a checkpoint, on the CPU. Only tensors and plain values are loaded, so a
+    hostile file can do no harm. Raises BadInput"""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
     except Exception as error:            # truncated, another format, or code in the file
-        raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__}); expected a "
-                       "file written by 05_train.py") from None
+        raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise BadInput(f"{path}: not a checkpoint of 05_train.py")
     return state
 
 
 def load_model(path, part, model_class, config_class):
-    """The "tokenizer" or the "transformer" in a file, which may hold both, as the shipped ones do.
-    -> (the model, frozen and in eval mode; the rest of its checkpoint). Raises BadInput"""
+    """The part "tokenizer" or "transformer" of a file, which may hold both. -> (the model, frozen
+    and in eval mode; the rest of its checkpoint). Raises BadInput"""
     state = load_checkpoint(path)
     state = state.get(part, state)
     try:
@@ -87,8 +86,8 @@ def model_fingerprint(model):
 
 
 def save(path, facts, modules, optimizers, step):
-    """Write the checkpoint of a stage, in rank 0. Every process must call this. facts: plain values
-    to keep; modules: {name: module}"""
+    """Write the checkpoint of a stage, in rank 0. Every process must call this. facts: plain
+    values to keep; modules: {name: module}"""
     if rank() == 0:
         weights = {name: module.state_dict() for name, module in modules.items()}
         states = [optimizer.state_dict() for optimizer in optimizers]
@@ -97,20 +96,19 @@ def save(path, facts, modules, optimizers, step):
 
 
 def resume(path, facts, defaults, modules, optimizers):
-    """Load the checkpoint of a stage into modules and optimizers. -> the steps it was trained for, 0
-    if there is no file
+    """Load the checkpoint of a stage, if there is one. -> the steps it was trained for
 
-    All of facts["settings"] must equal the settings in the checkpoint. Where the checkpoint is older
-    than a setting, the field of `defaults`, a dataclass, counts, or the default of the model's
-    config. Raises BadInput if the file belongs to another run or is damaged."""
+    facts["settings"] must equal the settings in the checkpoint. Where that is older than a
+    setting, the setting's default counts; `defaults`: a dataclass that holds it, if the config
+    of the model does not. Raises BadInput if the file is damaged or of another run."""
     if not path.exists():
         return 0
     state = load_checkpoint(path)
     if not state.get("settings"):
         raise BadInput(f"{path} came with --tokenizer-file: give --stage transformer, or choose "
                        "another folder with --out")
-    config_defaults = type(modules["model"].config)()
-    before = vars(config_defaults) | vars(defaults) | state["settings"]
+    config = type(modules["model"].config)()
+    before = vars(config) | vars(defaults) | state["settings"]
     changed = [f"{name} {before.get(name)} -> {value}"
                for name, value in facts["settings"].items() if before.get(name) != value]
     if changed:
@@ -130,7 +128,7 @@ def resume(path, facts, defaults, modules, optimizers):
 
 
 def export(folder, path):
-    """Write both models of a run to one file to give away: in half precision, for sampling only."""
+    """Write both models of a run to one file to give away, in half precision."""
     both = {}
     for name in ("tokenizer", "transformer"):
         state = load_checkpoint(Path(folder) / f"{name}.pt")
@@ -142,9 +140,9 @@ def export(folder, path):
 # -- The folder of a run ---------------------------------------------------------------------------
 
 def open_run(settings, device):
-    """Prepare the folder of a run: lock it, choose the precision and the number of workers where
-    the settings leave them open, remove what --fresh trains again, and write settings.json.
-    -> the lock, which lasts until this process ends. Raises BadInput if another run has it"""
+    """Prepare the folder of a run: lock it, choose precision and workers if the settings leave
+    them open, remove what --fresh trains again, write settings.json. -> the lock, which lasts
+    until this process ends. Raises BadInput if another run has it"""
     folder = Path(settings.out)
     lock = claim(folder) if rank() == 0 else None
     first = folder / ("transformer.pt" if settings.stage == "transformer" else "tokenizer.pt")
@@ -186,7 +184,7 @@ def log(folder, **entry):
 
 
 def download(url, path, sha256=""):
-    """Fetch a file once. It gets its name only when it is complete and has this checksum. Raises
+    """Fetch a file. It gets its name only when complete and with this checksum. Raises
     BadInput"""
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url} to {path}", flush=True)

@@ -23,8 +23,8 @@ def pick_device(name):
 
 
 def fast_bfloat16(device):
-    """Is bfloat16 faster than float32 here? Some CPUs have units for it and others emulate it ten
-    times slower, so a CPU is judged by timing one small product of each kind."""
+    """Is bfloat16 faster than float32? Some CPUs have units for it, others emulate it ten times
+    slower, so a CPU is judged by timing one small product of each kind."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
@@ -40,8 +40,7 @@ def fast_bfloat16(device):
 
 
 def best_precision(device):
-    """The precision that "auto" stands for: bfloat16 where it is fast, float16 on older GPUs, which
-    multiply it several times faster than float32, and float32 elsewhere."""
+    """What "auto" stands for: bfloat16 where it is fast, float16 on older GPUs, else float32."""
     if fast_bfloat16(device):
         return "bfloat16"
     return "float16" if device.type == "cuda" else "float32"
@@ -50,8 +49,8 @@ def best_precision(device):
 def autocast(device, precision):
     """A context in which products and convolutions are computed in this precision."""
     if device.type == "cpu":
-        # On a CPU, fused attention has a slow backward pass in half precision. Despite their names
-        # these two settings of torch also act on CPUs.
+        # On a CPU the backward pass of fused attention is slow in half precision. In spite of
+        # their names, these settings of torch act on CPUs, too.
         torch.backends.cuda.enable_flash_sdp(precision == "float32")
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if precision == "float32":
@@ -60,5 +59,6 @@ def autocast(device, precision):
 
 
 def cores():
-    """The number of CPU cores that this process may use. A cluster often grants only a few."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of CPU cores that this process may use; a cluster often grants only a few."""
+    granted = getattr(os, "sched_getaffinity", None)
+    return len(granted(0)) if granted else os.cpu_count() or 1

@@ -40,14 +40,14 @@ def whole_numbers(text):
 
 
 def option(default, help, low=None, **more):
-    """A dataclass field that is also a command-line option. `low` is the smallest number allowed
-    (default: 1 for an int, 0 for a float); `choices`, `nargs` and `metavar` are argparse's."""
+    """A dataclass field that is also a command-line option. low: the smallest number allowed (if
+    None, 1 for an int and 0 for a float); `choices`, `nargs` and `metavar` are argparse's."""
     return field(default=default, metadata=dict(help=help, low=low, more=more))
 
 
 def read_options(argv, description, settings_class):
-    """Parse a command line. Every field of the dataclass is an option. -> {field: value} of the
-    options that were typed, and no others"""
+    """Parse a command line with an option for each field of a dataclass. -> {field: value} of the
+    options that were typed"""
     parser = Parser(description)
     for f in fields(settings_class):
         kind = type(f.default)
@@ -68,8 +68,8 @@ def read_options(argv, description, settings_class):
 
 
 def run_main(main):
-    """Run a script's main() and exit with its status. A user's mistake is printed as one line, and
-    the exit status is 2."""
+    """Run a script's main() and exit with its status. A user's mistake becomes one line and the
+    exit status 2."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -77,11 +77,11 @@ def run_main(main):
     except torch.OutOfMemoryError:
         line = ("the GPU's memory is full: use a smaller --batch-size, or in training "
                 "--accumulate 2 or --activation-checkpointing")
-    except (RuntimeError, ConnectionResetError) as error:  # the latter: killed while sending images
+    except (RuntimeError, ConnectionResetError) as error:  # the latter: killed while sending
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        line = ("a process that loads images was killed, perhaps because memory ran out: use fewer "
-                "--workers; the same command resumes from the last checkpoint")
+        line = ("a process that loads images was killed, perhaps because memory ran out: use "
+                "fewer --workers; the same command resumes from the last checkpoint")
     except (BadInput, OSError) as error:
         line = str(error) or type(error).__name__
     print(f"{Path(sys.argv[0]).name}: {line.splitlines()[-1]}", file=sys.stderr)

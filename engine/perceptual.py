@@ -116,8 +116,8 @@ class Discriminator(nn.Module):
 
 
 def adversarial_losses(critic, image, decoded, image_loss, last_weight):
-    """The losses of the generator, weighted against `image_loss` at the decoder's last weights, and
-    of the critic. No gradient of the first reaches the critic, none of the second the generator.
+    """The generator's loss, weighted against `image_loss` at the decoder's last weights, and the
+    critic's loss. The first has no gradient for the critic, the second none for the generator.
     image, decoded (B, 3, H, W) -> two losses ()"""
     critic.requires_grad_(False)
     generator_loss = -critic(decoded).float().mean()
@@ -128,7 +128,7 @@ def adversarial_losses(critic, image, decoded, image_loss, last_weight):
 
 
 def hinge(real, fake):
-    """The critic's loss: it wants scores of real patches above 1, of reconstructed ones below -1."""
+    """The critic's loss: scores of real patches should exceed 1, others be below -1."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 

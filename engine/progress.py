@@ -12,8 +12,8 @@ def clock(seconds):
 
 
 def progress(parts, total, what="images", size=len):
-    """Yield the `parts` of an iterable, and print a line at most every three seconds. total: number
-    of things in all parts; size(part): how many of them one part holds"""
+    """Yield the parts of an iterable, and print a line every three seconds. total: number of things
+    in all parts; size(part): how many one part holds"""
     done, begin = 0, time.monotonic()
     said = begin
     for part in parts:

@@ -15,8 +15,8 @@ TOKENIZER = dict(image_size=256, scales=SCALES[680], vocab_size=4096, latent_dim
                  multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32, attention=True,
                  learn="gradient")
 
-# Released name -> ours, in order. Levels count from fine to coarse there; in our decoder they follow
-# the data.
+# Released name -> ours, in order. Levels count from fine to coarse there; in our decoder they
+# follow the data.
 TOKENIZER_NAMES = [
     (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.middle.0."),
     (r"^(encoder|decoder)\.mid\.attn_1\.", r"\1.middle.1."),
