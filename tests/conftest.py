@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -102,8 +101,8 @@ def cli(monkeypatch, capsys, tmp_path):
     started -> .status .out .err, and .started, the commands it would have started itself"""
     from engine import distributed
     from engine.options import run_main
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM,
-                                                          signal.SIGHUP)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
     monkeypatch.chdir(tmp_path)
 
     def call(script, *options):
@@ -162,32 +161,9 @@ def random_models(scales=(1, 2, 4), V=16, noise=0.3, multipliers=(1, 2), **optio
     return tokenizer.eval().requires_grad_(False), var.eval().requires_grad_(False)
 
 
-def scale_by_scale(var, labels, teacher_inputs):
-    """Logits of all scales from `step`, as in sampling."""
-    return import_module("04_var_transformer").scale_by_scale(var, labels, teacher_inputs)
-
-
 def without_images(run, folder):
     """Copy a run into a folder, as if its data set were not on this machine. -> the folder"""
     for name in ("tokenizer.pt", "transformer.pt"):
         state = torch.load(run / name, weights_only=True)
         torch.save({**state, "dataset": str(folder / "gone")}, folder / name)
     return folder
-
-
-# -- Tables of experiments -------------------------------------------------------------------------
-
-def table(text):
-    """Cells of the rows of a table, without the line under its head."""
-    lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line] for line in lines if set(line[1].strip()) != {"-"}]
-
-
-def quick_table(cli, script):
-    """The first table that an experiment prints with --quick. -> its head, its rows"""
-    result = cli(script, "--quick")
-    assert result.status == 0, result.err
-    head, *rows = table(re.search(r"(^\|.*\|\n)+", result.out, re.M)[0])
-    assert all(len(row) == len(head) for row in rows)
-    assert "wrote " in result.out
-    return head, rows
