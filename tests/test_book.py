@@ -14,8 +14,8 @@ from conftest import ROOT
 from PIL import Image
 
 CHAPTERS = sorted(ROOT.glob("0*.py"))
-SUPPORT = sorted(path for name in ("data", "engine", "report") for path in ROOT.glob(f"{name}/*.py"))
-EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+SUPPORT = [*ROOT.glob("data/*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("report/*.py")]
+EXPERIMENTS = [*ROOT.glob("experiments/*.py")]
 README = (ROOT / "README.md").read_text()
 # What the files of a folder may import; all others data, engine and report.
 FOLDERS = {"data": {"data", "engine"}, "engine": {"engine"},

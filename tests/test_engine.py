@@ -1,4 +1,4 @@
-"""Errors in one line, several processes, optimizers, the losses of VQGAN, released weights, downloads."""
+"""Errors in one line, several processes, optimizers, LPIPS and the critic, released weights."""
 import hashlib
 import http.server
 import json
@@ -98,18 +98,15 @@ def slow_orthogonal(g):
     return x if g.shape[0] <= g.shape[1] else x.t()
 
 
-@given(rows=st.integers(1, 24), columns=st.integers(1, 24), n=st.integers(1, 3),
-       seed=st.integers(0, 99))
-def test_stacked_matrices_are_orthogonalised_as_one_at_a_time(rows, columns, n, seed):
-    g = torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(seed))
+@given(short=st.integers(1, 9), long=st.integers(20, 24), n=st.integers(1, 3),
+       tall=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), seed=st.integers(0, 99))
+def test_orthogonal_matrices_have_singular_values_about_1(short, long, n, tall, size, seed):
+    g = size * torch.randn(n, short, long, generator=torch.Generator().manual_seed(seed))
+    g = g.mT if tall else g
     found = optimizers.orthogonal(g)
-    assert found.shape == g.shape and ((found * g).sum((1, 2)) > 0).all(), "along the gradient"
-    for one, matrix in zip(found, g):
-        assert torch.allclose(one.double(), slow_orthogonal(matrix), atol=1e-3)
-    if max(rows, columns) >= 2 * min(rows, columns):       # others have singular values near 0
-        values = torch.linalg.svdvals(found)
-        assert values.min() > 0.65 and values.max() < 1.25
-    assert torch.allclose(optimizers.orthogonal(1e-4 * g), found, atol=0.01), "at any size"
+    assert ((found * g).sum((1, 2)) > 0).all(), "along the gradient"
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.65 and values.max() < 1.25
 
 
 def test_muon_equals_a_slow_loop_also_for_convolutions():
@@ -151,8 +148,9 @@ def random_weights():
 
 def slow_lpips(vgg, lpips, x, y):
     """Zhang et al. 2018, equation 1, for two images (3, H, W), in float64."""
-    distance, shift, scale = 0, torch.tensor([-.030, -.088, -.188]), torch.tensor([.458, .448, .450])
-    both = [(z.double() - shift[:, None, None]) / scale[:, None, None] for z in (x, y)]
+    distance, shift = 0, torch.tensor([-.030, -.088, -.188])[:, None, None]
+    scale = torch.tensor([.458, .448, .450])[:, None, None]
+    both = [(z.double() - shift) / scale for z in (x, y)]
     for k, numbers in enumerate(CONVS):
         both = [F.max_pool2d(z, 2) if k else z for z in both]
         for n in numbers:
@@ -199,21 +197,16 @@ def test_weights_of_lpips_are_read_from_the_downloads_and_checked(narrow, monkey
         perceptual.load_perceptual()
 
 
-@given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.floats(-3, 3))
-def test_hinge_wants_real_scores_above_1_and_others_below_minus_1(scores, other):
-    slow = (sum(max(0, 1 - x) for x in scores) / len(scores) + max(0, 1 + other)) / 2
-    loss = perceptual.hinge(torch.tensor(scores), torch.tensor([other]))
-    assert loss.item() == pytest.approx(slow, rel=1e-5, abs=1e-6)
-
-
 def test_the_critic_learns_from_the_hinge_alone_and_the_generator_from_its_weighted_scores():
     torch.manual_seed(0)
-    critic, generator, image = perceptual.Discriminator(16), torch.nn.Conv2d(3, 3, 3), pictures(
-        4, 16, 16)
+    critic, generator = perceptual.Discriminator(16), torch.nn.Conv2d(3, 3, 3)
+    image = pictures(4, 16, 16)
     decoded = F.pad(generator(image), (1, 1, 1, 1))
     image_loss = F.mse_loss(decoded, image)
     losses = perceptual.adversarial_losses(critic, image, decoded, image_loss, generator.weight)
-    hinge = perceptual.hinge(critic(image), critic(decoded.detach()))
+    real, fake = critic(image), critic(decoded.detach())
+    hinge = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+    assert losses[1].item() == pytest.approx(hinge.item(), rel=1e-5)
     wanted = torch.autograd.grad(hinge, list(critic.parameters()))
     long, short = (torch.autograd.grad(loss, generator.weight, retain_graph=True)[0]
                    for loss in (image_loss, -critic(decoded).mean()))

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, resumed, or shared by two processes; files and folders of a run."""
+"""Runs that are stopped, killed, resumed or shared by two processes; the files of a run."""
 import os
 import pickle
 import shutil
