@@ -112,8 +112,8 @@ def test_commands_that_are_shown_name_scripts_and_options_that_exist(path):
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_programs_in_the_readme_run(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_programs_in_the_readme_run(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with torch.random.fork_rng(devices=[]):
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
