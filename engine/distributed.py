@@ -92,8 +92,8 @@ def data_parallel(model, compiled=False):
     pass averages the gradients."""
     if compiled:
         model = torch.compile(model)
-    if world() > 1:                       # the quantizer keeps its own buffers equal
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+    if world() > 1:
+        model = DistributedDataParallel(model)
     return model
 
 
