@@ -138,8 +138,10 @@ def show(value, digits=4):
     """Numbers, lists and small tensors; of what is larger, the shape."""
     if torch.is_tensor(value):
         return show(value.tolist()) if value.numel() <= SMALL else describe(value)
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+    if isinstance(value, torch.Size):
+        return str(tuple(value))
+    if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(show, value[:SMALL]))}]"
     if isinstance(value, float):
         return f"{value + 0.0:.{digits}g}"                 # + 0.0: -0 becomes 0
-    return str(value).removeprefix("torch.Size")[:100]
+    return str(value)[:100]

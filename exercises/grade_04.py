@@ -14,8 +14,9 @@ def grade_04_1(chapter):
     for n in (4, 1, 9, 16):
         for cache, (k, v) in zip(caches, keys_and_values):
             end = begin + n
-            new, want = (k[:, :, begin:end], v[:, :, begin:end]), (k[:, :, :end], v[:, :, :end])
-            got = unpack("append", call(cache.append, *new, filled=begin), "keys", "values")
+            want = k[:, :, :end], v[:, :, :end]
+            got = call(cache.append, k[:, :, begin:end], v[:, :, begin:end], filled=begin)
+            got = unpack("append", got, "keys", "values")
             returned.append((got, want))
             expect("(keys, values) from append", got, want)
             expect("cache.filled", cache.filled, end)

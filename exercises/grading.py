@@ -39,17 +39,14 @@ class TooSlow(BaseException):
 def source_of(task):
     """The file that holds a task's blanks: "01_vq.py" """
     for name in make.SOURCES:
-        if any(blank.task == task for blank in make.find_blanks(read_source(name))):
+        text = (make.ROOT / name).read_text(encoding="utf-8")
+        if any(blank.task == task for blank in make.find_blanks(text)):
             return name
 
 
 @cache
-def read_source(name):
-    return (make.ROOT / name).read_text(encoding="utf-8")
-
-
 def reference(task):
-    return read_source(source_of(task))
+    return (make.ROOT / source_of(task)).read_text(encoding="utf-8")
 
 
 def build(task, text):

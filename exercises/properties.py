@@ -132,13 +132,13 @@ def property_04(chapter):
 
 
 def property_05(chapter):
-    """Every epoch holds each image once, in an order of its own that depends on the seed,
-    and a step gives the same images whenever it is called."""
+    """Every epoch holds each image once, in an order of its own, and a step gives the same
+    images whenever it is called."""
     # Exercise 05_property
     @check
     @given(n=st.integers(8, 20), batch=st.integers(1, 25), number=seeds)
     def holds(n, batch, number):
-        steps = range(2 * n // batch + 1)    # they see two epochs, or a bit more
+        steps = range(2 * n // batch + 1)    # two epochs, or a bit more
         batches = [chapter.batch_indices(step, n, batch, number) for step in steps]
         for step in reversed(steps):
             again = chapter.batch_indices(step, n, batch, number)
@@ -146,8 +146,6 @@ def property_05(chapter):
         first, second = np.concatenate(batches)[:2 * n].reshape(2, n)
         assert sorted(first) == sorted(second) == list(range(n))
         assert not np.array_equal(first, second) and not np.array_equal(first, range(n))
-        other = chapter.batch_indices(0, n, n, number + 1)
-        assert not np.array_equal(first, other)
 
     holds()
 

@@ -1,4 +1,4 @@
-"""The course: the chapters pass its graders, blanks are "not yet", every listed wrong answer is
+"""The course: the chapters pass its graders, blanks are "not yet", listed wrong answers are
 rejected, and a mistake costs one task and is met with a hint."""
 import ast
 import subprocess
@@ -71,7 +71,7 @@ def test_a_mistake_costs_one_task_and_what_a_student_adds_is_kept():
     ("idx = round_to(x, centres)", "raise KeyboardInterrupt", "error", "KeyboardInterrupt"),
     ("idx = round_to(x, centres)", "__import__('pytest').skip('no time')", "error",
      "Skipped: no time"),
-    ("return centres", "return None", "wrong", "lloyd_levels is None (nothing after `return`"),
+    ("return centres", "return", "wrong", "lloyd_levels is None (nothing after `return`"),
     ("return centres", "return centres[:-1]", "wrong", "has shape (1,), expected (2,)"),
     ("return centres", "return centres.double()", "wrong",
      "has dtype torch.float64, expected torch.float32"),
@@ -100,14 +100,15 @@ def test_numbers_that_differ_late_are_shown_with_their_digits():
         compare.expect("x", torch.tensor([1 + 5e-5]).double(), torch.ones(1).double())
 
 
-@pytest.mark.parametrize("loop", ["while True:\n            pass",
-                                  "while True:\n            __import__('time').sleep(9)",
-                                  "while True:\n            try:\n                x.sort()\n"
-                                  "            except Exception:\n                pass"])
+@pytest.mark.parametrize("loop", [
+    "while True:\n            pass",
+    "while True:\n            __import__('time').sleep(9)",
+    "while True:\n            try:\n                x.sort()\n"
+    "            except Exception:\n                pass"])
 def test_an_endless_loop_costs_its_task_alone(loop):
     start = "idx = round_to(x, centres)                                  # (N,)\n"
     status, why = judge("01_1", changed(start, loop + "\n"), limit=0.2)
-    assert status == "too slow" and why.startswith("line ") and "does a loop never end?" in why
+    assert status == "too slow" and why.startswith("line ") and "does a loop" in why
     assert judge("01_1", grading.reference("01_1")).status == "passed"
 
 
@@ -118,9 +119,10 @@ def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys
         text = (student / name).read_text()
         ast.parse(text)
         assert text.count('raise NotImplementedError("""0') == len(make.find_blanks(text))
-    for name in ("README.md", "exercises/README.md", "exercises/01_vq.md", "experiments/README.md"):
+    for name in ("README.md", "exercises/README.md", "exercises/01_vq.md"):
         assert (student / name).read_bytes() == (ROOT / name).read_bytes()
-    for folder, why in ((student, "is not empty"), (student / "01_vq.py" / "below", "is a file"),
+    for folder, why in ((student, "is not empty"),
+                        (student / "01_vq.py" / "below", "is a file"),
                         (ROOT / "data" / "mine", "lies in a folder that is copied")):
         with pytest.raises(SystemExit):
             make.main([str(folder)])
@@ -140,16 +142,18 @@ def test_a_copy_runs_without_the_repository_and_is_graded_as_a_table(tmp_path):
                               capture_output=True)
         return done.returncode, done.stdout + done.stderr
 
-    assert run("exercises/properties.py", "03") == (1, "fill 03_property first\n")
+    assert "NotImplementedError: 03_property" in run("exercises/properties.py", "03")[1]
+    assert run("exercises/properties.py", "9")[1].startswith("usage: ")
     code, out = run("01_vq.py")
     assert code == 1 and "NotImplementedError: 01_1 Lloyd's algorithm (10 min)" in out
     assert run("05_train.py", "--help")[0] == run("06_sample_and_edit.py", "--help")[0] == 0
-    right = grading.reference("01_1").replace("# Exercise 01_2", "# Exercise 01_2\n    1 / 0")
+    right = grading.reference("01_1")
+    right = right.replace("# Exercise 01_2", "# Exercise 01_2\n    1 / 0")
     (student / "01_vq.py").write_text(right)
     (student / "03_block_causal_mask.py").unlink()
     grade = "-m", "pytest", "exercises", "--student"
-    code, out = run(*grade, str(student), "-k", "01_1 or 01_2 or 02_1 or 03_1", "--junitxml",
-                    str(marks), cwd=ROOT)
+    code, out = run(*grade, str(student), "-k", "01_1 or 01_2 or 02_1 or 03_1",
+                    "--junitxml", str(marks), cwd=ROOT)
     assert code == 1 and "1 of 4 tasks passed" in out and "ZeroDivisionError" in out
     assert 'failures="2" skipped="1"' in marks.read_text() and "Traceback" not in out
     code, out = run(*grade, str(tmp_path / "nobody"), cwd=ROOT)
