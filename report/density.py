@@ -9,8 +9,6 @@ chapter 6), which gives
 
 Many images share the same tokens, so these are probabilities of token maps, not of pixels:
 do not compare them with the bits per dimension of models of pixels.
-
-Shapes: nats (N, K), ln p of the tokens of each scale.
 """
 import math
 
@@ -26,39 +24,37 @@ def density(tokenizer, log_likelihood, image, labels, classes, no_class):
 
     log_likelihood(tokens, labels (B,)) -> nats (B, K); classes: {number: name} of those to
     compare; labels (N,): the number of each image, None if unknown (then N = 1)"""
-    device, numbers = next(tokenizer.parameters()).device, torch.tensor(list(classes))
+    device, side = next(tokenizer.parameters()).device, image.shape[-1]
     parts = []
-    for part in progress(image.split(min(100, per_pass(image.shape[-1]))), len(image)):
+    for part in progress(image.split(per_pass(side)), len(image)):
         tokens = tokenizer.image_to_tokens(part.to(device))
-        given = [torch.full((len(part),), c) for c in [*classes, no_class]]
-        parts.append(torch.stack([log_likelihood(tokens, c).cpu() for c in given], 1))
-    nats = torch.cat(parts).double()                                 # (N, classes + 1, K)
-    of_class, without = nats[:, :-1], nats[:, -1]
+        nats = [log_likelihood(tokens, [c] * len(part)).cpu() for c in [*classes, no_class]]
+        parts.append(torch.stack(nats, 1).double())
+    nats = torch.cat(parts)                                       # (N, classes + 1, K)
+    bits = -torch.cat([nats, nats.sum(2, keepdim=True)], 2) / math.log(2)   # K + 1: a sum
+    numbers = torch.tensor(list(classes))
     if labels is None:
-        p, order = of_class[0].sum(1).softmax(0).sort(descending=True)
+        p, order = nats[0, :-1].sum(1).softmax(0).sort(descending=True)
         print("p(class | tokens): " + ", ".join(
-            f"{classes[int(c)]} {x:.1%}" for c, x in zip(numbers[order][:5], p)))
+            f"{classes[int(c)]} {x:.1%}" for c, x in zip(numbers[order[:5]], p)))
         labels = numbers[order[:1]]
-    right = (labels[:, None] == numbers).nonzero()[:, 1]             # (N,) place in `classes`
-    known, V = of_class[torch.arange(len(nats)), right], tokenizer.config.vocab_size
-    bits_table(known, without, tokenizer.scales, V, image.shape[-1])
-    print(f"Bayes' rule finds the class (by chance: {1 / len(classes):.1%}) from scales up to")
-    for k, side in enumerate(tokenizer.scales):
-        found = of_class[:, :, :k + 1].sum(2).argmax(1)              # (N,)
-        print(f"    {side}x{side}: {(found == right).double().mean():.1%}")
-
-
-def bits_table(known, without, scales, V, side):
-    """Print bits per scale, token and pixel. known, without: nats (N, K) given the class
-    and given none; side: of the images, in pixels"""
+    right = (labels[:, None] == numbers).int().argmax(1)          # (N,) place in `classes`
+    known = bits[torch.arange(len(bits)), right].mean(0)          # (K + 1,)
+    found = nats[:, :-1].cumsum(2).argmax(1) == right[:, None]    # (N, K), of scales 1..k
+    scales = tokenizer.scales
     sizes = torch.tensor([s * s for s in scales] + [sum(s * s for s in scales)])
-    rows = [("tokens", sizes, 0)]
-    for name, nats in (("bits given no class", without), ("bits given the class", known)):
-        bits = -nats.mean(0) / math.log(2)                               # (K,)
-        bits = torch.cat([bits, bits.sum()[None]])
-        rows.append((name, bits, 1))
-    rows += [("    per token", bits / sizes, 2), ("    per pixel", bits / side ** 2, 3)]
-    print(f"{len(known)} images; without a model a token costs log2 V, {math.log2(V):g} bits")
-    print("    side                  " + "".join(f"{text:>9}" for text in [*scales, "all"]))
-    for name, values, digits in rows:
-        print(f"    {name:<22}" + "".join(f"{x:>9.{digits}f}" for x in values.tolist()))
+    print(f"{len(image)} images; without a model a token costs log2 V, "
+          f"{math.log2(tokenizer.config.vocab_size):g} bits")
+    print_row("side", [*scales, "all"], "")
+    print_row("tokens", sizes.tolist(), "")
+    print_row("bits given no class", bits[:, -1].mean(0), ".1f")
+    print_row("bits given the class", known, ".1f")
+    print_row("    per token", known / sizes, ".2f")
+    print_row("    per pixel", known / side ** 2, ".3f")
+    print_row("class found so far", found.double().mean(0), ".0%")
+    print(f"found by Bayes' rule from this scale and the coarser ones; chance: "
+          f"{1 / len(classes):.0%}")
+
+
+def print_row(name, values, form):
+    print(f"    {name:<22}" + "".join(f"{x:>9{form}}" for x in values))

@@ -19,8 +19,9 @@ def psnr(image, other, keep=None):
     """Peak signal-to-noise ratio of images (B, 3, H, W) in [-1, 1], or of the pixels in
     keep (H, W) bool -> (B,) in dB"""
     error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square()           # (B, 3, H, W)
-    error = error.flatten(2) if keep is None else error[:, :, keep]      # (B, 3, pixels)
-    return decibels(error.mean((1, 2)))
+    if keep is not None:
+        error = error[:, :, keep]                                        # (B, 3, pixels)
+    return decibels(error.flatten(1).mean(1))
 
 
 def decibels(error):
@@ -36,11 +37,10 @@ def count_codes(tokens, vocab_size):
 def usage(counts):
     """counts (K, V) -> dict: the share of codes used and the perplexity, exp(-sum p ln p),
     for each scale and for all scales together"""
-    used, perplexity = [], []
-    for row in [*counts, counts.sum(0)]:
-        p = row[row > 0].double() / row.sum()
-        used.append(len(p) / len(row))
-        perplexity.append(float(torch.exp(-(p * p.log()).sum())))
+    counts = torch.cat([counts, counts.sum(0)[None]]).double()           # (K + 1, V)
+    used = (counts > 0).double().mean(1).tolist()
+    p = counts / counts.sum(1, keepdim=True)
+    perplexity = torch.special.entr(p).sum(1).exp().tolist()             # entr: -p ln p
     return dict(used=used[:-1], used_overall=used[-1],
                 perplexity=perplexity[:-1], perplexity_overall=perplexity[-1])
 
@@ -50,36 +50,37 @@ def examine(tokenizer, batches, autocast):
     """Health over batches of images (B, 3, H, W) in [-1, 1]. autocast() makes the context
     in which the networks run. -> dict: usage(); for each scale `left`, the share of the
     energy of f that is still missing, and `psnr_after` in dB; and `psnr`, its last value"""
-    counts, left, energy, db, n = 0, 0, 0, 0, 0
+    counts, energy, left, db = 0, 0, 0, []
     for image in batches:
         with autocast():
-            f = tokenizer.encode(image)
-        f = f.float()                                                    # (B, C, h, w)
+            f = tokenizer.encode(image).float()                          # (B, C, h, w)
         tokens = tokenizer.quantize(f)
-        steps = tokenizer.pyramid(tokens)                                # K (B, C, h, w)
-        with autocast():
-            seen = [psnr(image, tokenizer.decode(f_hat).float()).sum() for f_hat in steps]
+        steps = torch.stack(tokenizer.pyramid(tokens))                   # (K, B, C, h, w)
         counts = counts + count_codes(tokens, tokenizer.config.vocab_size)
-        left = left + torch.stack([(f - f_hat).square().sum() for f_hat in steps]).double()
         energy = energy + f.square().sum().double()
-        db = db + torch.stack(seen).double()
-        n += len(image)
-    db = (db / n).tolist()
+        left = left + (f - steps).square().flatten(1).sum(1).double()    # (K,)
+        with autocast():
+            rebuilt = [tokenizer.decode(f_hat).float() for f_hat in steps]
+        db.append(torch.stack([psnr(image, other) for other in rebuilt]))  # (K, B)
+    db = torch.cat(db, 1).double().mean(1).tolist()
     return dict(psnr=db[-1], **usage(counts), left=(left / energy).tolist(), psnr_after=db)
 
 
-def check_up(tokenizer, held_out, device, autocast, path=None):
+def check_up(tokenizer, held_out, device, autocast, path):
     """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and draw ten of them
-    into the file `path`. -> a report as text, the dict of examine() with `warnings`"""
+    into the file `path`. -> a report as text, the dict of examine()"""
     parts = held_out.split(per_pass(held_out.shape[1]))
     health = examine(tokenizer, (to_float(part.to(device)) for part in parts), autocast)
-    health["warnings"] = warnings(tokenizer.config, health, len(held_out))
-    if path:
-        some = held_out[::max(1, len(held_out) // 10)][:10]              # of all classes
-        save_picture(path, tokenizer, to_float(some.to(device)))
-    line = (f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes"
-            f" | {len(held_out)} images")
-    return "\n".join([line, *table(tokenizer.scales, health), *health["warnings"]]), health
+    some = held_out[::max(1, len(held_out) // 10)][:10]                  # of all classes
+    save_picture(path, tokenizer, to_float(some.to(device)))
+    scales, V, N = tokenizer.scales, tokenizer.config.vocab_size, len(held_out)
+    lines = [f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes"
+             f" | {N} images", *table(scales, health)]
+    if health["used"][-1] < 0.2 and N * scales[-1] ** 2 >= 4 * V:        # it saw enough
+        lines.append(f"warning: the last scale has collapsed, {health['used'][-1]:.0%} of {V} "
+                     "codes are in use; try --learn ema, or a smaller --tokenizer-lr or "
+                     "--vocab-size")
+    return "\n".join(lines), health
 
 
 def short(scales, health):
@@ -98,23 +99,6 @@ def table(scales, health):
     return [f"    {name:<12}" + "".join(f"{x:>8}" for x in cells) for name, cells in rows]
 
 
-def warnings(config, health, images):
-    """-> what is wrong, a line each. A scale has collapsed if it has more than 16 tokens,
-    saw at least 4 V vectors, and still uses less than a fifth of the V codes."""
-    V, lines = config.vocab_size, []
-    for k, side in enumerate(config.scales):
-        used, left = health["used"][k], health["left"]
-        if side * side > 16 and images * side * side >= 4 * V and used < 0.2:
-            lines.append(f"warning: scale {side}x{side} has collapsed, {used:.0%} of {V} "
-                         "codes are in use; try --learn ema, or a smaller --tokenizer-lr or "
-                         "--vocab-size")
-        if k and config.residual and left[k] > left[k - 1] + 0.01:
-            lines.append(f"warning: scale {side}x{side} makes the features worse (energy "
-                         f"left {left[k - 1]:.0%} -> {left[k]:.0%}); train longer, or try a "
-                         "smaller --tokenizer-lr")
-    return lines
-
-
 @torch.no_grad()
 def decoded(tokenizer, tokens):
     """The image after each scale: tokens -> K images (B, 3, H, W) in [-1, 1], on the CPU"""
@@ -125,8 +109,8 @@ def decoded(tokenizer, tokens):
 @torch.no_grad()
 def save_picture(path, tokenizer, image):
     """One sheet: the images, what is decoded after each scale, and where the last one errs.
-    image (B, 3, H, W) in [-1, 1]; only the first few of large ones are shown."""
-    image = image[:max(4, min(10, 640 // image.shape[-1]))]
+    image (B, 3, H, W) in [-1, 1]; only the first four are shown if they are large."""
+    image = image[:max(4, 640 // image.shape[-1])]
     rows = [image.cpu(), *decoded(tokenizer, tokenizer.image_to_tokens(image))]
     names = [f"after {side}x{side}, {psnr(rows[0], row).mean():.1f} dB"
              for side, row in zip(tokenizer.scales, rows[1:])]

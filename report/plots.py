@@ -1,11 +1,11 @@
 """Figures made with Pillow alone: grids of images, colour maps and line charts."""
 import functools
 import math
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE = (40, 44, 52), (222, 225, 230)
@@ -24,13 +24,13 @@ FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "a
 @functools.cache
 def font_for(text):
     """A font with all characters of the text: Pillow's own, one of this system, or None"""
-    fonts = [ImageFont.load_default(14)]
-    for name in FONTS:
-        with suppress(OSError):
-            fonts.append(ImageFont.truetype(name, 14))
-    for font in fonts:
+    for name in (None, *FONTS):
+        try:
+            font = ImageFont.truetype(name, 14) if name else ImageFont.load_default(14)
+        except OSError:
+            continue
         missing = bytes(font.getmask("\U0010ffff"))        # drawn for unknown characters
-        if all(bytes(font.getmask(c)) != missing for c in set(text) - {" ", "\n"}):
+        if all(bytes(font.getmask(c)) != missing for c in text if not c.isspace()):
             return font
     return None
 
@@ -44,17 +44,14 @@ def class_label(name, number):
     return name if font_for(f"{name} as 0123456789") else f"class {number}"
 
 
-def write(pen, place, text, anchor="la", colour=INK):
-    """Draw text. anchor: which of its points lies at `place`, in the letters of Pillow."""
-    align = "center" if anchor == "mm" else "left"
-    pen.text(place, text, colour, font_for(text), anchor, align=align)
-
-
-def text_size(text):
-    """Width and height in pixels. The text may have several lines."""
+def legend(text, colour=INK):
+    """Lines of text as a picture on white, with a small margin."""
+    font = font_for(text)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    box = pen.multiline_textbbox((0, 0), text, font_for(text))
-    return round(box[2] + 0.5), round(box[3] + 0.5)
+    _, _, width, height = pen.multiline_textbbox((6, 4), text, font)
+    picture = Image.new("RGB", (math.ceil(width) + 6, math.ceil(height) + 5), "white")
+    ImageDraw.Draw(picture).text((6, 4), text, colour, font)
+    return picture
 
 
 # -- Grids of images -----------------------------------------------------------------------
@@ -63,8 +60,7 @@ def cells(images):
     """Images (3, h, h) of different sizes -> (N, 3, side, side), all as large as the
     largest and at least 96 pixels. Every pixel becomes a rectangle."""
     side = max(96, *(image.shape[-1] for image in images))
-    places = [torch.arange(side) * image.shape[-1] // side for image in images]
-    return torch.stack([image[:, at[:, None], at] for image, at in zip(images, places)])
+    return torch.cat([F.interpolate(image[None], size=side) for image in images])
 
 
 def to_uint8(images):
@@ -75,50 +71,39 @@ def to_uint8(images):
 
 def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=None,
               footer=None):
-    """Write images row by row into one PNG on white. Raises ValueError if there are none.
+    """Write images row by row into one PNG on white.
 
     images: float tensor (N, 3, H, W) in [0, 1] or uint8 array (N, H, W, 3)
     scale: a whole number (None: cells of about 96 pixels); row_labels, column_labels: a text
     for each; footer: the picture that legend() makes"""
     if torch.is_tensor(images) and images.is_floating_point():
         images = to_uint8(images)
-    if len(images) == 0:
-        raise ValueError("save_grid needs at least one image")
     gap, scale = 2, scale or max(1, round(96 / images.shape[2]))
     images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
-    # Labels set the margins, and a wide column label widens its column, so none is cut off.
-    row_sizes = [text_size(text) for text in row_labels]
-    column_sizes = [text_size(text) for text in column_labels]
-    left = gap + max([width + 10 for width, _ in row_sizes], default=0)
-    top = gap + max([height + 8 for _, height in column_sizes], default=0)
-    step_x = max([images.shape[2] + gap, *(width + 8 for width, _ in column_sizes)])
-    step_y = max([images.shape[1] + gap, *(height + 4 for _, height in row_sizes)])
-    width, height = left + columns * step_x, top + -(-len(images) // columns) * step_y
+    height, width = images.shape[1:3]
+    # Labels set the margins, and a large label widens its row or column: none is cut off.
+    beside = [legend(text) for text in row_labels]
+    above = [legend(text) for text in column_labels]
+    left = max([gap, *(label.width for label in beside)])
+    top = max([gap, *(label.height for label in above)])
+    step_x = max([width + gap, *(label.width for label in above)])
+    step_y = max([height + gap, *(label.height for label in beside)])
+    bottom = top + math.ceil(len(images) / columns) * step_y
     footer = footer or Image.new("RGB", (0, 0))
-    sheet = Image.new("RGB", (max(width, footer.width), height + footer.height), "white")
-    sheet.paste(footer, (0, height))
-    pen = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (max(left + columns * step_x, footer.width),
+                              bottom + footer.height), "white")
     for i, image in enumerate(images):
-        x = left + i % columns * step_x + (step_x - gap - image.shape[1]) // 2
+        x = left + i % columns * step_x + (step_x - gap - width) // 2
         sheet.paste(Image.fromarray(image), (x, top + i // columns * step_y))
-    for i, text in enumerate(row_labels):
-        write(pen, (left - gap - 6, top + i * step_y + images.shape[1] // 2), text, "rm")
-    for i, text in enumerate(column_labels):
-        write(pen, (left + i * step_x + (step_x - gap) // 2, (top - gap) // 2), text, "mm")
-    save(sheet, path)
-
-
-def legend(text):
-    """Lines of text as a picture, for the footer of save_grid()."""
-    width, height = text_size(text)
-    picture = Image.new("RGB", (width + 16, height + 14), "white")
-    write(ImageDraw.Draw(picture), (8, 6), text)
-    return picture
-
-
-def save(picture, path):
+    for i, label in enumerate(beside):
+        y = top + i * step_y + max(0, (height - label.height) // 2)
+        sheet.paste(label, (left - label.width, y))
+    for i, label in enumerate(above):
+        x = left + i * step_x + (step_x - gap - label.width) // 2
+        sheet.paste(label, (x, 0))
+    sheet.paste(footer, (0, bottom))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    sheet.save(path)
 
 
 # -- Colours -------------------------------------------------------------------------------
@@ -128,8 +113,7 @@ def heat_map(matrix, low=None, high=None):
     matrix = np.asarray(matrix, dtype=np.float64)
     low = matrix.min() if low is None else low
     high = matrix.max() if high is None else high
-    # A constant matrix has no range; it is drawn in the lowest colour.
-    place = np.clip((matrix - low) / max(high - low, 1e-12), 0, 1) * (len(HEAT) - 1)
+    place = np.clip((matrix - low) / (high - low), 0, 1) * (len(HEAT) - 1)
     colours = [np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
     return np.stack(colours, axis=-1).round().astype(np.uint8)
 
@@ -151,57 +135,32 @@ def token_colours(tokens, side, vocab_size):
 
 # -- Line charts ---------------------------------------------------------------------------
 
-def axis(values, log, begin, end):
-    """An axis from pixel `begin` to pixel `end`, a little longer than the values need.
-    -> a function from numbers to pixels; ticks, which are round numbers"""
-    def linear(value):
-        return math.log10(value) if log else value
-
-    def place(value):
-        return begin + (linear(value) - low) / (high - low) * (end - begin)
-    low, high = linear(min(values)), linear(max(values))
-    room = 0.04 * (high - low) or 0.5                      # one value lies in the middle
-    low, high = low - room, high + room
-    if log and high - low > 1:                             # more than a decade: 1, 2, 5, 10, ...
-        ticks = [digit * 10.0 ** power for power in range(-12, 13) for digit in (1, 2, 5)]
-        return place, [tick for tick in ticks if low <= linear(tick) <= high]
-    first, last = (10 ** low, 10 ** high) if log else (low, high)
-    step = 10.0 ** math.floor(math.log10((last - first) / 4))
-    step *= max(digit for digit in (1, 2, 5) if digit * step <= (last - first) / 4)
-    return place, [k * step for k in range(math.ceil(first / step), int(last // step) + 1)]
-
-
-def save_curve(path, series, *, title="", x_label="", y_label="", size=(720, 400), log=""):
-    """Write a line chart. series: name -> list of (x, y); what cannot be drawn is left out.
-    log: the logarithmic axes, "x", "y" or "xy" (with "xy", powers become straight lines).
-    Raises ValueError if no point is left."""
-    def drawable(point):
-        return all(math.isfinite(value) and (value > 0 or name not in log)
-                   for name, value in zip("xy", point))
-    lines = {name: list(filter(drawable, points)) for name, points in series.items()}
-    points = [point for line in lines.values() for point in line]
-    if not points:
-        raise ValueError("save_curve needs at least one point")
-    left, right = 80, size[0] - 60 - max(text_size(name)[0] for name in lines)
-    top, bottom = 52, size[1] - 50
-    x_of, x_ticks = axis([x for x, _ in points], "x" in log, left, right)
-    y_of, y_ticks = axis([y for _, y in points], "y" in log, bottom, top)
-    sheet = Image.new("RGB", size, "white")
+def save_curve(path, series, *, x_label="", y_label="", log=""):
+    """Write a line chart. series: name -> list of (x, y), finite numbers; log: "xy" for two
+    logarithmic axes, on which powers become straight lines"""
+    lines = [np.log10(line) if log else np.array(line) for line in series.values()]  # (N, 2)
+    low = np.min([line.min(axis=0) for line in lines], axis=0)                       # (x, y)
+    high = np.max([line.max(axis=0) for line in lines], axis=0)
+    names = [legend(name, LINES[i % len(LINES)]) for i, name in enumerate(series)]
+    left, bottom = begin = np.array([80, 350])             # pixels of the smallest x and y
+    right, top = end = np.array([660 - max(name.width for name in names), 40])
+    sheet = Image.new("RGB", (720, 400), "white")
     pen = ImageDraw.Draw(sheet)
-    for tick in x_ticks:
-        pen.line([(x_of(tick), top), (x_of(tick), bottom)], PALE)
-        write(pen, (x_of(tick), bottom + 6), f"{tick:,.10g}", "mt")
-    for tick in y_ticks:
-        pen.line([(left, y_of(tick)), (right, y_of(tick))], PALE)
-        write(pen, (left - 6, y_of(tick)), f"{tick:,.10g}", "rm")
-    write(pen, (left, 6), title)
-    write(pen, (left, 27), y_label)
-    write(pen, (right, size[1] - 22), x_label, "rt")
-    for i, (name, line) in enumerate(lines.items()):
-        colour = LINES[i % len(LINES)]
-        places = [(x_of(x), y_of(y)) for x, y in line]
-        pen.line(places, colour, 2)
-        for x, y in places if len(places) < 10 else []:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
-        write(pen, (right + 14, top + 22 * i), name, "la", colour)
-    save(sheet, path)
+    for share in np.linspace(0, 1, 5):
+        x, y = begin + share * (end - begin)
+        pen.line([(x, top), (x, bottom)], PALE)
+        pen.line([(left, y), (right, y)], PALE)
+        tick = low + share * (high - low)
+        below, beside = [legend(f"{value:,.3g}") for value in (10 ** tick if log else tick)]
+        sheet.paste(below, (int(x) - below.width // 2, bottom + 4))
+        sheet.paste(beside, (left - beside.width, int(y) - beside.height // 2))
+    sheet.paste(legend(y_label), (left, 6))
+    sheet.paste(legend(x_label), (right - legend(x_label).width, bottom + 24))
+    for i, line in enumerate(lines):
+        places = begin + (line - low) / (high - low) * (end - begin)
+        pen.line([tuple(place) for place in places], LINES[i % len(LINES)], 2)
+        for x, y in places:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), LINES[i % len(LINES)])
+        sheet.paste(names[i], (right + 14, top + 22 * i))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
