@@ -107,7 +107,7 @@ def grade_02_3(chapter):
             case(scales=scales, tokenizer=f"a tokenizer with {change}")
             wanted = torch.zeros(2, sum(s * s for s in scales[1:]), 11, **change)
             got = tokenizer.teacher_inputs(tokens)
-            expect("teacher_inputs", 0 * got if torch.is_tensor(got) else got, wanted)
+            expect("teacher_inputs", got.zero_() if torch.is_tensor(got) else got, wanted)
 
 
 def grade_02_4(chapter):

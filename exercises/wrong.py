@@ -129,7 +129,6 @@ WRONG = {
     "04_3": {
         "counts positions from 0 at every scale": ("begin:end]", ":end - begin]"),
         "forgets the scale embedding": (" + self.scale_embed.weight[k]", ""),
-        "adds the class at all scales": ("(inputs)", "(inputs) + conditioning.row"),
         "makes a new cache at every scale": ("blocks, cache)", "blocks, self.new_cache())"),
         "gives all blocks the cache of the first": ("cache=block_cache", "cache=cache[0]"),
     },
@@ -170,17 +169,10 @@ WRONG = {
     "06_1": {
         "drops the token that crosses top_p":
             ("tail <= 1 - top_p", "value.softmax(-1).cumsum(-1) > top_p"),
-        "keeps all that equal the k-th": """
-            k = min(top_k, logits.shape[-1]) if top_k > 0 else logits.shape[-1]
-            logits = logits.masked_fill(logits < logits.topk(k)[0][..., -1:], -torch.inf)
-            value, order = logits.sort(-1, descending=True)
-            p = value.softmax(-1)
-            drop = (p.cumsum(-1) - p >= top_p) & (0 < top_p < 1)
-            return logits.masked_fill(drop.gather(-1, order.argsort(-1)), -torch.inf)
-            """,
+        "keeps all that equal the last kept":
+            ("torch.full_like(logits, -torch.inf).scatter(-1, order, value)",
+             "logits.where(logits >= value.nan_to_num(neginf=9).amin(-1, True), -torch.inf)"),
         "changes the caller's tensor": ("torch.full_like(logits, ", "logits.fill_("),
-        "takes top-p of the distribution before top-k":
-            ("value.softmax(-1).flip(-1)", "logits.softmax(-1).gather(-1, order).flip(-1)"),
     },
     "06_2": {
         "guides every scale alike": ("cfg * (k / (K - 1))", "cfg"),
