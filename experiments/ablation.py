@@ -33,8 +33,8 @@ from experiments.trial import (Trial, cells, drawing, parameters, training, tran
 
 class Raster(torch.nn.Module):
     """Makes a tokenizer of one 8x8 map look like one of 64 maps of a single token each. The
-    mask of chapter 3 is then the triangle of raster order, and chapters 4 to 6 need not
-    know. The input of each token is the code of the token before it."""
+    mask of chapter 3 is then the triangle of raster order, and chapters 4 to 6 work as they
+    are. The input of each token is the code of the token before it."""
 
     def __init__(self, tokenizer):
         super().__init__()
@@ -57,8 +57,7 @@ class Raster(torch.nn.Module):
         return self.tokenizer.quantizer.lookup(torch.cat(tokens[:-1], 1))
 
     def next_input(self, k, f_hat, tokens_k):
-        """There is no sum to keep. -> (0, the code just drawn (B, 1, C), after the last
-        None)"""
+        """There is no sum. -> (0, the code just drawn (B, 1, C); None after the last)"""
         return 0, self.tokenizer.quantizer.lookup(tokens_k) if k + 1 < self.K else None
 
 

@@ -40,8 +40,6 @@ AT_ONCE = 100                             # images drawn or scored together
 # Data set -> settings of chapter 5 to start from. "cifar10" is three of its classes.
 BASES = {"shapes": {}, "cifar10": training.PRESETS["cifar10-cpu"] | dict(
     depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
-
-
 HELP = {"steps": "steps of each transformer", "tokenizer_steps": "steps of each tokenizer",
         "n": "samples to judge", "seeds": "training runs, or sets of samples, per row"}
 
@@ -54,7 +52,7 @@ def trial_parser(doc, dataset="cifar10", **defaults):
     parser.add_argument("--dataset", choices=BASES, default=dataset, help=f"[{dataset}]")
     parser.add_argument("--data-dir", default="", help="where CIFAR-10 is, if not in data/")
     parser.add_argument("--out", type=Path, default=Path("out/experiments"))
-    parser.add_argument("--quick", action="store_true", help="does it work? (seconds)")
+    parser.add_argument("--quick", action="store_true", help="few images and steps")
     for name, default in defaults.items():
         parser.add_argument("--" + name.replace("_", "-"), help=f"{HELP[name]} [{default}]",
                             type=number(int, 4 if name == "n" else 1), default=default)
