@@ -32,29 +32,21 @@ def learn(quantizer, x):
     quantizer.learn([x], [quantizer.nearest(x)])
 
 
-def vector_under(codes, x):
-    """The row of x (N, C) that each code was placed on, with noise of 1 %. -> (V,)"""
-    distance, chosen = torch.cdist(codes, x).min(1)
-    assert (distance < 0.06 * x.norm(dim=1).max()).all(), "a code lies on no vector"
-    return chosen
-
-
 def test_worked_examples_of_levels():
     assert vq.uniform_levels(torch.tensor([0., 8., 1.]), 4).tolist() == [1, 3, 5, 7]
     assert vq.equal_mass_levels(torch.tensor([9., 0., 1., 3.]), 2).tolist() == [0.5, 6]
 
-
-# -- Where codes start ---------------------------------------------------------------------
 
 @given(n=st.integers(1, 9), vocab_size=st.integers(1, 9), seed=seeds)
 def test_codes_start_on_different_vectors_if_there_are_enough(n, vocab_size, seed):
     torch.manual_seed(seed)
     quantizer, x = vq.VectorQuantizer(vocab_size, 4), 5 + torch.randn(n, 4)
     quantizer.start_on_data([x])
-    chosen = vector_under(quantizer.codebook, x)
+    distance, chosen = torch.cdist(quantizer.codebook, x).min(1)
+    assert (distance < 0.06 * x.norm(dim=1).max()).all()             # noise of 1 %
     if vocab_size <= n:
         assert len(chosen.unique()) == vocab_size
-    assert len(quantizer.codebook.unique(dim=0)) == vocab_size       # noise separates them
+    assert len(quantizer.codebook.unique(dim=0)) == vocab_size
     assert torch.equal(quantizer.sums, quantizer.codebook)
 
 
@@ -77,8 +69,6 @@ def test_small_groups_get_as_many_codes_as_large_ones():
     assert 160 < (quantizer.codebook[:, 0] < 2).sum() < 240
 
 
-# -- How codes learn -----------------------------------------------------------------------
-
 def test_worked_example_of_learning_from_two_groups():
     quantizer = placed([[0.], [8.], [5.]], decay=0.5, revive=False)
     groups = [torch.tensor([[2.]]), torch.tensor([[[1.], [6.]]])]
@@ -98,8 +88,8 @@ def test_an_unused_code_is_revived_once_and_a_non_finite_batch_changes_nothing(w
     learn(quantizer, torch.where(torch.arange(60).view(30, 2) == 15, math.nan, x))
     assert same(quantizer.state_dict(), before)
     learn(quantizer, x)
-    vector_under(quantizer.codebook[2:], x)
     revived = quantizer.codebook[2].clone()
+    assert (x - revived).norm(dim=1).min() < 0.1           # it lies on one of the vectors
     for _ in range(5):                       # stale sums and hits would carry it away again
         quantizer.learn([50 + torch.randn(30, 2)], [torch.tensor([0, 1] * 15)])
         assert torch.allclose(quantizer.codebook[2], revived, rtol=1e-5)
@@ -113,7 +103,7 @@ def test_codes_in_use_are_never_revived():
     assert same(quantizers[0].state_dict(), quantizers[1].state_dict())
 
 
-def test_processes_sum_their_statistics_and_share_what_was_drawn(monkeypatch):
+def test_processes_sum_their_statistics_and_share_the_drawn_codes(monkeypatch):
     """All-reduce doubles, as if both processes had the same batch; broadcast brings 7."""
     torch.manual_seed(0)
     start, x = torch.randn(6, 2), torch.randn(20, 2)
@@ -125,20 +115,14 @@ def test_processes_sum_their_statistics_and_share_what_was_drawn(monkeypatch):
     learn(part, x)
     assert torch.allclose(part.hits, whole.hits)
     assert torch.allclose(part.codebook, whole.codebook, atol=1e-6)
-    part.hits[5] = 1e-4
-    part.learn([x], [torch.zeros(20, dtype=torch.int64)])
-    assert part.codebook[5].tolist() == [7, 7]             # revived alike everywhere
     fresh = vq.VectorQuantizer(6, 2)
     fresh.start_on_data([x])
     assert (fresh.codebook == 7).all()
-    # A non-finite batch of another process arrives with the sum.
+    before = part.codebook.clone()
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.fill_(math.nan))
-    before = deepcopy(part.state_dict())
-    learn(part, x)
-    assert same(part.state_dict(), before)
+    learn(part, x)                           # the other process had a non-finite batch
+    assert torch.equal(part.codebook, before)
 
-
-# -- Signs ---------------------------------------------------------------------------------
 
 @given(bits=st.integers(1, 6), seed=seeds)
 def test_lookup_free_nearest_is_the_nearest_of_all_sign_patterns(bits, seed):

@@ -1,13 +1,12 @@
-"""Chapter 4: one masked pass equals a cached pass per scale; labels; initial values.
+"""Chapter 4: half precision, what differs in training, and initial values.
 
 The course's graders (exercises/grade_04.py) compare the cache, the block and `step` with
-slow versions. That the mask is not saved is checked in test_golden.py."""
+slow versions; test_golden.py compares everything with the original code."""
 import math
 from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
 
 m4 = import_module("04_var_transformer")
 CLASSES = 5
@@ -30,23 +29,6 @@ def random_inputs(var):
     return torch.randint(CLASSES + 1, (3,)), torch.randn(3, var.L - var.first, 3)
 
 
-kinds = st.fixed_dictionaries(dict(
-    depth=st.integers(1, 3), shared_adaln=st.booleans(), qk_norm=st.booleans(),
-    mlp_ratio=st.sampled_from([1.0, 4.0])))
-
-
-@given(scales=st.lists(st.integers(1, 3), min_size=1, max_size=4), heads=st.integers(1, 3),
-       kind=kinds, training=st.booleans(), seed=st.integers(0, 10_000))
-def test_cached_equals_masked_in_training_and_eval(scales, heads, kind, training, seed):
-    torch.manual_seed(seed)
-    var = small(scales, heads=heads, width=4 * heads, **kind).double().train(training)
-    labels, shown = random_inputs(var)
-    masked = var(labels, shown.double())
-    cached = m4.scale_by_scale(var, labels, shown.double())
-    assert masked.shape == (3, var.L, 7)
-    assert (masked - cached).abs().max() < 1e-11 * masked.abs().max()
-
-
 @pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
 def test_autocast_reaches_both_ways(qk_norm):
@@ -61,8 +43,6 @@ def test_autocast_reaches_both_ways(qk_norm):
             assert found.dtype == torch.bfloat16
             assert (found - exact).abs().max() < 0.03 * exact.abs().max()
 
-
-# -- Training ------------------------------------------------------------------------------
 
 def test_training_hides_a_share_of_the_labels_behind_a_learned_null_class():
     torch.manual_seed(0)
@@ -93,6 +73,7 @@ def test_every_parameter_gets_its_gradient_with_and_without_checkpointing(shared
     torch.manual_seed(0)
     var, gradients = small(shared_adaln=shared_adaln), []
     inputs = random_inputs(var)
+    assert torch.equal(var.train()(*inputs), var.eval()(*inputs)), "nothing is dropped"
     for checkpointing in (False, True):
         var.activation_checkpointing = checkpointing
         var.zero_grad()
@@ -102,8 +83,6 @@ def test_every_parameter_gets_its_gradient_with_and_without_checkpointing(shared
         assert grad.any() and torch.equal(grad, gradients[1][name])
         assert "modulation" not in name or grad.any(-1).all(), "one of the six is unused"
 
-
-# -- Initial values ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("depth, gate, shared_adaln", [
     (23, 1e-3, False), (24, 1e-4, False), (30, 1e-5, False), (36, 5e-6, True)])
@@ -131,17 +110,15 @@ def test_weights_start_at_the_original_sizes(depth, gate, shared_adaln):
 def test_the_factor_of_a_head_is_at_most_one_hundred():
     torch.manual_seed(0)
     layer = small().blocks[0].attention
-    for value, expected in ((50, 50), (100, 100), (8000, 100)):
-        layer.log_scale.fill_(math.log(value))
-        q, k, _, factor = layer.project(torch.randn(1, 5, 16))
-        products = q.norm(dim=-1) * k.norm(dim=-1) * factor
-        assert float(products.mean()) == pytest.approx(expected, rel=1e-4)
+    layer.log_scale.fill_(9.0)
+    q, k, _, factor = layer.project(torch.randn(1, 5, 16))
+    products = q.norm(dim=-1) * k.norm(dim=-1) * factor
+    assert torch.allclose(products, torch.full_like(products, 100))
 
 
 def test_depth_sets_width_heads_and_drop_path_and_sizes_must_fit():
     config = m4.VARConfig(depth=6)
     assert (config.width, config.heads, config.drop_path) == (384, 6, pytest.approx(0.025))
-    for wrong, word in ((dict(width=10, heads=3), "multiple of heads"),
-                        (dict(scales=()), "at least 1"), (dict(drop_path=1.0), "drop_path")):
-        with pytest.raises(ValueError, match=word):
+    for wrong in (dict(width=10, heads=3), dict(scales=()), dict(drop_path=1.0)):
+        with pytest.raises(ValueError):
             m4.VARConfig(**wrong)
