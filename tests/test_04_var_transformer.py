@@ -50,7 +50,7 @@ def test_training_hides_a_share_of_the_labels_behind_a_learned_null_class():
     shown = torch.zeros(2000, 0, 3)
     own, null = var(labels, shown), var(torch.full_like(labels, CLASSES), shown)
     assert ((own - null).abs().amax((1, 2)) > 1e-3).all(), "eval keeps every label"
-    logits = var.train()(labels, shown)
+    logits = var.train()(labels, shown)                              # (2000, 1, V)
     hidden = (logits - null).abs().amax((1, 2)) < 1e-5
     assert 0.2 < float(hidden.float().mean()) < 0.3
     assert torch.allclose(logits[~hidden], own[~hidden], atol=1e-5)
@@ -100,8 +100,7 @@ def test_weights_start_at_the_original_sizes(depth, gate, shared_adaln):
         assert not name.endswith("bias") or not p.any()
         assert not name.endswith("log_scale") or torch.allclose(p.exp(), torch.tensor(4.0))
     block, unit = var.blocks[0], 1 / math.sqrt(48) if shared_adaln else std
-    table = block.modulation_offset[0, 0] if shared_adaln else block.modulation.weight
-    six = table.view(6, -1)
+    six = (block.modulation_offset if shared_adaln else block.modulation.weight).view(6, -1)
     assert float(six[:2].std()) == pytest.approx(gate * unit, rel=0.3)
     assert float(six[2:].std()) == pytest.approx(0.5 * unit, rel=0.3)
 
