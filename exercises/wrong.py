@@ -171,7 +171,8 @@ WRONG = {
             ("tail <= 1 - top_p", "value.softmax(-1).cumsum(-1) > top_p"),
         "keeps all that equal the last kept":
             ("torch.full_like(logits, -torch.inf).scatter(-1, order, value)",
-             "logits.where(logits >= value.nan_to_num(neginf=9).amin(-1, True), -torch.inf)"),
+             "logits.where(logits >= value.nan_to_num(neginf=9).amin(-1, True), -1e999)"),
+        "ignores top_k without top_p": ("if k >= V and not", "if not"),
         "changes the caller's tensor": ("torch.full_like(logits, ", "logits.fill_("),
     },
     "06_2": {
