@@ -156,16 +156,15 @@ SCALES = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: released.SCALES[680],
           32: released.SCALES[2240]}
 # Image size -> multipliers of our small tokenizers, which halve the side between them.
 MULTIPLIERS = {64: (1, 2), 128: (1, 2), 256: (1, 2, 2), 512: (1, 2, 2)}
-
-
-# Depth -> how the original code trains it (its README); other depths follow the next smaller one.
+# Depth -> how the original code trains it; other depths follow the next smaller one.
 RECIPES = {
-    1: dict(epochs=200, batch_size=768, final_lr=0.1),
-    20: dict(epochs=250, batch_size=768, final_lr=0.1),
-    24: dict(epochs=350, batch_size=768, final_lr=0.01),
-    30: dict(epochs=350, batch_size=1024, final_lr=0.01, final_weight_decay=0.08),
-    36: dict(epochs=350, batch_size=768, final_lr=0.01, final_weight_decay=0.08,
-             image_size=512, shared_adaln=True),
+    1: dict(epochs=200, batch_size=768, drop_path=0.067, final_lr=0.1),
+    20: dict(epochs=250, batch_size=768, drop_path=0.083, final_lr=0.1),
+    24: dict(epochs=350, batch_size=768, drop_path=0.1, final_lr=0.01),
+    30: dict(epochs=350, batch_size=1024, drop_path=0.125, final_lr=0.01,
+             final_weight_decay=0.08),
+    36: dict(epochs=350, batch_size=768, drop_path=0.15, final_lr=0.01,
+             final_weight_decay=0.08, image_size=512, shared_adaln=True),
 }
 
 
@@ -187,8 +186,6 @@ def read_settings(argv=None):
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
     if name == "imagenet" and "lr" not in typed:
         settings.lr = (1e-4 if settings.depth < 24 else 8e-5) * settings.batch_size / 256
-    if name == "imagenet" and "drop_path" not in typed:
-        settings.drop_path = 0.1 * settings.depth / 24
     if "steps" in typed and "epochs" not in typed:
         settings.epochs = 0
     if "unshuffle" not in preset and "multipliers" not in typed:
