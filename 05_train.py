@@ -158,13 +158,12 @@ SCALES = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: released.SCALES[680],
 MULTIPLIERS = {64: (1, 2), 128: (1, 2), 256: (1, 2, 2), 512: (1, 2, 2)}
 # Depth -> how the original code trains it; other depths follow the next smaller one.
 RECIPES = {
-    1: dict(epochs=200, batch_size=768, drop_path=0.067, final_lr=0.1),
-    20: dict(epochs=250, batch_size=768, drop_path=0.083, final_lr=0.1),
-    24: dict(epochs=350, batch_size=768, drop_path=0.1, final_lr=0.01),
-    30: dict(epochs=350, batch_size=1024, drop_path=0.125, final_lr=0.01,
-             final_weight_decay=0.08),
-    36: dict(epochs=350, batch_size=768, drop_path=0.15, final_lr=0.01,
-             final_weight_decay=0.08, image_size=512, shared_adaln=True),
+    1: dict(epochs=200, batch_size=768, final_lr=0.1),
+    20: dict(epochs=250, batch_size=768, final_lr=0.1),
+    24: dict(epochs=350, batch_size=768, final_lr=0.01),
+    30: dict(epochs=350, batch_size=1024, final_lr=0.01, final_weight_decay=0.08),
+    36: dict(epochs=350, batch_size=768, final_lr=0.01, final_weight_decay=0.08,
+             image_size=512, shared_adaln=True),
 }
 
 
@@ -181,6 +180,7 @@ def read_settings(argv=None):
     if name == "imagenet":
         depth = typed.get("depth", preset["depth"])
         preset = preset | RECIPES[max(known for known in RECIPES if known <= depth)]
+        preset = preset | dict(drop_path=0.1 * depth / 24)
     settings = Settings(**(preset | typed))
     # What follows from other settings, unless it was typed.
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
