@@ -71,9 +71,10 @@ def test_small_groups_get_as_many_codes_as_large_ones():
 
 def test_worked_example_of_learning_from_two_groups():
     quantizer = placed([[0.], [8.], [5.]], decay=0.5, revive=False)
+    quantizer.hits[2] = 0.0                                          # nothing uses it
     groups = [torch.tensor([[2.]]), torch.tensor([[[1.], [6.]]])]
     quantizer.learn(groups, [torch.tensor([0]), torch.tensor([[0, 1]])])
-    assert quantizer.hits.tolist() == [1.5, 1, 0.5]                  # (1 + 2) / 2, ...
+    assert quantizer.hits.tolist() == [1.5, 1, 0]                    # (1 + 2) / 2, ...
     assert quantizer.sums.tolist() == [[1.5], [7], [2.5]]            # (0 + 2 + 1) / 2, ...
     assert quantizer.codebook.tolist() == [[1], [7], [5]]
 
@@ -93,14 +94,6 @@ def test_an_unused_code_is_revived_once_and_a_non_finite_batch_changes_nothing(w
     for _ in range(5):                       # stale sums and hits would carry it away again
         quantizer.learn([50 + torch.randn(30, 2)], [torch.tensor([0, 1] * 15)])
         assert torch.allclose(quantizer.codebook[2], revived, rtol=1e-5)
-
-
-def test_codes_in_use_are_never_revived():
-    quantizers = [placed([[0.], [10.], [20.]], revive=revive) for revive in (False, True)]
-    for quantizer in quantizers:
-        for _ in range(20):
-            learn(quantizer, torch.tensor([[1.], [9.], [21.], [19.]]))
-    assert same(quantizers[0].state_dict(), quantizers[1].state_dict())
 
 
 def test_processes_sum_their_statistics_and_share_the_drawn_codes(monkeypatch):
