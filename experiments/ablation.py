@@ -13,10 +13,9 @@
     raster, all     raster order with all of this, except the size of "larger"
     raster, early   the same after as many steps, and images, as the other rows
 
-From "next scale" to "larger" each row has all that the rows above it have, as in VAR (Tian
-et al. 2024, section 5). "raster" and "raster, all" see twice as many images with half as
-many tokens, so all rows except "larger" and the last one take equal arithmetic. Guidance
-grows in equal steps over the maps, of which raster order has 64.
+From "next scale" to "larger" each row has all that the rows above it have (VAR, Tian et al.
+2024, section 5). "raster" and "raster, all" see twice as many images with half as many
+tokens, so all rows except "larger" and the last one take equal arithmetic.
 """
 import sys
 import time
@@ -26,9 +25,8 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.options import run_main
-from experiments.trial import (Trial, cells, drawing, parameters, training, transformer,
-                               trial_parser)
+from experiments.trial import (Trial, cells, drawing, parameters, run_main, training,
+                               transformer, trial_parser)
 
 
 class Raster(torch.nn.Module):
@@ -38,32 +36,27 @@ class Raster(torch.nn.Module):
 
     def __init__(self, tokenizer):
         super().__init__()
-        side, config = tokenizer.scales[0], tokenizer.config
         self.tokenizer, self.decode = tokenizer, tokenizer.decode
-        self.scales, self.K = (1,) * side ** 2, side ** 2
-        self.config = SimpleNamespace(
-            image_size=config.image_size, scales=self.scales, vocab_size=config.vocab_size,
-            latent_dim=config.latent_dim)
+        self.K = tokenizer.scales[0] ** 2
+        self.scales = (1,) * self.K
+        self.config = SimpleNamespace(**vars(tokenizer.config) | dict(scales=self.scales))
 
     def image_to_tokens(self, image):
-        """image (B, 3, H, W) -> 64 tokens (B, 1)"""
-        return list(self.tokenizer.image_to_tokens(image)[0].split(1, 1))
+        return list(self.tokenizer.image_to_tokens(image)[0].split(1, 1))    # 64 of (B, 1)
 
     def features(self, tokens):
         return self.tokenizer.features([torch.cat(tokens, 1)])
 
     def teacher_inputs(self, tokens):
-        """64 tokens (B, 1) -> the codes of all but the last (B, 63, C)"""
-        return self.tokenizer.quantizer.lookup(torch.cat(tokens[:-1], 1))
+        return self.tokenizer.quantizer.lookup(torch.cat(tokens[:-1], 1))    # (B, 63, C)
 
     def next_input(self, k, f_hat, tokens_k):
-        """There is no sum. -> (0, the code just drawn (B, 1, C); None after the last)"""
+        """There is no f_hat. -> 0, the code just drawn (B, 1, C); None after the last"""
         return 0, self.tokenizer.quantizer.lookup(tokens_k) if k + 1 < self.K else None
 
 
 class ClassToken(transformer.VAR):
-    """The class is what the first map starts from and nothing else: the AdaLN vectors of a
-    block are learned, but the same for all classes."""
+    """Only the first map's input depends on the class; AdaLN vectors do not."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -76,8 +69,7 @@ class ClassToken(transformer.VAR):
         return transformer.Conditioning(row, blocks, self.head_offset)
 
 
-# Row -> folder of its training run, order, class of the model, q/k norm, how it samples.
-# Rows that differ only in sampling share a training run.
+# Row -> folder of its training run, order, class of the model, q/k norm, how it samples
 PLAIN, TOP_K, GUIDED = dict(cfg=0.0), dict(cfg=0.0, top_k=100), dict(cfg=1.5, top_k=100)
 ROWS = {
     "raster": ("raster", "raster", ClassToken, False, PLAIN),
@@ -92,15 +84,14 @@ ROWS = {
 }
 
 
-def milliseconds_alone(tokenizer, var, sampling, count=10):
-    """Of the CPU, for an image that is drawn alone: steps then cost more than tokens. This
-    is the median, because the first image is slow."""
+def milliseconds_alone(tokenizer, var, sampling):
+    """The median CPU time of an image that is drawn alone, because the first one is slow."""
     times = []
-    for _ in range(count):
+    for _ in range(10):
         begin = time.process_time()
         drawing.generate(tokenizer, var, torch.tensor([0]), **sampling)
         times.append(1000 * (time.process_time() - begin))
-    return sorted(times)[count // 2]
+    return sorted(times)[5]
 
 
 def main():
@@ -110,31 +101,29 @@ def main():
     tokenizers = {"raster": Raster(trial.train_tokenizer("raster", 0, scales=(8,))),
                   "next scale": training.load_tokenizer(trial.shipped)[0]}
     labels, lines, images = torch.arange(12) % len(trial.names), [], []
+    digits = dict(bits=1, frechet=2, precision=2, recall=2, in_class=0, ms=1, alone=0)
     for row in trial.args.rows:
         folder, order, model, qk_norm, sampling = ROWS[row]
-        tokenizer, found = tokenizers[order], []
-        changes = dict(shared_adaln=True, config=dict(qk_norm=qk_norm))
+        tokenizer, found, changes = tokenizers[order], [], {}
         if row == "larger":
             changes.update(depth=6, width=160, heads=5)
         if row in ("raster", "raster, all"):
             changes.update(steps=trial.args.steps * 130 // 64)
         for seed in trial.seeds:
-            var = trial.train(folder, seed, tokenizer, model, **changes)
+            var = trial.train(folder, seed, tokenizer, model, dict(qk_norm=qk_norm),
+                              shared_adaln=True, **changes)
             found.append(trial.measure(f"{folder}/{row}", seed, lambda: dict(
                 trial.judged(tokenizer, var, seed, **sampling),
                 bits=trial.bits(tokenizer, var),
                 alone=milliseconds_alone(tokenizer, var, sampling))))
-        lines.append([row, f"{parameters(var):.2f}", *cells(found, dict(
-            bits=1, frechet=2, precision=2, recall=2, in_class=0, ms=1, alone=0))])
+        lines.append([row, f"{parameters(var):.2f}", *cells(found, digits)])
         images.append(drawing.generate(tokenizer, var, labels, **sampling,
                                        generator=torch.Generator().manual_seed(0)))
-    real = {"held-out images": trial.floor()}
+    lines.append(["held-out images", "", *cells([trial.floor()], digits)])
     for order, tokenizer in tokenizers.items():
         rebuilt = trial.reconstructed(order, tokenizer)
-        real[f"reconstructions, {order}, {rebuilt['psnr']:.1f} dB"] = rebuilt
-    for name, found in real.items():
-        numbers = cells([found], dict(frechet=2, precision=2, recall=2))
-        lines.append([name, "", "", *numbers, "", "", ""])
+        name = f"reconstructions, {order}, {rebuilt['psnr']:.1f} dB"
+        lines.append([name, "", *cells([rebuilt], digits)])
     trial.show(["", "parameters, M", "bits per image", "Fréchet", "precision", "recall",
                 "in class, %", "CPU ms per image, 100 at once", "alone"], lines)
     trial.draw(images, trial.args.rows, [trial.names[c] for c in labels])

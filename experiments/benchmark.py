@@ -2,7 +2,7 @@
 
     python experiments/benchmark.py                            the built-in shapes
     python experiments/benchmark.py --size d16 --batch-size 4
-    python experiments/benchmark.py --size d30 --batch-size 64 --device cuda --compile
+    python experiments/benchmark.py --size d30 --batch-size 64 --device cuda
 
 Models have the sizes of a preset of chapter 5, or those of the paper for 256 pixels.
 Weights and images are random. The tokenizer's training step leaves out the perceptual and
@@ -18,10 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.device import autocast, best_precision, pick_device
-from engine.distributed import data_parallel
 from engine.optimizers import make_optimizers, take_step
-from engine.options import Parser, number, run_main
-from experiments.trial import drawing, parameters, show, training, transformer, vqvae
+from experiments.trial import (drawing, number, parameters, quick_parser, run_main, show,
+                               training, transformer, vqvae)
 
 SIZES = {"shapes": "--dataset shapes", "cifar10": "--dataset cifar10",
          "d16": "--dataset imagenet --depth 16", "d30": "--dataset imagenet --depth 30"}
@@ -30,28 +29,27 @@ SIZES = {"shapes": "--dataset shapes", "cifar10": "--dataset cifar10",
 def measure(work, device, repeats):
     """-> the fastest of some repeats in seconds, peak memory in GB"""
     on_gpu, times = device.type == "cuda", []
-    for i in range(repeats + 1):                           # the first one does not count
-        if on_gpu and i == 1:
-            torch.cuda.reset_peak_memory_stats()
+    work()                                                 # the first one is slow
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(repeats):
         begin = time.perf_counter()
         work()
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     if on_gpu:
-        return min(times[1:]), torch.cuda.max_memory_allocated() / 1e9
+        return min(times), torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return min(times[1:]), peak / (1e9 if sys.platform == "darwin" else 1e6)
+    return min(times), peak / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def main():
-    parser = Parser(__doc__.splitlines()[0])
+    parser = quick_parser(__doc__)
     add = parser.add_argument
     add("--size", choices=SIZES, default="shapes", help="sizes of both models [shapes]")
     add("--batch-size", type=number(int, 1), default=16, help="images [16]")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--compile", action="store_true", help="compile the training steps")
-    add("--quick", action="store_true", help="one step of two images")
     args = parser.parse_args()
     batch = 2 if args.quick else args.batch_size
     settings = training.read_settings(SIZES[args.size].split())
@@ -71,16 +69,16 @@ def main():
 
     def training_step(model):
         optimizers = make_optimizers(model, 1e-4, 0.05, settings.optimizer, precision)
-        fast = data_parallel(model.train(), args.compile)
+        model.train()
 
         def step():
             with compute():
                 if model is tokenizer:
-                    parts = fast(image)[2]
+                    parts = tokenizer(image)[2]
                     loss = parts["reconstruction"] + 0.25 * (parts["vq"] + parts["extra"])
                 else:
                     tokens = torch.cat(maps, 1)
-                    loss = training.token_losses(fast, tokenizer, tokens, labels)[0].mean()
+                    loss = training.token_losses(var, tokenizer, tokens, labels)[0].mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             take_step(optimizers, norm, 0)

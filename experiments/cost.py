@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.options import Parser, run_main
-from experiments.trial import drawing, show, transformer
+from experiments.trial import drawing, quick_parser, run_main, show, transformer
 from report import plots
 
 
@@ -45,25 +44,9 @@ def seconds(scales, depth, width, repeats):
     return min(times)
 
 
-def exponent(sides, values):
-    """The p of values ~ sides ** p, by least squares on logarithms."""
-    return float(np.polyfit(np.log(sides), np.log(values), 1)[0])
-
-
-def draw(path, sides, times):
-    """times: {order: seconds for each side}"""
-    curves = {f"{order}, n^{exponent(sides, values):.1f}": list(zip(sides, values))
-              for order, values in times.items()}
-    plots.save_curve(path, curves, log="xy", x_label="n, side of the token map",
-                     y_label="seconds per image")
-
-
 def main():
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small model and few sides")
-    quick = parser.parse_args().quick
     depth, width, sides = 8, 512, [8, 12, 16, 20, 24, 28, 32]
-    if quick:
+    if quick_parser(__doc__).parse_args().quick:
         depth, width, sides = 1, 64, [2, 3, 4]
     fast = [seconds(next_scale(n), depth, width, repeats=3) for n in sides]
     slow = [seconds((1,) * n * n, depth, width, repeats=1) for n in sides]
@@ -77,7 +60,12 @@ def main():
           f"{torch.get_num_threads()} thread(s)")
     show(["n", "tokens, next scale and raster", "steps", "next scale, s", "raster, s",
           "ratio"], lines)
-    draw("out/cost.png", sides, {"raster order": slow, "next scale": fast})
+    curves = {}
+    for order, times in (("raster order", slow), ("next scale", fast)):
+        exponent = np.polyfit(np.log(sides), np.log(times), 1)[0]
+        curves[f"{order}, n^{exponent:.1f}"] = list(zip(sides, times))
+    plots.save_curve("out/cost.png", curves, log="xy", x_label="n, side of the token map",
+                     y_label="seconds per image")
     print("wrote out/cost.png")
 
 

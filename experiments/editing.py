@@ -14,13 +14,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import shapes
 from data.batches import rows_of, to_float
-from engine.options import Parser, run_main
-from experiments.trial import ROOT, drawing, show, training
+from experiments.trial import ROOT, drawing, quick_parser, run_main, show, training
 from report import health, plots
 
-# What is repainted: x0, y0, x1, y1 in fractions of the side.
-MASKS = {"right half": (0.5, 0, 1, 1), "middle": (0.125, 0.125, 0.875, 0.875),
-         "lower 40 %": (0, 0.6, 1, 1), "off the grid": (0.28, 0.22, 0.69, 0.66)}
+# What is repainted of 32x32 pixels: x0, y0, x1, y1
+MASKS = {"right half": (16, 0, 32, 32), "middle": (4, 4, 28, 28),
+         "lower 40 %": (0, 19, 32, 32), "off the grid": (9, 7, 22, 21)}
 
 
 def held_out_shapes(n):
@@ -31,14 +30,6 @@ def held_out_shapes(n):
     rows = rows_of(len(images), n)
     return (training.load_tokenizer(path)[0], training.load_transformer(path)[0],
             to_float(torch.from_numpy(images[rows])), torch.from_numpy(labels[rows]))
-
-
-def keep_outside(box, side):
-    """-> keep (side, side) bool: False in the box, which is in fractions of the side"""
-    x0, y0, x1, y1 = (round(part * side) for part in box)
-    keep = torch.ones(side, side, dtype=torch.bool)
-    keep[y0:y1, x0:x1] = False
-    return keep
 
 
 @torch.no_grad()
@@ -77,26 +68,23 @@ WAYS = {
 
 @torch.no_grad()
 def main():
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 images instead of 64")
-    quick = parser.parse_args().quick
+    quick = quick_parser(__doc__).parse_args().quick
     tokenizer, var, image, labels = held_out_shapes(2 if quick else 64)
-    keeps = {name: keep_outside(box, image.shape[-1]) for name, box in MASKS.items()}
-    some, lines = slice(None, None, -(-len(image) // 8)), []
-    kept = torch.where(keeps["middle"], (image + 1) / 2, 0.5)
-    rows = {"kept\n(grey: to repaint)": kept[some]}
+    lines, rows = [], {}
     for name, (way, options) in WAYS.items():
         lines.append([name])
-        for mask, keep in keeps.items():
+        for mask, (x0, y0, x1, y1) in MASKS.items():
+            keep = torch.ones(32, 32, dtype=torch.bool)
+            keep[y0:y1, x0:x1] = False
             result = way(tokenizer, var, image, keep, labels, cfg=1.5,
                          generator=torch.Generator().manual_seed(0), **options)
             db = health.psnr(2 * result - 1, image, keep).mean()
             lines[-1].append(f"{db:.1f}")
             if mask == "middle" and ("demo" in name or "default" in name):
-                label = name.replace(" (", "\n(").replace(": ", ":\n")
-                rows[f"{label}\nkept part: {db:.1f} dB"] = result[some]
+                rows["kept (grey: to repaint)"] = torch.where(keep, (image + 1) / 2, 0.5)
+                rows[f"{name}\nkept part: {db:.1f} dB"] = result
     show([f"{len(image)} images, dB", *MASKS], lines)
-    images = torch.cat(list(rows.values()))
+    images = torch.cat([row[::8] for row in rows.values()])
     plots.save_grid("out/editing.png", images, len(images) // 3, row_labels=list(rows))
     print("wrote out/editing.png")
 

@@ -20,8 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.options import number, run_main
-from experiments.trial import Trial, cells, training, trial_parser
+from experiments.trial import Trial, cells, number, run_main, training, trial_parser
 
 
 def main():
@@ -29,7 +28,7 @@ def main():
     parser.add_argument("--cfg", type=number(float, 0.01), default=3.0, help="strength [3]")
     trial = Trial("guidance", parser.parse_args())
     tokenizer, cfg, lines = training.load_tokenizer(trial.shipped)[0], trial.args.cfg, []
-    digits = dict(frechet=3, precision=3, recall=3)
+    digits = dict(ms=1, frechet=3, precision=3, recall=3, in_class=1)
     var, about = training.load_transformer(trial.shipped)
     likely = {name: about["sampling"][name] for name in ("top_k", "top_p")}
     rows = {"none": 0.0, f"ramp {cfg:g}": cfg, f"constant {cfg:g}": [cfg] * tokenizer.K,
@@ -39,11 +38,10 @@ def main():
         for seed in trial.seeds:
             found.append(trial.measure(row, seed, lambda: trial.judged(
                 tokenizer, var, seed, cfg=t, **likely)))
-        lines.append([row, *cells(found, dict(ms=1, **digits, in_class=1))])
+        lines.append([row, *cells(found, digits)])
     rebuilt = trial.reconstructed("shipped", tokenizer)
-    real = {"held-out images": trial.floor(), "their reconstructions": rebuilt}
-    for row, found in real.items():
-        lines.append([row, "", *cells([found], digits), ""])
+    lines.append(["held-out images", *cells([trial.floor()], digits)])
+    lines.append(["their reconstructions", *cells([rebuilt], digits)])
     trial.show(["guidance", "CPU ms per image", "Fréchet", "precision", "recall",
                 "in class, %"], lines)
 

@@ -12,17 +12,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.options import Parser, run_main
 from experiments.editing import held_out_shapes
-from experiments.trial import drawing, show
+from experiments.trial import drawing, quick_parser, run_main, show
 from report import health, plots
 
 
 @torch.no_grad()
 def main():
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10 images instead of 200")
-    quick = parser.parse_args().quick
+    quick = quick_parser(__doc__).parse_args().quick
     tokenizer, var, image, labels = held_out_shapes(10 if quick else 200)
     tokens = tokenizer.image_to_tokens(image)
     all_real = tokenizer.tokens_to_image(tokens)
@@ -38,8 +35,7 @@ def main():
         lines.append([name, f"{drawn}", f"{db:.1f}"])
         rows[f"{name} real, {db:.1f} dB"] = 2 * painted - 1
     show(["maps that are real", "tokens drawn", "PSNR, dB"], lines)
-    some = slice(None, None, -(-len(image) // 10))
-    images = torch.cat([row[some] for row in rows.values()])
+    images = torch.cat([row[::20] for row in rows.values()])
     plots.save_grid("out/independence.png", (images + 1) / 2, len(images) // len(rows),
                     row_labels=list(rows))
     print("wrote out/independence.png")

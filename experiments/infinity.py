@@ -36,10 +36,9 @@ from data.batches import to_float, view_of
 from engine.checkpoints import load_checkpoint, save_atomically
 from engine.device import autocast
 from engine.optimizers import make_optimizers, set_schedule, take_step
-from engine.options import run_main
 from engine.progress import progress
-from experiments.trial import (CPU, Trial, cells, training, transformer, trial_parser, vq,
-                               vqvae)
+from experiments.trial import (CPU, Trial, cells, run_main, training, transformer,
+                               trial_parser, vq)
 
 
 class BitQuantizer(vq.LookupFreeQuantizer):
@@ -58,15 +57,6 @@ ROWS = {"512 vectors, softmax": (0, None), "2^9, softmax": (9, None),
         "2^9, bitwise": (9, 0.0), "2^16, bitwise": (16, 0.0), "2^32, bitwise": (32, 0.0),
         "2^16, flips to 30%": (16, 0.3)}
 vq.QUANTIZERS["bits"] = lambda vocab_size, dim, learn: BitQuantizer(dim)
-
-
-def with_indices(tokenizer):
-    """The same tokenizer with chapter 1's quantizer: one token per position, V = 2^bits."""
-    config = replace(tokenizer.config, quantizer="lfq",
-                     vocab_size=2 ** tokenizer.config.latent_dim)
-    same = vqvae.MultiScaleVQVAE(config)
-    same.load_state_dict(tokenizer.state_dict())
-    return same.eval().requires_grad_(False)
 
 
 class BitwiseVAR(transformer.VAR):
@@ -104,8 +94,7 @@ def bit_losses(var, classes, inputs, bits):
 def train_bitwise(trial, row, seed, tokenizer, most):
     """Train a BitwiseVAR, or load it if it was trained. most: the highest rate of flips.
     Flips need f, so each step encodes its images. -> BitwiseVAR, frozen"""
-    settings, (images, labels) = trial.settings_of(row, seed), trial.data["train"]
-    torch.manual_seed(seed)
+    settings, (images, labels) = trial.begin(row, seed), trial.data["train"]
     config = training.var_config(settings, tokenizer.config, len(trial.names))
     var, path = BitwiseVAR(config), Path(settings.out) / "transformer.pt"
     optimizers = make_optimizers(var, settings.lr, settings.weight_decay,
@@ -141,8 +130,9 @@ def main():
         changes = dict(quantizer="bits", vocab_size=2, latent_dim=bits) if bits else {}
         tokenizer, found = trial.train_tokenizer(f"2^{bits}", 0, **changes), []
         rebuilt = trial.reconstructed(f"2^{bits}", tokenizer)
-        if bits and flips is None:
-            tokenizer = with_indices(tokenizer)
+        if row == "2^9, softmax":         # the same weights, but one token per position
+            tokenizer.quantizer = vq.LookupFreeQuantizer(bits)
+            tokenizer.config = replace(tokenizer.config, vocab_size=2 ** bits)
         for seed in trial.seeds:
             if flips is None:
                 var = trial.train(row, seed, tokenizer)

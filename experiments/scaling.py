@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.options import run_main
-from experiments.trial import (AT_ONCE, CPU, Trial, cells, parameters, show, training,
-                               trial_parser)
+from experiments.trial import (AT_ONCE, CPU, Trial, cells, parameters, run_main, show,
+                               training, trial_parser)
 from report import plots
 
 # Depth, width, heads
@@ -47,24 +46,10 @@ def held_out(trial, tokenizer, var):
                 error=float(error.mean()), error_last=float(error[-last:].mean()))
 
 
-def draw(path, sizes, losses):
-    """Both axes are logarithmic, so a power is a straight line. sizes: millions of
-    parameters; losses: {name: nats per token}"""
-    curves = {}
-    for name, values in losses.items():
-        slope, intercept = np.polyfit(np.log(sizes), np.log(values), 1)
-        fit = np.exp(intercept) * np.array(sizes) ** slope
-        curves[name] = list(zip(sizes, values))
-        curves[f"best power, N^{slope:.3f}"] = list(zip(sizes, fit.tolist()))
-    plots.save_curve(path, curves, log="xy", x_label="N, millions of parameters",
-                     y_label="held-out cross-entropy, nats per token")
-    print(f"wrote {path}")
-
-
 def main():
     trial = Trial("scaling", trial_parser(__doc__, steps=1000, seeds=1).parse_args())
     tokenizer, _ = training.load_tokenizer(trial.shipped)
-    lines, fits, sizes, means = [], [], [], {key: [] for key in MEASURES}
+    lines, fits, sizes, curves, means = [], [], [], {}, {key: [] for key in MEASURES}
     for depth, width, heads in SIZES[:4] if trial.args.quick else SIZES:
         row, found = f"{depth} x {width}", []
         for seed in trial.seeds:
@@ -76,16 +61,23 @@ def main():
             means[key].append(float(np.mean([numbers[key] for numbers in found])))
     for key, (name, paper) in MEASURES.items():
         x, y = np.log(sizes), np.log(means[key])
-        (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+        (slope, intercept), covariance = np.polyfit(x, y, 1, cov=True)
         half = STUDENT[len(x) - 2] * np.sqrt(covariance[0, 0])
         fits.append([name, f"{-slope:.4f} ± {half:.4f}", f"{np.corrcoef(x, y)[0, 1]:.4f}",
                      f"{paper:.3f}"])
+        if key in ("loss", "loss_last"):
+            fit = np.exp(intercept + slope * x)
+            curves[name] = list(zip(sizes, means[key]))
+            curves[f"best power, N^{slope:.3f}"] = list(zip(sizes, fit.tolist()))
     trial.show(["depth x width", "parameters, M", *(name for name, _ in MEASURES.values())],
                lines)
     print()
     show(["falls as", "exponent by parameters", "correlation", "VAR's exponent"], fits)
-    draw(trial.folder / "scaling.png", sizes, {"all scales": means["loss"],
-                                               "last scale": means["loss_last"]})
+    # Both axes are logarithmic, so a power is a straight line.
+    path = trial.folder / "scaling.png"
+    plots.save_curve(path, curves, log="xy", x_label="N, millions of parameters",
+                     y_label="held-out cross-entropy, nats per token")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

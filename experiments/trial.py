@@ -7,8 +7,8 @@
 
 A row is a short training run with the loops of chapter 5, then measurements on held-out
 images and samples. Both are kept in out/experiments/, so the same command resumes where it
-was stopped. After a change of the code use another --out. `--quick` runs in seconds on few
-images and steps: it shows that a script works, and its numbers mean nothing.
+was stopped. After a change of the code use another --out. `--quick` shows in seconds that a
+script works, and its numbers mean nothing.
 """
 import json
 import math
@@ -28,7 +28,7 @@ from data.batches import rows_of, sample_of, to_float
 from data.registry import load_splits
 from engine.checkpoints import write_atomically
 from engine.device import best_precision
-from engine.options import Parser, number
+from engine.options import Parser, number, run_main
 from report import health, judge, plots
 
 vq, vqvae = import_module("01_vq"), import_module("02_multiscale_vqvae")
@@ -44,15 +44,20 @@ HELP = {"steps": "steps of each transformer", "tokenizer_steps": "steps of each 
         "n": "samples to judge", "seeds": "training runs, or sets of samples, per row"}
 
 
-def trial_parser(doc, dataset="cifar10", **defaults):
-    """The options that experiments share. doc: docstring of the script; defaults: of those
-    options in HELP that it uses -> Parser"""
+def quick_parser(doc):
+    """doc: the docstring of a script -> Parser with --quick"""
     parser = Parser(doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few images and small models")
+    return parser
+
+
+def trial_parser(doc, dataset="cifar10", **defaults):
+    """defaults: those options in HELP that the script uses -> Parser for Trial"""
+    parser = quick_parser(doc)
     parser.set_defaults(**dict.fromkeys(HELP, 0))
     parser.add_argument("--dataset", choices=BASES, default=dataset, help=f"[{dataset}]")
     parser.add_argument("--data-dir", default="", help="where CIFAR-10 is, if not in data/")
     parser.add_argument("--out", type=Path, default=Path("out/experiments"))
-    parser.add_argument("--quick", action="store_true", help="few images and steps")
     for name, default in defaults.items():
         parser.add_argument("--" + name.replace("_", "-"), help=f"{HELP[name]} [{default}]",
                             type=number(int, 4 if name == "n" else 1), default=default)
@@ -60,30 +65,29 @@ def trial_parser(doc, dataset="cifar10", **defaults):
 
 
 class Trial:
-    """One experiment: its folder, its images, its judge. Everything runs on the CPU."""
+    """One experiment on the CPU: its folder, its images, its judge."""
 
     def __init__(self, name, args):
         if args.quick:
-            args.dataset, args.n, args.seeds = "shapes", 8, 1
-            args.steps = min(args.steps, 3)
-            args.tokenizer_steps = min(args.tokenizer_steps, 3)
-        self.args, self.seeds, self.dates = args, range(args.seeds), set()
+            vars(args).update(dataset="shapes", steps=3, tokenizer_steps=3, n=8, seeds=1)
+        self.args, self.seeds = args, range(args.seeds)
         kind = f"{args.dataset}-{args.tokenizer_steps}-{args.steps}"
         self.folder = args.out / name / kind
         self.shipped = ROOT / "data" / "pretrained" / f"{args.dataset}.pt"
         self.settings = training.Settings(**BASES[args.dataset] | dict(
-            dataset=args.dataset, precision=best_precision(CPU), steps=args.steps,
-            tokenizer_steps=args.tokenizer_steps))
+            steps=args.steps, tokenizer_steps=args.tokenizer_steps,
+            precision=best_precision(CPU)))
         self.all, self.data, self.names = load_splits(args.dataset, 32, args.data_dir,
                                                       self.settings.classes)
         if args.quick:
-            self.data = {split: (images[:60], labels[:60])
-                         for split, (images, labels) in self.data.items()}
-            self.all = self.data
+            self.all = self.data = {split: (images[:60], labels[:60])
+                                    for split, (images, labels) in self.all.items()}
         self.about = dict(class_names=self.names, dataset=args.dataset)
 
-    def settings_of(self, row, seed, **changes):
-        """Settings of chapter 5 for a row, in a folder of its own."""
+    def begin(self, row, seed, **changes):
+        """Seed torch for a row. -> its settings of chapter 5, with a folder of its own"""
+        print(f"== {row}, seed {seed}", flush=True)
+        torch.manual_seed(seed)
         folder = self.folder / row / str(seed)
         folder.mkdir(parents=True, exist_ok=True)
         return replace(self.settings, out=str(folder), seed=seed, **changes)
@@ -91,10 +95,8 @@ class Trial:
     def train_tokenizer(self, row, seed, config=None, **changes):
         """Train a tokenizer on all images of the data set, or load it if it was trained.
         config: fields of TokenizerConfig; changes: of Settings -> frozen MultiScaleVQVAE"""
-        settings = self.settings_of(f"tokenizers/{row}", seed, **changes)
+        settings = self.begin(f"tokenizers/{row}", seed, **changes)
         sizes = replace(training.tokenizer_config(settings), **(config or {}))
-        print(f"== tokenizer {row}, seed {seed}", flush=True)
-        torch.manual_seed(seed)
         tokenizer = vqvae.MultiScaleVQVAE(sizes)
         training.train_tokenizer(settings, tokenizer, self.all["train"][0],
                                  sample_of(self.all["test"][0], 1000), self.about, CPU)
@@ -103,19 +105,16 @@ class Trial:
     def train(self, row, seed, tokenizer, model=transformer.VAR, config=None, **changes):
         """Train a transformer on this tokenizer's tokens, or load it if it was trained.
         model: a class like VAR; config: fields of VARConfig; changes: of Settings"""
-        settings, tokens = self.settings_of(row, seed, **changes), self.tokens(tokenizer)
+        settings = self.begin(row, seed, **changes)
         sizes = training.var_config(settings, tokenizer.config, len(self.names))
-        print(f"== {row}, seed {seed}", flush=True)
-        torch.manual_seed(seed)
         var = model(replace(sizes, **(config or {})))
-        training.train_transformer(settings, var, tokenizer, tokens["train"],
-                                   tokens["test"], self.about, CPU)
+        training.train_transformer(settings, var, tokenizer, **self.tokens(tokenizer),
+                                   about=self.about, device=CPU)
         return var
 
     def tokens(self, tokenizer):
-        """One cache for all experiments. -> {split: (list of views (N, L), labels (N,))}"""
-        settings = replace(self.settings, out=str(self.args.out / "tokens"))
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        """-> {split: (list of views (N, L), labels (N,))}, which are cached"""
+        settings = replace(self.settings, out=str(self.folder))
         found = {}
         for split, (images, labels) in self.data.items():
             views = training.encode_once(settings, tokenizer, images, split, CPU)
@@ -126,20 +125,15 @@ class Trial:
         """compute() -> dict of numbers, which is kept in the folder of the row."""
         path = self.folder / row / f"{seed}-{self.args.n}.json"
         if not path.exists():
-            found = compute()
-            print(f"   {row}, seed {seed}: {found}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(json.dumps([time.strftime("%Y-%m-%d"), found]), path)
-        date, found = json.loads(path.read_text())
-        self.dates.add(date)
-        return found
+            write_atomically(json.dumps(compute()), path)
+        return json.loads(path.read_text())
 
     def bits(self, tokenizer, var):
         """What a held-out image costs given its class: the exact likelihood in bits."""
-        (images, labels), nats = self.data["test"], 0.0
-        for rows in np.split(np.arange(len(labels)), range(AT_ONCE, len(labels), AT_ONCE)):
-            tokens = tokenizer.image_to_tokens(to_float(torch.from_numpy(images[rows])))
-            classes = torch.from_numpy(labels[rows])
+        images, labels = (torch.from_numpy(part) for part in self.data["test"])
+        nats = 0.0
+        for batch, classes in zip(images.split(AT_ONCE), labels.split(AT_ONCE)):
+            tokens = tokenizer.image_to_tokens(to_float(batch))
             nats -= float(drawing.log_likelihood(tokenizer, var, tokens, classes).sum())
         return nats / len(labels) / math.log(2)
 
@@ -182,8 +176,8 @@ class Trial:
             psnr, rebuilt = [], []
             for batch in self.some("test"):
                 image = to_float(batch)                                # (B, 3, H, W)
-                f_hat = tokenizer.features(tokenizer.image_to_tokens(image))
-                other = tokenizer.decode(f_hat).clamp(-1, 1)
+                tokens = tokenizer.image_to_tokens(image)
+                other = tokenizer.decode(tokenizer.features(tokens)).clamp(-1, 1)
                 psnr.append(health.psnr(image, other))
                 rebuilt.append((other + 1) / 2)
             return dict(self.compare(rebuilt), psnr=float(torch.cat(psnr).mean()))
@@ -200,11 +194,10 @@ class Trial:
         return dict(self.compare(samples, labels), ms=ms)
 
     def show(self, head, lines):
-        """Print a table, and above it how and when its numbers were measured."""
-        dates = " to ".join(sorted({min(self.dates), max(self.dates)}))
+        """Print a table, and above it how its numbers were measured."""
         print(f"\npython {' '.join(sys.argv)}; {self.args.dataset}, trained in "
               f"{self.settings.precision}, torch {torch.__version__}, "
-              f"{torch.get_num_threads()} thread(s), {dates}\n")
+              f"{torch.get_num_threads()} thread(s)\n")
         show(head, lines)
 
     def draw(self, rows, row_labels, column_labels=()):
@@ -223,13 +216,14 @@ def show(head, lines):
 
 def cells(found, digits):
     """found: a dict of numbers per seed; digits: {name: digits after the point} -> cells
-    such as "1.56 ± 0.04": the mean of the seeds, and half of their range"""
+    such as "1.56 ± 0.04", the mean of the seeds and half of their range; "" if none has it"""
     texts = []
     for name, places in digits.items():
-        values = [numbers[name] for numbers in found]
-        half = (max(values) - min(values)) / 2
-        spread = f" ± {half:.{places}f}" if len(values) > 1 else ""
-        texts.append(f"{np.mean(values):.{places}f}{spread}")
+        values = [numbers[name] for numbers in found if name in numbers]
+        text = f"{np.mean(values):.{places}f}" if values else ""
+        if len(values) > 1:
+            text += f" ± {(max(values) - min(values)) / 2:.{places}f}"
+        texts.append(text)
     return texts
 
 
