@@ -27,11 +27,6 @@ def placed(codes, **options):
     return quantizer
 
 
-def learn(quantizer, x):
-    """One step on the vectors x (N, C)."""
-    quantizer.learn([x], [quantizer.nearest(x)])
-
-
 def test_worked_examples_of_levels():
     assert vq.uniform_levels(torch.tensor([0., 8., 1.]), 4).tolist() == [1, 3, 5, 7]
     assert vq.equal_mass_levels(torch.tensor([9., 0., 1., 3.]), 2).tolist() == [0.5, 6]
@@ -86,9 +81,10 @@ def test_an_unused_code_is_revived_once_and_a_non_finite_batch_changes_nothing(w
     quantizer.hits[2] = 1e-4
     quantizer.sums[2] = 9.0
     before = deepcopy(quantizer.state_dict())
-    learn(quantizer, torch.where(torch.arange(60).view(30, 2) == 15, math.nan, x))
+    idx = quantizer.nearest(x)
+    quantizer.learn([torch.where(torch.arange(60).view(30, 2) == 15, math.nan, x)], [idx])
     assert same(quantizer.state_dict(), before)
-    learn(quantizer, x)
+    quantizer.learn([x], [idx])
     revived = quantizer.codebook[2].clone()
     assert (x - revived).norm(dim=1).min() < 0.1           # it lies on one of the vectors
     for _ in range(5):                       # stale sums and hits would carry it away again
@@ -101,11 +97,12 @@ def test_processes_sum_their_statistics_and_share_the_drawn_codes(monkeypatch):
     torch.manual_seed(0)
     start, x = torch.randn(6, 2), torch.randn(20, 2)
     whole, part = placed(start), placed(start)
-    learn(whole, torch.cat([x, x]))
+    idx = whole.nearest(x)
+    whole.learn([x, x], [idx, idx])
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
     monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(7))
-    learn(part, x)
+    part.learn([x], [idx])
     assert torch.allclose(part.hits, whole.hits)
     assert torch.allclose(part.codebook, whole.codebook, atol=1e-6)
     fresh = vq.VectorQuantizer(6, 2)
@@ -113,7 +110,7 @@ def test_processes_sum_their_statistics_and_share_the_drawn_codes(monkeypatch):
     assert (fresh.codebook == 7).all()
     before = part.codebook.clone()
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.fill_(math.nan))
-    learn(part, x)                           # the other process had a non-finite batch
+    part.learn([x], [idx])                   # the other process had a non-finite batch
     assert torch.equal(part.codebook, before)
 
 

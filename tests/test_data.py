@@ -5,12 +5,15 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, strategies as st
 from PIL import EpsImagePlugin, Image
 
@@ -142,15 +145,12 @@ def test_classes_own_nested_images_in_natural_order_and_the_rest_is_named(tmp_pa
     assert "passed over 4 file(s)" in counted and empty.endswith(": 'cat', 'dog'")
 
 
-def test_train_and_val_stay_as_they_are(tmp_path):
+def test_train_and_val_stay_as_they_are_and_other_layouts_are_found_or_refused(tmp_path):
     root = tree(tmp_path / "both", "train/ant/0.png train/bee/1.png val/bee/v.png doc/x.png")
     train = {"train/ant/0.png": "ant", "train/bee/1.png": "bee"}
     assert found(root) == (train, ["ant", "bee"])
     assert found(root, "test") == ({"val/bee/v.png": "bee"}, ["ant", "bee"])
     refusal(lambda: found(tree(root, "val/yak/0.png"), "test"), "'yak'", "train")
-
-
-def test_other_layouts_are_found_or_refused(tmp_path):
     tree(tmp_path, "one/train/cat/0.png one/train/cat/1.png flat/0.png flat/1.png links/a.txt "
                    "single/cat/0.png bad/cat/0.png tars/train/n1.tar empty/cat/x")
     (tmp_path / "links/cat").symlink_to(tmp_path / "flat")
@@ -263,6 +263,20 @@ def test_views_of_files_are_crops_and_workers_ignore_the_signals_that_stop_a_run
         os.kill(worker.pid, signal.SIGINT)
     expected = batches.to_float(torch.from_numpy(crops))
     assert torch.equal(torch.cat([*seen, *loading]), expected)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_does_not_wait_for_its_workers(tmp_path):
+    """Workers ignore the SIGTERM with which Python ends them."""
+    code = f"""
+from data import batches, folder
+images = folder.FolderImages({str(tree(tmp_path, "0.png"))!r}, ["0.png"] * 99, [0] * 99, 8)
+loading = batches.picture_batches(images, [[(i, 0)] for i in range(99)], 2)
+next(loading)
+raise ValueError("a bug")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: a bug"
 
 
 def test_a_sample_spreads_over_the_data_set_and_images_have_a_fingerprint():
