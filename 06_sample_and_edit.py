@@ -11,12 +11,12 @@ token is not drawn but computed, as the code nearest to what f_hat *still misses
 Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); image
 (B, 3, H, W), in [-1, 1] coming in, [0, 1] going out; keep (H, W), True = leave as it is.
 
-Sources: VAR (Tian et al. 2024), section 3 and appendix B; classifier-free guidance (Ho and
-Salimans 2022); top-p sampling (Holtzman et al. 2020). Unlike in the original code, hidden
-pixels are replaced before encoding (there they leak through the encoder), kept tokens are
-quantized again as f_hat grows instead of replayed, and an edit takes several passes.
+Sources: VAR (Tian et al. 2024), section 3 and appendix B; guidance (Ho and Salimans 2022);
+top-p (Holtzman et al. 2020). Unlike in the original code, hidden pixels are replaced before
+encoding (there they leak), kept tokens are computed anew as f_hat grows instead of replayed,
+and an edit takes several passes.
 
-    python 06_sample_and_edit.py                   newest run in out/, else the shipped model
+    python 06_sample_and_edit.py                  newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
     python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
@@ -24,7 +24,6 @@ import os
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 # Threads that spin while they wait make a run beside a busy process forty times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")            # read when torch is imported
@@ -37,7 +36,8 @@ from engine import BadInput
 from engine.device import best_precision, pick_device
 from engine.options import Parser, number, run_main
 from engine.released import fetch, fill, read_tokenizer, read_transformer
-from report.gallery import TASKS, export_npz, in_batches, pick_classes
+from report import gallery
+from report.judge import evaluate
 
 vqvae = import_module("02_multiscale_vqvae")
 masking = import_module("03_block_causal_mask")
@@ -90,14 +90,12 @@ def soften(logits, progress, codebook, generator=None):
 def strengths(cfg, K):
     """Guidance t at each of K scales: cfg itself if it is a list, else steps from 0 to cfg.
     Strong guidance at coarse scales, which decide *what* is drawn, would cost variety."""
-    given = cfg
     if not hasattr(cfg, "__len__"):
         # Exercise 06_2
         cfg = [cfg * (k / (K - 1)) for k in range(K)] if K > 1 else [cfg]
         # End of exercise
     if len(cfg) != K or not all(0 <= t < torch.inf for t in cfg):
-        raise BadInput(f"cfg {given}: expected a number of at least 0, or a list of {K}, "
-                       "one per scale")
+        raise BadInput(f"cfg {cfg}: give a number of at least 0, or one per scale, {K} in all")
     return cfg
 
 
@@ -128,13 +126,12 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
                   smooth=False, generator=None, choose=None):
     """The loop. choose(k, drawn, f_hat) -> tokens may replace what was drawn. labels (B,)
     -> K token maps (B, n), or with `smooth` mixtures of codes (B, n, C), which a tokenizer
-    accepts as well. Temperature 0 takes the likeliest tokens.
+    accepts as well. Temperature 0 takes the likeliest tokens. cfg: a number or a list.
 
     Guidance: t = 0 is the plain prediction for the class, t > 0 moves beyond it, away from
     the prediction without a class (elsewhere often w = 1 + t). Why does it help? Up to a
-    constant, (1+t) c - t u = log p(x|class) + t log [p(x|class) / p(x)]: what speaks for the
-    class counts more. cfg, a number or a list, is 0 here. generate() and edit() take 1.5,
-    like the original, and the command line takes the default of the model."""
+    constant, (1+t) c - t u = log p(x|class) + t log [p(x|class) / p(x)], which gives more
+    weight to what speaks for the class."""
     labels, K, no_class = as_labels(labels, var), tokenizer.K, var.config.num_classes
     B, t = len(labels), strengths(cfg, K)
     if not temperature > 1e-6:                             # the limit of temperature 0
@@ -225,23 +222,16 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_
     """Repaint the part of an image where keep is False, as class labels (B,). sampling:
     top_k, top_p and temperature, as in sample_tokens().
 
-    image (B, 3, S, S) in [-1, 1], keep (S, S) of True and False or 1 and 0 -> (B, 3, S, S)
-    in [0, 1], whose kept part is as the tokenizer renders it. Hidden pixels are replaced
-    before anything reads the image and cannot change it.
+    image (B, 3, S, S) in [-1, 1], keep (S, S) bool -> (B, 3, S, S) in [0, 1], whose kept part
+    is as the tokenizer renders it. Hidden pixels cannot change it: nothing reads them.
     paint_passes: how often the hidden part is drawn, at least once
     settle_passes: how often the tokenizer alone then encodes and decodes the result"""
-    S, keep = tokenizer.config.image_size, torch.as_tensor(keep).to(image.device)
+    S, keep = tokenizer.config.image_size, torch.as_tensor(keep).bool().to(image.device)
     if image.shape[2:] != (S, S) or keep.shape != (S, S):
-        raise BadInput(f"image and mask must be {S}x{S}, not {tuple(image.shape[2:])} and "
-                       f"{tuple(keep.shape)}")
-    if not ((keep == 0) | (keep == 1)).all():
-        raise BadInput("the mask must hold True and False, or 1 and 0, and nothing else")
-    keep = keep.bool()
+        raise BadInput(f"image and mask must be {S}x{S}, not {[*image.shape]}, {[*keep.shape]}")
     if generator is None:
         seed = int(torch.randint(2 ** 62, ()))
         generator = torch.Generator(image.device).manual_seed(seed)
-    if not keep.any():
-        paint_passes, settle_passes = 1, 0                 # sampling: nothing has to agree
     # A cell of the last map is kept if half of its pixels are; hide() fills in the others.
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
     kept_cells = trusted_cells = (share >= 0.5).to(image.dtype)          # (1, 1, h, w)
@@ -309,10 +299,9 @@ def load_model(args):
     if args.released:
         tokenizer, var = load_released(fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
                                        fetch(f"var_{args.released}.pth", args.var_file))
-        numbers = [str(c) for c in range(var.config.num_classes)]
-        names = imagenet.class_names() if len(numbers) == 1000 else numbers
-        return tokenizer, var, dict(class_names=names, dataset="imagenet", name=args.released,
-                                    sampling=dict(cfg=1.5, top_k=900, top_p=0.96))
+        return tokenizer, var, dict(
+            class_names=imagenet.class_names(), dataset="imagenet", name=args.released,
+            sampling=dict(cfg=1.5, top_k=900, top_p=0.96))
     runs = sorted(Path("out").glob("*/transformer.pt"), key=os.path.getmtime)
     shipped = Path(__file__).with_name("data") / "pretrained" / "shapes.pt"
     run = Path(args.run or (runs[-1].parent if runs else shipped))
@@ -325,8 +314,7 @@ def load_model(args):
 
 def set_precision(var, name, device):
     """Store all linear layers in this precision. "auto": float32, but 16 bits for more than
-    100 M parameters where that is fast. What encodes an image always stays in float32,
-    because rounding would change its tokens."""
+    100 M parameters where that is fast. The tokenizer always stays in float32."""
     if name == "auto":
         large = sum(p.numel() for p in var.parameters()) > 1e8
         name = best_precision(device) if large else "float32"
@@ -344,8 +332,8 @@ def read_arguments():
     add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="by the paper")
     add("--tokenizer-file", help="with --released: this file instead of a download")
     add("--var-file", help="with --released: this file instead of a download")
-    add("--task", default="all", choices=("all", *TASKS), help="all: except the last two")
-    add("--classes", nargs="+", default=[], metavar="NAME", help="[the first ten]")
+    add("--task", default="all", choices=("all", *gallery.TASKS), help="all: except the last two")
+    add("--classes", nargs="+", default=[], metavar="NAME", help="or the first N [10]")
     add("--n", type=number(int, 1), help="number of images, per class if they are samples")
     add("--cfg", type=number(float), help="guidance at the last scale; 0: none [the run's]")
     add("--top-k", type=number(int), help="draw from the k likeliest tokens; 0: from all")
@@ -362,9 +350,6 @@ def read_arguments():
     add("--seed", type=number(int), default=0)
     add("--out", help="folder for the results [out/NAME]")
     args = parser.parse_args()
-    x0, y0, x1, y1 = args.box or (0, 0, 1, 1)
-    if not (x0 < x1 <= 1 and y0 < y1 <= 1):
-        raise BadInput(f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1")
     if (args.tokenizer_file or args.var_file) and not args.released:
         raise BadInput("--tokenizer-file and --var-file go with --released")
     return args
@@ -377,23 +362,33 @@ def main():
     set_precision(var, args.precision, args.device)
     both = tokenizer.to(args.device), var.to(args.device)
     args.names, args.dataset = about["class_names"], about["dataset"]
-    args.labels = pick_classes(args.names, args.classes)
+    args.labels = gallery.pick_classes(args.names, args.classes)
     args.side = tokenizer.config.image_size
     args.out = Path(args.out or f"out/{about['name']}")
-    args.sampling = {name: default if getattr(args, name) is None else getattr(args, name)
-                     for name, default in about["sampling"].items()}
-    print("sampling:", ", ".join(f"{name} {x:g}" for name, x in args.sampling.items()))
-    # The tasks in report/ make sheets and tables of what these functions draw.
-    sample = partial(generate, *both, smooth=args.smooth, **args.sampling)
-    model = SimpleNamespace(
-        tokenizer=tokenizer, log_likelihood=partial(log_likelihood, *both),
-        tokens=partial(sample_tokens, *both, **args.sampling),
-        draw=partial(in_batches, sample, args),
-        repaint=partial(in_batches, partial(edit, *both, **args.sampling), args))
+    sampling = {name: default if getattr(args, name) is None else getattr(args, name)
+                for name, default in about["sampling"].items()}
+    print("sampling:", ", ".join(f"{name} {x:g}" for name, x in sampling.items()))
+    torch.manual_seed(args.seed)
+    # Both make any number of images, as many at a time as fit into memory.
+    sample = partial(gallery.in_batches, args,
+                     partial(generate, *both, smooth=args.smooth, **sampling))
+    repaint = partial(gallery.in_batches, args, partial(edit, *both, **sampling))
     if args.export_npz:
-        return export_npz(args, model)
-    for task in list(TASKS)[:-2] if args.task == "all" else [args.task]:
-        TASKS[task](args, model)
+        return gallery.export_npz(args, sample)
+    for task in gallery.TASKS[:6] if args.task == "all" else [args.task]:
+        if task == "sample":
+            tokens = sample_tokens(*both, list(args.labels)[:5], **sampling)
+            gallery.show_samples(args, sample, tokenizer, tokens)
+        elif task == "guidance":
+            gallery.show_guidance(args, sample, sampling["cfg"])
+        elif task == "reconstruct":
+            gallery.show_reconstructions(args, tokenizer)
+        elif task == "density":
+            gallery.show_density(args, tokenizer, partial(log_likelihood, *both))
+        elif task == "evaluate":
+            evaluate(args, tokenizer, sample)
+        else:
+            gallery.show_edits(args, task, tokenizer, repaint)
 
 
 if __name__ == "__main__":

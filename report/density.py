@@ -22,9 +22,9 @@ from engine.progress import progress
 def density(tokenizer, log_likelihood, image, labels, classes, no_class):
     """Print bits per scale of images (N, 3, H, W) in [-1, 1], and judge their class.
 
-    log_likelihood(tokens, labels (B,)) -> nats (B, K); classes: {number: name} of those to
-    compare; labels (N,): the number of each image, None if unknown (then N = 1)"""
-    device, side = next(tokenizer.parameters()).device, image.shape[-1]
+    log_likelihood(tokens, labels (B,)) -> nats (B, K); labels (N,): the class of each image;
+    classes: those to compare; no_class: the label of none"""
+    device, side, scales = next(tokenizer.parameters()).device, image.shape[-1], tokenizer.scales
     parts = []
     for part in progress(image.split(per_pass(side)), len(image)):
         tokens = tokenizer.image_to_tokens(part.to(device))
@@ -32,16 +32,9 @@ def density(tokenizer, log_likelihood, image, labels, classes, no_class):
         parts.append(torch.stack(nats, 1).double())
     nats = torch.cat(parts)                                       # (N, classes + 1, K)
     bits = -torch.cat([nats, nats.sum(2, keepdim=True)], 2) / math.log(2)   # K + 1: a sum
-    numbers = torch.tensor(list(classes))
-    if labels is None:
-        p, order = nats[0, :-1].sum(1).softmax(0).sort(descending=True)
-        print("p(class | tokens): " + ", ".join(
-            f"{classes[int(c)]} {x:.1%}" for c, x in zip(numbers[order[:5]], p)))
-        labels = numbers[order[:1]]
-    right = (labels[:, None] == numbers).int().argmax(1)          # (N,) place in `classes`
+    right = torch.tensor([list(classes).index(c) for c in labels.tolist()])      # (N,)
     known = bits[torch.arange(len(bits)), right].mean(0)          # (K + 1,)
     found = nats[:, :-1].cumsum(2).argmax(1) == right[:, None]    # (N, K), of scales 1..k
-    scales = tokenizer.scales
     sizes = torch.tensor([s * s for s in scales] + [sum(s * s for s in scales)])
     print(f"{len(image)} images; without a model a token costs log2 V, "
           f"{math.log2(tokenizer.config.vocab_size):g} bits")
@@ -52,7 +45,7 @@ def density(tokenizer, log_likelihood, image, labels, classes, no_class):
     print_row("    per token", known / sizes, ".2f")
     print_row("    per pixel", known / side ** 2, ".3f")
     print_row("class found so far", found.double().mean(0), ".0%")
-    print(f"found by Bayes' rule from this scale and the coarser ones; chance: "
+    print("found by Bayes' rule from this scale and the coarser ones; by chance: "
           f"{1 / len(classes):.0%}")
 
 

@@ -69,17 +69,22 @@ def examine(tokenizer, batches, autocast):
 def check_up(tokenizer, held_out, device, autocast, path):
     """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and draw ten of them
     into the file `path`. -> a report as text, the dict of examine()"""
-    parts = held_out.split(per_pass(held_out.shape[1]))
-    health = examine(tokenizer, (to_float(part.to(device)) for part in parts), autocast)
     some = held_out[::max(1, len(held_out) // 10)][:10]                  # of all classes
     save_picture(path, tokenizer, to_float(some.to(device)))
-    scales, V, N = tokenizer.scales, tokenizer.config.vocab_size, len(held_out)
+    parts = held_out.split(per_pass(held_out.shape[1]))
+    health = examine(tokenizer, (to_float(part.to(device)) for part in parts), autocast)
+    used, scales, V = health["used"], tokenizer.scales, tokenizer.config.vocab_size
     lines = [f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes"
-             f" | {N} images", *table(scales, health)]
-    if health["used"][-1] < 0.2 and N * scales[-1] ** 2 >= 4 * V:        # it saw enough
-        lines.append(f"warning: the last scale has collapsed, {health['used'][-1]:.0%} of {V} "
-                     "codes are in use; try --learn ema, or a smaller --tokenizer-lr or "
-                     "--vocab-size")
+             f" | {len(held_out)} images",
+             "    side        " + "".join(f"{f'{side}x{side}':>8}" for side in scales)]
+    for name, numbers, form in (("codes used", used, ".0%"),
+                                ("perplexity", health["perplexity"], ".0f"),
+                                ("energy left", health["left"], ".1%"),
+                                ("psnr, dB", health["psnr_after"], ".1f")):
+        lines.append(f"    {name:<12}" + "".join(f"{x:>8{form}}" for x in numbers))
+    if used[-1] < 0.2 and len(held_out) * scales[-1] ** 2 >= 4 * V:      # it saw enough
+        lines.append(f"warning: the last scale has collapsed, {used[-1]:.0%} of {V} codes are "
+                     "in use; try --learn ema, or a smaller --tokenizer-lr or --vocab-size")
     return "\n".join(lines), health
 
 
@@ -87,16 +92,6 @@ def short(scales, health):
     """For the log line: "used 100% (1: 14% 2: 33% ... 8: 100%)" """
     each = " ".join(f"{side}: {part:.0%}" for side, part in zip(scales, health["used"]))
     return f"used {health['used_overall']:.0%} ({each})"
-
-
-def table(scales, health):
-    """-> the lines shown at the top of this file"""
-    rows = [("side", [f"{side}x{side}" for side in scales]),
-            ("codes used", [f"{x:.0%}" for x in health["used"]]),
-            ("perplexity", [f"{x:.0f}" for x in health["perplexity"]]),
-            ("energy left", [f"{x:.1%}" for x in health["left"]]),
-            ("psnr, dB", [f"{x:.1f}" for x in health["psnr_after"]])]
-    return [f"    {name:<12}" + "".join(f"{x:>8}" for x in cells) for name, cells in rows]
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ uses the Inception network.
 """
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,75 +16,55 @@ from torch import nn
 from data.batches import image_fingerprint, per_pass, picture_batches, rows_of, to_float
 from data.registry import dataset_named, load_splits
 from engine import BadInput
-from engine.checkpoints import save_atomically
+from engine.checkpoints import load_checkpoint, save_atomically
 from engine.device import cores
 from engine.progress import progress
 
 
 class Judge(nn.Module):
-    """Halve the image until about 4 pixels a side are left, average, classify."""
+    """Halve the image three times, average, classify."""
 
-    def __init__(self, num_classes, size, width=24):
+    def __init__(self, num_classes, width):
         super().__init__()
-        halvings = max(1, (size // 4).bit_length() - 1)    # 32 pixels: 16, 8, 4
-        widths = [3] + [min(width * 2 ** i, 4 * width) for i in range(halvings)]
         layers = []
-        for wide_in, wide_out in zip(widths, widths[1:]):
-            for c, stride in ((wide_in, 2), (wide_out, 1)):
-                layers += [nn.Conv2d(c, wide_out, 3, stride, 1, bias=False),
-                           nn.BatchNorm2d(wide_out), nn.SiLU()]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], num_classes)
+        for c_in, c in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
+            layers += [nn.Conv2d(c_in, c, 3, stride=2, padding=1, bias=False),
+                       nn.BatchNorm2d(c), nn.SiLU(),
+                       nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.SiLU()]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(4 * width, num_classes)
 
     def features(self, images):
         """(N, 3, H, W) in [0, 1] -> (N, F), the averaged last map"""
         return self.body(2 * images - 1).mean(dim=(2, 3))
 
-    def forward(self, images):
-        return self.head(self.features(images))            # (N, classes)
 
-
-# -- Training ------------------------------------------------------------------------------
-
-@torch.random.fork_rng(devices=[])        # the caller's random numbers stay as they are
 def judge_of(dataset, images, labels, num_classes, device="cpu"):
-    """The judge of a data set, trained when it is first needed and kept in out/. A damaged
-    file is replaced."""
-    facts = dataset_named(dataset)
-    name = f"judge_{Path(dataset).name}_{facts.judge_steps}_{image_fingerprint(images)}.pt"
-    judge = Judge(num_classes, len(images[0]), facts.judge_width)
-    try:
-        judge.load_state_dict(torch.load(Path("out") / name, weights_only=True))
-    except Exception:
-        judge = train_judge(images, labels, num_classes, steps=facts.judge_steps,
-                            width=facts.judge_width, mirrored=facts.mirrored, device=device)
-        save_atomically(judge.cpu().state_dict(), Path("out") / name)
+    """The judge of a data set, trained when it is first needed and kept in out/."""
+    how, path = dataset_named(dataset), Path("out") / f"judge_{image_fingerprint(images)}.pt"
+    if not path.exists():
+        judge = train_judge(images, labels, num_classes, steps=how.judge_steps,
+                            width=how.judge_width, mirrored=how.mirrored, device=device)
+        save_atomically(judge.cpu().state_dict(), path)
+    judge = Judge(num_classes, how.judge_width)
+    judge.load_state_dict(load_checkpoint(path))
     return judge.to(device).eval()
 
 
-@torch.random.fork_rng(devices=[])
-def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, seed=0,
-                device="cpu", batch_size=128):
+@torch.random.fork_rng(devices=[])        # the caller's random numbers stay as they are
+def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, device="cpu"):
     """Train a judge on images, uint8 (N, H, W, 3) or read on demand, and labels (N,).
     -> judge in eval mode. The shapes need 100 steps, about 15 s on one CPU core."""
-    labels, size = torch.as_tensor(labels), len(images[0])
-    torch.default_generator.manual_seed(seed)
-    judge = Judge(num_classes, size, width).to(device).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, max(steps, 2))
-    generator, rows = torch.Generator().manual_seed(seed), []
-
-    def batches():
-        for _ in range(steps):
-            rows.append(torch.randint(len(labels), (batch_size,), generator=generator))
-            yield [(int(row), -1) for row in rows[-1]]
-
-    # Files are read ahead, so with them the random numbers also depend on the cores.
-    read = picture_batches(images, batches(), cores())
-    for step, batch in enumerate(progress(read, steps, "steps of the judge", lambda _: 1)):
-        images = augment(as_floats(batch), generator, mirrored).to(device)
-        wanted = labels[rows[step]].to(device)
-        loss = F.cross_entropy(judge(images), wanted, label_smoothing=0.02)
+    torch.default_generator.manual_seed(1)
+    judge = Judge(num_classes, width).to(device).train()
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    rows = torch.randint(len(labels), (steps, 128))
+    wanted = torch.as_tensor(labels)[rows].to(device)                    # (steps, 128)
+    batches = batches_of(images, rows.flatten(), at_once=128)
+    for step, batch in enumerate(progress(batches, steps, "steps of the judge", lambda _: 1)):
+        image = augment((to_float(batch) + 1) / 2, mirrored).to(device)  # (128, 3, H, W)
+        logits = judge.head(judge.features(image))                       # (128, classes)
+        loss = F.cross_entropy(logits, wanted[step], label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,43 +72,29 @@ def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
     return judge.eval()
 
 
-def augment(images, generator, mirrored=False):
-    """Shift, soften, dim and speckle each of the images (N, 3, H, W) in its own way -> same.
-
-    Reconstructions are soft and slightly off in colour, and a judge that knew only crisp
-    images would blame them for it. `mirrored`: where left and right are not the label."""
-    def uniform():
-        return torch.rand(count, 1, 1, 1, generator=generator)
-    count, side = len(images), images.shape[-1]
+def augment(image, mirrored):
+    """Shift a batch (N, 3, H, W) in [0, 1] by some pixels, and soften and dim each image in
+    its own way: reconstructions are soft and slightly off in colour, and a judge that knew
+    only crisp images would blame them for it. mirrored: mirror half of them, too"""
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(len(image), 1, 1, 1)
+    side = image.shape[-1]
     reach = max(1, side // 16)
-    shift = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
-    soften = uniform() * (uniform() < 0.5)
-    scale, add = 0.85 + 0.3 * uniform(), 0.1 * (uniform() - 0.5)
-    noise = torch.randn(images.shape, generator=generator)
-    add = add + 0.04 * uniform() * noise
-    rows, columns = (torch.arange(side) + shift).clamp(0, side - 1)      # (N, side) each
+    down, right = torch.randint(2 * reach + 1, (2,)).tolist()
+    image = F.pad(image, (reach,) * 4, mode="replicate")
+    image = image[:, :, down:down + side, right:right + side]
     if mirrored:
-        columns = torch.where(uniform()[:, :, 0, 0] < 0.5, columns.flip(1), columns)
-    which = torch.arange(count)[:, None, None]
-    images = images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return ((images + soften * (blurred - images)) * scale + add).clamp(0, 1)
+        image = torch.where(uniform(0, 1) < 0.5, image.flip(3), image)
+    blurred = F.avg_pool2d(F.pad(image, (1,) * 4, mode="replicate"), 3, stride=1)
+    image = torch.lerp(image, blurred, uniform(-1, 1).clamp(min=0))      # half stay crisp
+    return (image * uniform(0.85, 1.15) + uniform(-0.05, 0.05)).clamp(0, 1)
 
 
-# -- Features ------------------------------------------------------------------------------
-
-def as_floats(images):
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1], which is returned as it is"""
-    if images.is_floating_point():
-        return images
-    return images.permute(0, 3, 1, 2).float() / 255
-
-
-def batches_of(images, rows):
+def batches_of(images, rows, at_once=None):
     """The images of these rows, a few at a time -> uint8 tensors (n, H, W, 3)"""
-    parts = torch.as_tensor(rows).split(per_pass(len(images[0])))
-    batches = ([(int(row), -1) for row in part] for part in parts)
-    return picture_batches(images, batches, cores())
+    parts = torch.as_tensor(rows).split(at_once or per_pass(len(images[0])))
+    crops = ([(row, -1) for row in part.tolist()] for part in parts)     # -1: of the centre
+    return picture_batches(images, crops, cores())
 
 
 def rebuilt(tokenizer, images, rows):
@@ -137,15 +102,20 @@ def rebuilt(tokenizer, images, rows):
     device = next(tokenizer.parameters()).device
     for part in batches_of(images, rows):
         tokens = tokenizer.image_to_tokens(to_float(part).to(device))
-        yield (tokenizer.tokens_to_image(tokens).float().cpu() + 1) / 2
+        yield (tokenizer.tokens_to_image(tokens) + 1) / 2
 
+
+# -- Measures ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def extract(judge, batches):
-    """Batches of images, uint8 (n, H, W, 3) or float (n, 3, H, W) in [0, 1]; none is kept.
+    """Batches of images, uint8 (n, H, W, 3) or float (n, 3, H, W) in [0, 1]
     -> features (N, F), logits (N, classes), on the judge's device"""
-    device = judge.head.weight.device
-    features = torch.cat([judge.features(as_floats(batch).to(device)) for batch in batches])
+    features = []
+    for batch in batches:
+        image = (to_float(batch) + 1) / 2 if batch.dtype == torch.uint8 else batch
+        features.append(judge.features(image.to(judge.head.weight.device)))
+    features = torch.cat(features)
     return features, judge.head(features)
 
 
@@ -156,62 +126,43 @@ def accuracy(logits, labels):
 
 def frechet_distance(features_a, features_b):
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) of features (N, F) and (M, F) with
-    covariances A and B. A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric.
-    Raises ValueError for fewer than two rows, which have no covariance."""
+    covariances A and B. A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric."""
     a, b = features_a.double(), features_b.double()
-    if min(len(a), len(b)) < 2:
-        raise ValueError("the Fréchet distance needs at least two images on either side")
-    A, B = (torch.cov(x.T).reshape(x.shape[1], -1) for x in (a, b))
+    A, B = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross
-    return max(distance.item(), 0.0)                       # rounding may leave it below
+    return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
 
 
 def precision_recall(features_real, features_fake, k=3):
     """Shares in [0, 1] of fakes that look real and of reals that are covered (Kynkäänniemi
-    et al. 2019).
-
-    A point is inside a set if it is no farther from some member than that member's k-th
-    nearest neighbour. Both sets need more than k rows, else ValueError."""
-    if min(len(features_real), len(features_fake)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images on either side")
-
-    def distances(points, members):                        # float32 would blur small ones
-        for part in points.double().split(500):
-            yield torch.cdist(part, members.double())
-
+    et al. 2019). A point is inside a set if it is no farther from some member than that
+    member's k-th nearest neighbour. Both sets need more than k rows."""
     def share_inside(points, members):
         # The member itself comes first at distance 0, so its k-th neighbour is the (k+1)-th.
-        radius = torch.cat([part.kthvalue(k + 1, dim=1).values
-                            for part in distances(members, members)])
-        inside = torch.cat([(part <= radius).any(1) for part in distances(points, members)])
-        return inside.double().mean().item()
-    return (share_inside(features_fake, features_real),
-            share_inside(features_real, features_fake))
+        radius = torch.cat([torch.cdist(part, members).kthvalue(k + 1).values
+                            for part in members.split(500)])
+        inside = [(torch.cdist(part, members) <= radius).any(1) for part in points.split(500)]
+        return torch.cat(inside).double().mean().item()
+    real, fake = features_real.double(), features_fake.double()    # float32 would blur
+    return share_inside(fake, real), share_inside(real, fake)
 
 
-# -- The table -----------------------------------------------------------------------------
-
-def evaluate(dataset, data_dir, class_names, tokenizer, draw, count):
-    """Print a table of held-out, reconstructed and sampled images, at most `count` of each.
-    class_names: of the model; draw(labels (n,)) -> images (n, 3, H, W) in [0, 1]. Raises
-    BadInput if there are too few images."""
-    side, device = tokenizer.config.image_size, next(tokenizer.parameters()).device
-    _, splits, names = load_splits(dataset, side, data_dir, class_names)
+def evaluate(args, tokenizer, draw):
+    """Print a table of held-out, reconstructed and sampled images. args: of chapter 6;
+    draw(labels (n,)) -> images (n, 3, H, W) in [0, 1]. Raises BadInput for too few images."""
+    _, splits, names = load_splits(args.dataset, args.side, args.data_dir, args.names)
     (real, labels), (test, test_labels) = splits["train"], splits["test"]
-    count = min(count, len(real), len(test))
-    if count < 4 or names != class_names:
-        raise BadInput("evaluate needs 4 images to train on and 4 held out, of the classes of "
-                       f"the model; {dataset} has {len(real)} and {len(test)}")
-    judge = judge_of(dataset, real, labels, len(names), device)
-    right = accuracy(extract(judge, batches_of(test, range(len(test))))[1], test_labels)
-    print(f"judge: {right:.2%} right on {len(test):,} held-out images of {len(names)} classes")
-    print(f"{count} images per row, compared with as many training images; no Inception FID")
-    print(f"{'':<20}{'in class':>9}{'Fréchet':>9}{'precision':>11}{'recall':>8}")
+    count = min(args.n or 1000, len(real), len(test))
+    if count < 4 or names != args.names:
+        raise BadInput(f"--task evaluate needs 4 training and 4 held-out images of the model's "
+                       f"classes; {args.dataset} has {len(real)} and {len(test)}")
+    judge = judge_of(args.dataset, real, labels, len(names), args.device)
     rows, meant = rows_of(len(test), count), torch.arange(count) % len(names)
     known, _ = extract(judge, batches_of(real, rows_of(len(real), count)))
+    print(f"{count} images per row, compared with as many training images; no Inception FID")
+    print(f"{'':<20}{'in class':>9}{'Fréchet':>9}{'precision':>11}{'recall':>8}")
     for text, batches, wanted in (
             ("held-out images", batches_of(test, rows), test_labels[rows]),
             ("reconstructions", rebuilt(tokenizer, test, rows), test_labels[rows]),

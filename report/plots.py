@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE = (40, 44, 52), (222, 225, 230)
-LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20),
-         (90, 96, 106), (22, 158, 178), (218, 74, 130)]
+LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20)]
 # Brightness rises from first to last, so the colours also work in black and white.
 HEAT = np.array([[16, 20, 62], [32, 60, 122], [30, 110, 140], [42, 158, 130],
                  [150, 202, 84], [252, 232, 84]], dtype=np.float64)
@@ -37,11 +36,9 @@ def font_for(text):
 
 def class_label(name, number):
     """The name of a class, shortened if it is long, or its number if no font has it."""
-    name = " ".join(name.split())
-    if len(name) > 22:
-        name = f"{name[:12]}...{name[-7:]}"
+    name = name if len(name) <= 22 else f"{name[:12]}...{name[-7:]}"
     # A label such as "as cat" is drawn in one font.
-    return name if font_for(f"{name} as 0123456789") else f"class {number}"
+    return name if font_for(f"as {name}, cfg 0") else f"class {number}"
 
 
 def legend(text, colour=INK):
