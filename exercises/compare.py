@@ -33,7 +33,7 @@ def call(function, *inputs, **context):
     result = function(*inputs)
     for name, x, copy, has_gradient in before:
         if x.requires_grad != has_gradient or not torch.equal(x, copy):
-            raise Wrong(f"{function.__name__} changed its input {name} in place: use a copy")
+            raise Wrong(f"{function.__name__} changed its input {name} in place: copy it")
     return result
 
 
