@@ -38,6 +38,7 @@ class Judge(nn.Module):
         return self.body(2 * images - 1).mean(dim=(2, 3))
 
 
+@torch.random.fork_rng(devices=[])        # the caller's random numbers stay as they are
 def judge_of(dataset, images, labels, num_classes, device="cpu"):
     """The judge of a data set, trained when it is first needed and kept in out/."""
     how, path = dataset_named(dataset), Path("out") / f"judge_{image_fingerprint(images)}.pt"
@@ -50,7 +51,7 @@ def judge_of(dataset, images, labels, num_classes, device="cpu"):
     return judge.to(device).eval()
 
 
-@torch.random.fork_rng(devices=[])        # the caller's random numbers stay as they are
+@torch.random.fork_rng(devices=[])
 def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, device="cpu"):
     """Train a judge on images, uint8 (N, H, W, 3) or read on demand, and labels (N,).
     -> judge in eval mode. The shapes need 100 steps, about 15 s on one CPU core."""
