@@ -1,21 +1,11 @@
 """The paper's ablation: from raster order to a next-scale model with all its parts.
 
     python experiments/ablation.py --data-dir DIR --steps 1200     three classes of CIFAR-10
-    python experiments/ablation.py --dataset shapes --steps 1200
 
-    raster          one 8x8 map, 64 tokens one after the other; the class is the first token
-    next scale      six maps, 130 tokens in 6 steps; the class is still no more than that
-    + AdaLN         the class steers every block
-    + top-k 100     tokens are drawn from the likeliest fifth of the codes
-    + guidance 1.5  as in the original code
-    + q/k norm      queries and keys have length 1
-    larger          more and wider blocks
-    raster, all     raster order with all of this, except the size of "larger"
-    raster, early   the same after as many steps, and images, as the other rows
-
-From "next scale" to "larger" each row has all that the rows above it have (VAR, Tian et al.
-2024, section 5). "raster" and "raster, all" see twice as many images with half as many
-tokens, so all rows except "larger" and the last one take equal arithmetic.
+Raster order draws 64 tokens, one after the other, from a tokenizer with one 8x8 map; next
+scale draws six maps, 130 tokens. From "next scale" to "larger" each row has all that the
+rows above it have (VAR, Tian et al. 2024, section 5). "raster" and "raster, all" see twice
+as many images, so all rows except "larger" and the last one take equal arithmetic.
 """
 import sys
 import time
@@ -30,9 +20,8 @@ from experiments.trial import (Trial, cells, drawing, parameters, run_main, trai
 
 
 class Raster(torch.nn.Module):
-    """Makes a tokenizer of one 8x8 map look like one of 64 maps of a single token each. The
-    mask of chapter 3 is then the triangle of raster order, and chapters 4 to 6 work as they
-    are. The input of each token is the code of the token before it."""
+    """Makes a tokenizer of one 8x8 map look like one of 64 maps of a single token each, so
+    that chapters 4 to 6 work as they are. A token's input is the code of the one before."""
 
     def __init__(self, tokenizer):
         super().__init__()
@@ -85,7 +74,7 @@ ROWS = {
 
 
 def milliseconds_alone(tokenizer, var, sampling):
-    """The median CPU time of an image that is drawn alone, because the first one is slow."""
+    """The median CPU time of an image drawn alone, because the first one is slow."""
     times = []
     for _ in range(10):
         begin = time.process_time()

@@ -2,8 +2,7 @@
 
     python experiments/editing.py        prints a table, writes out/editing.png
 
-All ways to edit get the same held-out shapes, classes, masks and random numbers, and the
-shipped model. The numbers are the PSNR of the kept region in dB.
+All rows get the same held-out shapes, classes, masks and random numbers. PSNR in dB.
 """
 import sys
 from pathlib import Path
@@ -23,8 +22,7 @@ MASKS = {"right half": (16, 0, 32, 32), "middle": (4, 4, 28, 28),
 
 
 def held_out_shapes(n):
-    """-> the shipped tokenizer and transformer, n held-out shapes (n, 3, 32, 32) in [-1,
-    1], their labels (n,)"""
+    """-> the shipped tokenizer and transformer, n shapes (n, 3, 32, 32), labels (n,)"""
     path = ROOT / "data/pretrained/shapes.pt"
     images, labels, _ = shapes.load("test")
     rows = rows_of(len(images), n)
@@ -86,7 +84,6 @@ def main():
     show([f"{len(image)} images, dB", *MASKS], lines)
     images = torch.cat([row[::8] for row in rows.values()])
     plots.save_grid("out/editing.png", images, len(images) // 3, row_labels=list(rows))
-    print("wrote out/editing.png")
 
 
 if __name__ == "__main__":

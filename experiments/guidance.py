@@ -1,10 +1,8 @@
 """Where should guidance be strong? Its strength t at each scale, tried with one model.
 
     python experiments/guidance.py --data-dir DIR --cfg 3 --n 2000     classes of CIFAR-10
-    python experiments/guidance.py --dataset shapes --cfg 1.5
 
-Guidance moves logits away from the prediction without a class: (1 + t) cond - t uncond. The
-original code lets t grow from 0 at the first scale to cfg at the last:
+Guidance moves logits away from the prediction without a class: (1 + t) cond - t uncond.
 
     row            1x1  2x2  3x3  4x4  6x6  8x8
     none            0    0    0    0    0    0
@@ -12,9 +10,7 @@ original code lets t grow from 0 at the first scale to cfg at the last:
     constant 3      3    3    3    3    3    3
     constant 1.5   1.5  1.5  1.5  1.5  1.5  1.5    the mean of the ramp over the scales
 
-Nothing is trained. All rows draw from the shipped model with the top-k and top-p that suit
-it, with the same labels and, for each seed, the same random numbers. (On CIFAR-10 this
-top-p was chosen for the ramp with cfg 3.)
+Nothing is trained. All rows draw from the shipped model with its own top-k and top-p.
 """
 import sys
 from pathlib import Path

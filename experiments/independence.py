@@ -38,7 +38,6 @@ def main():
     images = torch.cat([row[::20] for row in rows.values()])
     plots.save_grid("out/independence.png", (images + 1) / 2, len(images) // len(rows),
                     row_labels=list(rows))
-    print("wrote out/independence.png")
 
 
 if __name__ == "__main__":

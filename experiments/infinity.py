@@ -1,7 +1,6 @@
 """Bitwise modelling: 2^32 codes at the price of 64 outputs (Infinity, Han et al. 2025).
 
-    python experiments/infinity.py --dataset shapes
-    python experiments/infinity.py --dataset cifar10 --data-dir DIR     three of its classes
+    python experiments/infinity.py                                       shapes
 
 A softmax needs one output per code. Infinity keeps the sign of each channel instead, and
 predicts all signs of a vector at once:
@@ -10,19 +9,14 @@ predicts all signs of a vector at once:
     softmax     2^bits outputs per position            512 | 65,536 | 4,294,967,296
     bitwise     2 logits per bit                        18 |     32 |            64
 
-A bit depends on the class and on all coarser maps, but no longer on the other bits of its
-vector. "2^9, softmax" and "2^9, bitwise" model the same tokens and show what this loses.
-
-Self-correction: bits flip at random in training. The label is the bit *before* its flip;
-finer maps quantize what f misses *after* it, so they learn to correct mistakes:
+The rows "2^9" model the same tokens and show what is lost when the bits of a vector no
+longer depend on each other. In self-correction, bits flip at random in training; finer maps
+quantize what f misses after the flip, so they learn to correct mistakes:
 
     rate_k ~ {0, 0.01 .. 0.30};  label_k = sign(f - f_hat);  f_hat += codes(flipped label_k)
 
 Shapes: f (B, C, h, w), C = bits; tokens: list of K (B, n_k * bits), the bits of a position
 side by side; logits (B, L * bits, 2). So V = 2, and chapters 2 to 6 take bits for tokens.
-
-Differs from Infinity: vectors are not normalised before they are quantized, each image of a
-batch has its own rates of flips, and all tokens have the same weight in the loss.
 """
 import sys
 from dataclasses import replace
@@ -33,7 +27,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.batches import to_float, view_of
-from engine.checkpoints import load_checkpoint, save_atomically
 from engine.device import autocast
 from engine.optimizers import make_optimizers, set_schedule, take_step
 from engine.progress import progress
@@ -42,8 +35,7 @@ from experiments.trial import (CPU, Trial, cells, run_main, training, transforme
 
 
 class BitQuantizer(vq.LookupFreeQuantizer):
-    """Chapter 1's quantizer without its index: a vector is `bits` tokens of two values
-    each. An index of 32 bits would need tables and counts that no memory holds."""
+    """A vector is `bits` tokens of two values each, and not one index of that many bits."""
 
     def nearest(self, x):                                  # (..., n, C) -> (..., n * C)
         return (x > 0).long().flatten(-2)
@@ -69,8 +61,6 @@ class BitwiseVAR(transformer.VAR):
         return super().predict(x, conditioning).unflatten(2, (-1, 2)).flatten(1, 2)
 
 
-# -- Training, with mistakes to correct ----------------------------------------------------
-
 @torch.no_grad()
 def flipped_rounds(tokenizer, f, rates):
     """Algorithm 1 in which a share rates (B, K) of the bits is wrong. f (B, C, h, w) ->
@@ -92,18 +82,14 @@ def bit_losses(var, classes, inputs, bits):
 
 
 def train_bitwise(trial, row, seed, tokenizer, most):
-    """Train a BitwiseVAR, or load it if it was trained. most: the highest rate of flips.
-    Flips need f, so each step encodes its images. -> BitwiseVAR, frozen"""
+    """Train with f itself, because flips change it. most: the highest rate of flips"""
     settings, (images, labels) = trial.begin(row, seed), trial.data["train"]
-    config = training.var_config(settings, tokenizer.config, len(trial.names))
-    var, path = BitwiseVAR(config), Path(settings.out) / "transformer.pt"
+    var = BitwiseVAR(training.var_config(settings, tokenizer.config, len(trial.names)))
     optimizers = make_optimizers(var, settings.lr, settings.weight_decay,
                                  settings.optimizer, settings.precision)
-    steps, skipped = settings.steps, 0
-    todo = [] if path.exists() else range(steps)
-    for step in progress(todo, steps, f"steps of {row}", size=lambda step: 1):
-        share = training.learning_rate(step / steps, settings.final_lr)
-        set_schedule(optimizers, step / steps, share)
+    steps = settings.steps
+    for step in progress(range(steps), steps, f"steps of {row}", size=lambda step: 1):
+        set_schedule(optimizers, step / steps, training.learning_rate(step / steps, 0.0))
         indices = training.batch_indices(step, len(labels), settings.batch_size, seed + 1)
         image = to_float(torch.from_numpy(images[indices]))            # (B, 3, H, W)
         image = view_of(image, step % settings.views, indices, len(labels))
@@ -115,10 +101,7 @@ def train_bitwise(trial, row, seed, tokenizer, most):
             loss = bit_losses(var, torch.from_numpy(labels[indices]), inputs, bits).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(var.parameters(), settings.clip)
-        skipped = take_step(optimizers, norm, skipped)
-    if todo:
-        save_atomically(var.state_dict(), path)
-    var.load_state_dict(load_checkpoint(path))
+        take_step(optimizers, norm, 0)
     return var.eval().requires_grad_(False)
 
 
@@ -134,17 +117,17 @@ def main():
             tokenizer.quantizer = vq.LookupFreeQuantizer(bits)
             tokenizer.config = replace(tokenizer.config, vocab_size=2 ** bits)
         for seed in trial.seeds:
-            if flips is None:
-                var = trial.train(row, seed, tokenizer)
-            else:
-                var = train_bitwise(trial, row, seed, tokenizer, flips)
-            found.append(trial.measure(row, seed, lambda: dict(
-                trial.judged(tokenizer, var, seed, cfg=0.0),
-                bits=trial.bits(tokenizer, var))))
+            def compute():
+                var = (trial.train(row, seed, tokenizer) if flips is None else
+                       train_bitwise(trial, row, seed, tokenizer, flips))
+                return dict(trial.judged(tokenizer, var, seed, cfg=0.0),
+                            bits=trial.bits(tokenizer, var))
+            found.append(trial.measure(row, seed, compute))
+        outputs = 512 if flips is None else 2 * bits
         spent, *others = cells(found, dict(bits=1, frechet=3, recall=2, in_class=1))
         spent += f" of {(bits or 9) * 130:,}"
         before = cells([rebuilt], dict(psnr=2, frechet=3))
-        lines.append([row, *before, f"{var.head.out_features}", spent, *others])
+        lines.append([row, *before, f"{outputs}", spent, *others])
     floor, recall = cells([trial.floor()], dict(frechet=3, recall=2))
     lines.append(["held-out images", "", floor, "", "", floor, recall, ""])
     trial.show(["codes", "PSNR, dB", "Fréchet, rebuilt", "outputs", "bits per image",

@@ -1,9 +1,8 @@
 """How many scales, must they build on each other, and which of them must a map see?
 
     python experiments/scales.py                               shapes
-    python experiments/scales.py --dataset cifar10 --data-dir DIR --tokenizer-steps 3000
 
-All rows end in an 8x8 map. Three things change:
+All rows end in an 8x8 map:
 
     K            the number of maps; all tokens of K = 1, a plain VQ-VAE, are drawn at once
     independent  each map quantizes f itself, not what coarser maps left over
@@ -15,26 +14,16 @@ All rows end in an 8x8 map. Three things change:
     2    x  x  x  x  x   -> Markov  2    .  x  x  x  x       the mask becomes block-diagonal
     2    x  x  x  x  x              2    .  x  x  x  x
 
-Each row trains its own tokenizer (except Markov) and a transformer on its tokens, all with
-the same number of steps; a seed is that of both. Samples are drawn without guidance.
-
-Sources: MVAR (Zhang et al. 2025) shows each scale only the one before it; Kumar et al. 2025
-call VAR with such a mask a discrete diffusion.
+Sources: MVAR (Zhang et al. 2025); Kumar et al. (2025).
 """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.trial import Trial, cells, drawing, run_main, transformer, trial_parser
-
-
-class NothingKept:
-    """Replaces the KVCache of chapter 4: a map meets only its own keys and values."""
-
-    def append(self, k, v):
-        return k, v
 
 
 class MarkovVAR(transformer.VAR):
@@ -45,7 +34,8 @@ class MarkovVAR(transformer.VAR):
         self.mask = self.scale_of_token[:, None] == self.scale_of_token[None, :]
 
     def new_cache(self):
-        return [NothingKept() for _ in self.blocks]
+        """A map meets only its own keys and values, so nothing is kept."""
+        return [SimpleNamespace(append=lambda k, v: (k, v)) for _ in self.blocks]
 
 
 # Row -> sides of the maps, whether they are residual, class of the transformer
@@ -83,8 +73,7 @@ def main():
                 images.append(drawing.generate(tokenizer, var, labels, cfg=0.0,
                                                generator=torch.Generator().manual_seed(0)))
         lines.append([row, f"{var.L}", *cells(found, digits)])
-    floor = trial.floor()
-    floor["rebuilt"] = floor["frechet"]
+    floor = dict(trial.floor(), rebuilt=trial.floor()["frechet"])
     lines.append(["held-out images", "", *cells([floor], digits)])
     trial.show(["scales", "tokens", "PSNR, dB", "Fréchet of reconstructions",
                 "bits per image", "Fréchet of samples", "precision", "recall",

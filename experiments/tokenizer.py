@@ -2,18 +2,8 @@
 
     python experiments/tokenizer.py --tokenizer-steps 2000          built-in shapes, V = 512
     python experiments/tokenizer.py --dataset cifar10 --data-dir DIR --vocab-size 1024
-    python experiments/tokenizer.py --dataset cifar10 --rows "EMA + revival" adversarial
 
-    gradient             codes are ordinary parameters that start at random
-    + data start         codes start on features of the first batch
-    EMA                  codes are running means of the vectors that use them
-    + revival            unused codes move onto random features of the current batch
-    L2-normalised        only directions are compared (ViT-VQGAN, Yu et al. 2022)
-    LFQ                  signs in place of codes
-    independent scales   each scale quantizes f itself: f_hat is the last map alone
-
-Each row is a short training run, measured on 1,000 held-out images. Only the row
-"adversarial" uses that loss. The last columns show the share of codes used / the perplexity
+README.md explains the rows. The last columns show the share of codes used / the perplexity
 of each scale.
 """
 import sys
@@ -21,12 +11,11 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.batches import sample_of, to_float
-from experiments.trial import Trial, cells, run_main, trial_parser, vq
+from experiments.trial import Trial, run_main, trial_parser, vq
 from report import health
 
 
@@ -36,12 +25,10 @@ class DirectionQuantizer(vq.VectorQuantizer):
     def nearest(self, x):
         return super().nearest(F.normalize(x, dim=-1))
 
-    @torch.no_grad()
     def start_on_data(self, groups):
         super().start_on_data([F.normalize(group, dim=-1) for group in groups])
         self.codebook.copy_(F.normalize(self.codebook, dim=-1))
 
-    @torch.no_grad()
     def learn(self, groups, indices):
         super().learn([F.normalize(group, dim=-1) for group in groups], indices)
         self.codebook.copy_(F.normalize(self.codebook, dim=-1))
@@ -77,8 +64,7 @@ ROWS = {
 def main():
     parser = trial_parser(__doc__, "shapes", tokenizer_steps=2000)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:7])
-    parser.add_argument("--vocab-size", type=int, choices=(256, 512, 1024, 2048, 4096),
-                        default=512, help="V, a power of two for LFQ [512]")
+    parser.add_argument("--vocab-size", type=int, choices=(512, 1024, 4096), default=512)
     args = parser.parse_args()
     trial, lines, V = Trial("tokenizer", args), [], args.vocab_size
     held_out = to_float(sample_of(trial.all["test"][0], 1000))
@@ -92,10 +78,10 @@ def main():
         tokenizer = trial.train_tokenizer(name, 0, config, **changes)
         found = trial.measure(name, 0, lambda: health.examine(
             tokenizer, held_out.split(100), nullcontext))
-        scales = zip(found["used"], found["perplexity"])
-        lines.append([row, *cells([found], dict(psnr=2)), f"{found['used_overall']:.0%}",
-                      f"{found['perplexity_overall']:.0f}",
-                      *(f"{used:.0%} / {perplexity:.0f}" for used, perplexity in scales)])
+        lines.append([row, f"{found['psnr']:.2f}", f"{found['used_overall']:.0%}",
+                      f"{found['perplexity_overall']:.0f}"])
+        for used, perplexity in zip(found["used"], found["perplexity"]):
+            lines[-1].append(f"{used:.0%} / {perplexity:.0f}")
         images.append(tokenizer.tokens_to_image(tokenizer.image_to_tokens(image)))
         labels.append(f"{row}, {health.psnr(image, images[-1]).mean():.1f} dB")
     trial.show(["codes", "PSNR, dB", "used", "perplexity",

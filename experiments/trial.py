@@ -1,14 +1,8 @@
 """What the experiments share: data, tokens, a training run per row, the judge, the table.
 
-    trial = Trial("scaling", trial_parser(__doc__, steps=1000).parse_args())
-    tokenizer, _ = training.load_tokenizer(trial.shipped)
-    var = trial.train("depth 4", seed, tokenizer, depth=4)
-    found = trial.measure("depth 4", seed, lambda: trial.judged(tokenizer, var, seed))
-
 A row is a short training run with the loops of chapter 5, then measurements on held-out
 images and samples. Both are kept in out/experiments/, so the same command resumes where it
-was stopped. After a change of the code use another --out. `--quick` shows in seconds that a
-script works, and its numbers mean nothing.
+was stopped. After a change of the code use another --out. Numbers of --quick mean nothing.
 """
 import json
 import math
@@ -27,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from data.batches import rows_of, sample_of, to_float
 from data.registry import load_splits
 from engine.checkpoints import write_atomically
-from engine.device import best_precision
+from engine.device import autocast, best_precision
 from engine.options import Parser, number, run_main
 from report import health, judge, plots
 
@@ -105,45 +99,37 @@ class Trial:
     def train(self, row, seed, tokenizer, model=transformer.VAR, config=None, **changes):
         """Train a transformer on this tokenizer's tokens, or load it if it was trained.
         model: a class like VAR; config: fields of VARConfig; changes: of Settings"""
-        settings = self.begin(row, seed, **changes)
+        settings, tokens = self.begin(row, seed, **changes), {}
+        cache = replace(settings, out=str(self.folder))    # shared by all rows
+        for split, (images, labels) in self.data.items():
+            views = training.encode_once(cache, tokenizer, images, split, CPU)
+            tokens[split] = views, labels
         sizes = training.var_config(settings, tokenizer.config, len(self.names))
         var = model(replace(sizes, **(config or {})))
-        training.train_transformer(settings, var, tokenizer, **self.tokens(tokenizer),
-                                   about=self.about, device=CPU)
+        training.train_transformer(settings, var, tokenizer, **tokens, about=self.about,
+                                   device=CPU)
         return var
 
-    def tokens(self, tokenizer):
-        """-> {split: (list of views (N, L), labels (N,))}, which are cached"""
-        settings = replace(self.settings, out=str(self.folder))
-        found = {}
-        for split, (images, labels) in self.data.items():
-            views = training.encode_once(settings, tokenizer, images, split, CPU)
-            found[split] = views, labels
-        return found
-
     def measure(self, row, seed, compute):
-        """compute() -> dict of numbers, which is kept in the folder of the row."""
+        """compute() -> dict of numbers, which is kept in the folder of the row"""
         path = self.folder / row / f"{seed}-{self.args.n}.json"
         if not path.exists():
             write_atomically(json.dumps(compute()), path)
         return json.loads(path.read_text())
 
+    def held_out(self, tokenizer, precision="float32"):
+        """Batches of held-out images -> their tokens, K maps (B, n), and labels (B,)"""
+        images, labels = (torch.from_numpy(part) for part in self.data["test"])
+        for batch, classes in zip(images.split(AT_ONCE), labels.split(AT_ONCE)):
+            with autocast(CPU, precision):
+                tokens = tokenizer.image_to_tokens(to_float(batch))
+            yield tokens, classes
+
     def bits(self, tokenizer, var):
         """What a held-out image costs given its class: the exact likelihood in bits."""
-        images, labels = (torch.from_numpy(part) for part in self.data["test"])
-        nats = 0.0
-        for batch, classes in zip(images.split(AT_ONCE), labels.split(AT_ONCE)):
-            tokens = tokenizer.image_to_tokens(to_float(batch))
-            nats -= float(drawing.log_likelihood(tokenizer, var, tokens, classes).sum())
-        return nats / len(labels) / math.log(2)
-
-    @cached_property
-    def network(self):
-        """The judge of these classes."""
-        images, labels = self.data["train"]
-        if self.args.quick:
-            return judge.train_judge(images, labels, len(self.names), steps=3)
-        return judge.judge_of(self.args.dataset, images, labels, len(self.names))
+        nats = [-drawing.log_likelihood(tokenizer, var, *batch).sum(1)
+                for batch in self.held_out(tokenizer)]
+        return float(torch.cat(nats).mean()) / math.log(2)
 
     def some(self, split):
         """-> up to n images of a split, a few at a time"""
@@ -151,17 +137,23 @@ class Trial:
         return judge.batches_of(images, rows_of(len(images), self.args.n))
 
     @cached_property
-    def real(self):
-        """Features of n training images, to which all others are compared."""
-        return judge.extract(self.network, self.some("train"))[0]
+    def judge(self):
+        """-> the judge of these classes, and its features of n training images"""
+        facts = *self.data["train"], len(self.names)
+        if self.args.quick:
+            network = judge.train_judge(*facts, steps=3)
+        else:
+            network = judge.judge_of(self.args.dataset, *facts)
+        return network, judge.extract(network, self.some("train"))[0]
 
     def compare(self, batches, labels=None):
-        """Compare batches of images with training images. labels: the classes that were
-        meant -> dict with frechet, precision, recall, and with labels in_class, in %"""
-        features, logits = judge.extract(self.network, batches)
-        precision, recall = judge.precision_recall(self.real, features)
-        found = dict(frechet=judge.frechet_distance(self.real, features),
-                     precision=precision, recall=recall)
+        """Images against training images. labels: the classes that were meant -> dict with
+        frechet, precision, recall, and with labels in_class, in %"""
+        network, real = self.judge
+        features, logits = judge.extract(network, batches)
+        precision, recall = judge.precision_recall(real, features)
+        distance = judge.frechet_distance(real, features)
+        found = dict(frechet=distance, precision=precision, recall=recall)
         if labels is not None:
             found["in_class"] = 100 * judge.accuracy(logits, labels)
         return found
@@ -196,8 +188,7 @@ class Trial:
     def show(self, head, lines):
         """Print a table, and above it how its numbers were measured."""
         print(f"\npython {' '.join(sys.argv)}; {self.args.dataset}, trained in "
-              f"{self.settings.precision}, torch {torch.__version__}, "
-              f"{torch.get_num_threads()} thread(s)\n")
+              f"{self.settings.precision}, torch {torch.__version__}\n")
         show(head, lines)
 
     def draw(self, rows, row_labels, column_labels=()):
@@ -216,7 +207,7 @@ def show(head, lines):
 
 def cells(found, digits):
     """found: a dict of numbers per seed; digits: {name: digits after the point} -> cells
-    such as "1.56 ± 0.04", the mean of the seeds and half of their range; "" if none has it"""
+    such as "1.56 ± 0.04", the mean of the seeds and half of their range; "" if unknown"""
     texts = []
     for name, places in digits.items():
         values = [numbers[name] for numbers in found if name in numbers]
