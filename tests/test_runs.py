@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,18 @@ def assert_same_run(a, b):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
+def at_call(count, real, then):
+    """A function that does what `real` does, but then() before its count-th call."""
+    calls = []
+
+    def spy(*args):
+        calls.append(args)
+        if len(calls) == count:
+            then()
+        return real(*args)
+    return spy
+
+
 # -- Stopped and killed ----------------------------------------------------------------------------
 
 def test_a_signal_is_obeyed_after_the_step_and_the_same_command_resumes(
@@ -84,13 +97,8 @@ def test_a_signal_is_obeyed_after_the_step_and_the_same_command_resumes(
             ("SIGTERM", m5, "take_step", 13, "at step 13 of the tokenizer, saved"),
             ("SIGINT", m5, "view_batches", 2, "while tokenizing"),
             ("SIGHUP", m5, "take_step", 8, "at step 8 of the transformer, saved")]:
-        real, calls, number = getattr(owner, function), [], getattr(signal, name)
-
-        def spy(*args, real=real, calls=calls, count=count, number=number):
-            calls.append(args)
-            if len(calls) == count:
-                os.kill(os.getpid(), number)
-            return real(*args)
+        number = getattr(signal, name)
+        spy = at_call(count, getattr(owner, function), partial(os.kill, os.getpid(), number))
         signal.signal(number, signal.SIG_DFL)              # `nohup pytest &` ignores some
         with monkeypatch.context() as patch:
             patch.setattr(owner, function, spy)
@@ -102,7 +110,7 @@ def test_a_signal_is_obeyed_after_the_step_and_the_same_command_resumes(
     assert "tokenizer: resuming at step 24" in result.out
     assert "transformer: resuming at step 8" in result.out
     assert_same_run(out, tiny.folder)
-    command, = result.started                              # chapter 6 draws samples
+    command = result.started[0]                            # chapter 6 draws samples
     assert command[1].endswith("06_sample_and_edit.py") and str(out) in command
 
 
