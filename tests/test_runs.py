@@ -93,15 +93,15 @@ def at_call(count, real, then):
 def test_a_signal_is_obeyed_after_the_step_and_the_same_command_resumes(
         cli, tiny, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    for name, owner, function, count, words in [
-            ("SIGTERM", m5, "take_step", 13, "at step 13 of the tokenizer, saved"),
-            ("SIGINT", m5, "view_batches", 2, "while tokenizing"),
-            ("SIGHUP", m5, "take_step", 8, "at step 8 of the transformer, saved")]:
+    for name, function, count, words in [
+            ("SIGTERM", "take_step", 13, "at step 13 of the tokenizer, saved"),
+            ("SIGINT", "view_batches", 2, "while tokenizing"),
+            ("SIGHUP", "take_step", 8, "at step 8 of the transformer, saved")]:
         number = getattr(signal, name)
-        spy = at_call(count, getattr(owner, function), partial(os.kill, os.getpid(), number))
+        spy = at_call(count, getattr(m5, function), partial(os.kill, os.getpid(), number))
         signal.signal(number, signal.SIG_DFL)              # `nohup pytest &` ignores some
         with monkeypatch.context() as patch:
-            patch.setattr(owner, function, spy)
+            patch.setattr(m5, function, spy)
             result = cli(SCRIPT, *tiny.options, "--out", out)
         assert (result.status, result.err) == (128 + number, "")
         assert result.out.splitlines()[-1] == f"stopped {words}; the same command resumes"
