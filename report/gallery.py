@@ -118,7 +118,8 @@ def show_samples(args, draw, tokenizer, tokens):
     for i, (c, text) in enumerate(args.labels.items()):
         rows[text] = draw(torch.full((n,), c), seed=i * n)
     save(args, "samples", rows)
-    rows, names = {}, list(args.labels.values())[:len(tokens[0])]
+    names = list(args.labels.values())[:len(tokens[0])]
+    rows = {}
     for side, maps, image in zip(tokenizer.scales, tokens, health.decoded(tokenizer, tokens)):
         colours = plots.token_colours(maps, side, tokenizer.config.vocab_size)
         rows[f"{side}x{side}"] = plots.cells([*colours, *(image + 1) / 2])

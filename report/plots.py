@@ -148,7 +148,7 @@ def save_curve(path, series, *, x_label="", y_label="", log=""):
         pen.line([(x, top), (x, bottom)], PALE)
         pen.line([(left, y), (right, y)], PALE)
         tick = low + share * (high - low)
-        below, beside = [legend(f"{value:,.3g}") for value in (10 ** tick if log else tick)]
+        below, beside = [legend(f"{value:,.4g}") for value in (10 ** tick if log else tick)]
         sheet.paste(below, (int(x) - below.width // 2, bottom + 4))
         sheet.paste(beside, (left - beside.width, int(y) - beside.height // 2))
     sheet.paste(legend(y_label), (left, 6))
