@@ -190,6 +190,8 @@ def read_settings(argv=None):
         settings.epochs = 0
     if "unshuffle" not in preset and "multipliers" not in typed:
         settings.multipliers = MULTIPLIERS.get(settings.image_size, settings.multipliers)
+    if settings.tokenizer_file and settings.stage != "transformer":
+        raise BadInput("--tokenizer-file is for stage 2: leave out --stage, or give transformer")
     if "scales" not in typed:
         halvings = len(settings.multipliers) - 1
         side = settings.image_size // settings.unshuffle // 2 ** halvings
