@@ -61,7 +61,7 @@ def main():
         if name.startswith("cross-entropy"):
             curves[name] = list(zip(sizes, values))
             fit = np.exp(intercept + slope * x)
-            curves[f"best power, N^{slope:.3f}"] = list(zip(sizes, fit))
+            curves[f"{name}, N^{slope:.3f}"] = list(zip(sizes, fit))
     trial.show(["depth x width", "parameters, M", *MEASURES], lines)
     print()
     show(["falls as", "exponent by parameters", "correlation", "VAR's exponent"], fits)
