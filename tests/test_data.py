@@ -92,6 +92,8 @@ def test_damaged_and_hostile_files_and_cifar100_are_refused(tmp_path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar10, "PER_FILE", 1)
+    tarfile.open("empty.tar.gz", "w:gz").close()
+    refusal(lambda: cifar10.load("test", data_dir="empty.tar.gz"), "it lacks test_batch")
     tree(tmp_path, "meta")
     refusal(lambda: cifar10.load("test", data_dir="."), "holds CIFAR-100")
     Path("test_batch").write_bytes(pickle.dumps({b"data": Hostile(), b"labels": [0]}))
@@ -248,8 +250,7 @@ def test_views_of_images_in_memory_equal_a_slow_loop(view, side, part):
 
 
 def test_views_of_files_are_crops_and_workers_ignore_the_signals_that_stop_a_run(tmp_path):
-    pixels = np.random.default_rng(1).integers(0, 256, (36, 60, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (36, 60, 3), np.uint8))
     image.save(tmp_path / "a.png")
     images = folder.FolderImages(tmp_path, ["a.png"] * 40, [0] * 40, 16)
     centre = image.resize((16, 16), Image.Resampling.LANCZOS, box=(14, 2, 46, 34))
@@ -261,8 +262,7 @@ def test_views_of_files_are_crops_and_workers_ignore_the_signals_that_stop_a_run
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    expected = batches.to_float(torch.from_numpy(crops))
-    assert torch.equal(torch.cat([*seen, *loading]), expected)
+    assert torch.equal(torch.cat([*seen, *loading]), batches.to_float(torch.tensor(crops)))
 
 
 @pytest.mark.slow
