@@ -222,13 +222,18 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_
     """Repaint the part of an image where keep is False, as class labels (B,). sampling:
     top_k, top_p and temperature, as in sample_tokens().
 
-    image (B, 3, S, S) in [-1, 1], keep (S, S) bool -> (B, 3, S, S) in [0, 1], whose kept part
-    is as the tokenizer renders it. Hidden pixels cannot change it: nothing reads them.
+    image (B, 3, S, S) in [-1, 1], keep (S, S), 1 or True = keep -> (B, 3, S, S) in [0, 1]; it
+    shows the kept part as the tokenizer renders it. Nothing reads the hidden pixels.
     paint_passes: how often the hidden part is drawn, at least once
     settle_passes: how often the tokenizer alone then encodes and decodes the result"""
-    S, keep = tokenizer.config.image_size, torch.as_tensor(keep).bool().to(image.device)
+    S, keep = tokenizer.config.image_size, torch.as_tensor(keep).to(image.device)
     if image.shape[2:] != (S, S) or keep.shape != (S, S):
         raise BadInput(f"image and mask must be {S}x{S}, not {[*image.shape]}, {[*keep.shape]}")
+    if not ((keep == 0) | (keep == 1)).all():
+        raise BadInput("the mask must hold True and False, or 1 and 0, and nothing else")
+    keep = keep.bool()
+    if not keep.any():
+        paint_passes, settle_passes = 1, 0                 # plain sampling
     if generator is None:
         seed = int(torch.randint(2 ** 62, ()))
         generator = torch.Generator(image.device).manual_seed(seed)
@@ -375,7 +380,10 @@ def main():
     repaint = partial(gallery.in_batches, args, partial(edit, *both, **sampling))
     if args.export_npz:
         return gallery.export_npz(args, sample)
-    for task in gallery.TASKS[:6] if args.task == "all" else [args.task]:
+    tasks = gallery.TASKS[:6] if args.task == "all" else [args.task]
+    if args.task == "all" and args.released and not (args.image or args.data_dir):
+        tasks = ["sample", "guidance"]                     # there are no images to edit
+    for task in tasks:
         if task == "sample":
             tokens = sample_tokens(*both, list(args.labels)[:5], **sampling)
             gallery.show_samples(args, sample, tokenizer, tokens)
