@@ -66,8 +66,8 @@ def round_to(x, centres):
 #     L = |image - decoded|^2  +  |sg(x) - code|^2  +  beta |x - sg(code)|^2
 #         reconstruction          codebook loss        commitment loss
 #
-# where x = encoder(image) and decoded = decoder(straight_through(x, code)). With codes that
-# are running means of their vectors (EMA, below), that update replaces the second term.
+# where x = encoder(image) and decoded = decoder(straight_through(x, code)). The second term
+# is not needed if codes are running means of their vectors (EMA, below).
 
 def straight_through(x, code):
     """The code in the forward pass; in the backward pass the gradient goes to x as if x had
@@ -78,13 +78,15 @@ def straight_through(x, code):
 
 
 def commitment_loss(x, code):
-    """Moves x towards its code. Without it x grows, as distant codes decode better. -> ()"""
+    """Keeps x close to its code. Without it x moves faster than the codes can follow, and the
+    decoder sees something far from x. -> (), a scalar"""
     # Exercise 01_2
     return F.mse_loss(x, code.detach())
 
 
 def codebook_loss(x, code):
-    """Moves the code towards x. Takes the code, to which x_hat has no gradient. -> ()"""
+    """Moves the code towards x. It needs the code itself: no gradient reaches the code through
+    the output of straight_through(). -> ()"""
     # Exercise 01_2
     return F.mse_loss(code, x.detach())
 
@@ -103,7 +105,7 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.vocab_size, self.dim = vocab_size, dim
         self.ema, self.decay, self.revive = learn == "ema", decay, revive
-        codebook = torch.randn(vocab_size, dim) / math.sqrt(dim)    # of length about 1
+        codebook = torch.randn(vocab_size, dim) / math.sqrt(dim)    # of norm about 1
         self.codebook = nn.Buffer(codebook) if self.ema else nn.Parameter(codebook)
         # Running means per step: how often each code is used, and the sum of its vectors.
         self.hits = nn.Buffer(torch.ones(vocab_size))               # (V,)
@@ -126,7 +128,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def start_on_data(self, groups):
         """Place the codes on vectors of the first batch, because a code far from all data
-        would never be used. A checkpoint's codes stay. groups: list of (..., C)"""
+        would never be used; codes from a checkpoint stay. groups: a list of vectors (..., C),
+        one entry per scale in chapter 2, a single one here"""
         drawn = self.draw_vectors(groups)
         if not self.initialised and drawn.isfinite().all():
             self.codebook.copy_(drawn)
@@ -199,7 +202,7 @@ def residual_quantize(x, quantizer, depth):
 # -- Signs: a codebook for free ------------------------------------------------------------
 
 class LookupFreeQuantizer(nn.Module):
-    """Keeps the sign of each of C = bits channels: V = 2**bits codes of length 1. Bit c of
+    """Keeps the sign of each of C = bits channels: V = 2**bits codes of norm 1. Bit c of
     an index is 1 where channel c is positive. entropy: weight of the extra loss"""
     initialised = True                       # there are no codes to place on data
 
@@ -223,12 +226,13 @@ class LookupFreeQuantizer(nn.Module):
         """The codes never move."""
 
     def extra_loss(self, x):
-        """Entropy of each vector's bits (small: be certain) minus that of the average bits
-        (large: use every code): Yu et al. 2024, eq. 5, for independent bits. The factor 4
-        makes a vector that equals its code certain (p = 0.02 or 0.98). x (..., C) -> ()"""
+        """Entropy of each vector's bits (small: be certain) minus the entropy of the bits'
+        mean probabilities (large: use every bit): Yu et al. 2024, eq. 5, for independent bits.
+        The factor 4 makes a vector that equals its code certain (p = 0.98). x (..., C) -> ()"""
+        def entropy(p):
+            return F.binary_cross_entropy(p, p)
         p = torch.sigmoid(4 * x.reshape(-1, self.dim) / self.size).clamp(1e-6, 1 - 1e-6)
-        mean, cross_entropy = p.mean(0), F.binary_cross_entropy              # (C,)
-        return self.entropy * (cross_entropy(p, p) - cross_entropy(mean, mean))
+        return self.entropy * (entropy(p) - entropy(p.mean(0)))
 
 
 # Names for --quantizer and how to make each. A new one is a class with nearest, lookup,

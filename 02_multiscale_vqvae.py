@@ -76,13 +76,13 @@ class MultiScaleVQVAE(nn.Module):
 
     def downsample_to(self, f, k):
         """A feature map as the vectors of scale k: each is the mean of its area, the vector
-        closest to all the cells it stands for. (B, C, h, w) -> (B, h_k*w_k, C)"""
+        with the smallest squared error to those cells. (B, C, h, w) -> (B, h_k*w_k, C)"""
         if k < self.K - 1:
             f = F.interpolate(f, size=self.scales[k], mode="area")
         return f.flatten(2).transpose(1, 2)
 
     def upsample_from(self, x, k):
-        """(B, h_k*w_k, C) -> (B, C, h, w). Bicubic, as copies of a vector leave edges."""
+        """(B, h_k*w_k, C) -> (B, C, h, w). Bicubic: copies would leave block edges."""
         # Exercise 02_1
         x = x.transpose(1, 2).unflatten(2, (self.scales[k], -1))        # (B, C, h_k, w_k)
         if k < self.K - 1:
@@ -157,9 +157,10 @@ class MultiScaleVQVAE(nn.Module):
             vq = 1/K sum_k w_k (beta |f - sg(f_hat_k)|^2 + |sg(f) - f_hat_k|^2)
 
         The first part moves the encoder, the second phi (and codes if learn="gradient").
-        This is the middle term of equation 5. The paper applies it to the last f_hat alone,
+        This is the second term of equation 5. The paper applies it to the last f_hat alone,
         which lets coarse codes collapse; the original code weights all f_hat alike, which
-        pulls f towards what few tokens can say. Here w_k = coarse; the last makes the sum K."""
+        pulls f towards what few tokens can say. Here w_k = coarse, and the last weight makes
+        all K weights sum to K."""
         if self.training and not self.quantizer.initialised:
             self.quantizer.start_on_data(self.unquantized(f.detach()))
         K, beta, coarse = self.K, self.config.beta, self.config.coarse
@@ -178,7 +179,7 @@ class MultiScaleVQVAE(nn.Module):
         return f_hat, tokens, loss / K, extra / K
 
     def unquantized(self, f):
-        """What scales would see if none lost anything: the codes start there. -> groups"""
+        """What scales would see if rounding lost nothing: codes start there. -> groups"""
         f_hat, groups = torch.zeros_like(f), []
         for k in range(self.K):
             groups.append(self.downsample_to(f - f_hat if self.config.residual else f, k))
@@ -203,8 +204,8 @@ class MultiScaleVQVAE(nn.Module):
         return self.decode(self.features(tokens)).float().clamp(-1, 1)
 
     def forward(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), tokens, losses),
-        a dict: "reconstruction" (squared error), "vq" and "extra" (quantize_with_losses)"""
+        """image (B, 3, H, W) in [-1, 1] -> (reconstruction (B, 3, H, W), tokens, losses).
+        losses: "reconstruction" (squared error), "vq" and "extra" (quantize_with_losses)"""
         f = self.encode(image)                                          # (B, C, h, w)
         with torch.autocast(f.device.type, enabled=False):  # the nearest code needs float32
             f_hat, tokens, vq_loss, extra = self.quantize_with_losses(f.float())
@@ -219,7 +220,7 @@ def phi_of_scale(K, phis):
     """Which phi serves which scale: the one whose tick lies nearest to k/(K-1).
     -> list of K ints. (10, 4) -> 0 0 1 1 1 2 2 3 3 3"""
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis   # as in the original code
-    ticks = np.linspace(margin, 1 - margin, phis)          # float64: 2/9 is nearly a tie
+    ticks = np.linspace(margin, 1 - margin, phis)          # float64 decides exact ties
     return [int(np.argmin(np.abs(ticks - k / max(K - 1, 1)))) for k in range(K)]
 
 
@@ -352,14 +353,14 @@ def show_scales(tokenizer, images):
     """Print what each scale adds. -> {label: images (B, 3, H, W) as rebuilt so far}"""
     f = tokenizer.encode(images)                                        # (B, C, h, w)
     before, rows, missing = 0, {"original": images}, []
-    print("scale   f missing with this map unrounded   in codes   PSNR, dB")
+    print("scale   share of f missing: this map unrounded   rounded   PSNR, dB")
     for k, (x, _, f_hat) in enumerate(tokenizer.rounds(f)):
         unrounded = F.mse_loss(before + tokenizer.upsample_from(x, k), f) / f.square().mean()
         missing.append(F.mse_loss(f_hat, f) / f.square().mean())
         rebuilt = tokenizer.decode(f_hat).clamp(-1, 1)                  # (B, 3, H, W)
         psnr = -10 * torch.log10(F.mse_loss(rebuilt, images) / 4)       # 4: range squared
         label = f"{tokenizer.scales[k]}x{tokenizer.scales[k]}"
-        print(f"{label}{unrounded:>38.1%}{missing[-1]:>11.1%}{psnr:>11.1f}")
+        print(f"{label}{unrounded:>43.1%}{missing[-1]:>10.1%}{psnr:>11.1f}")
         rows[f"{label}, {psnr:.1f} dB"] = rebuilt
         before = f_hat
     assert missing == sorted(missing, reverse=True), "every scale must help"
@@ -375,7 +376,7 @@ def main():
     tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32))
     rows = show_scales(train(tokenizer, images), images[:8])
     print("coarse maps lose by resizing (phi regains some), the last one by rounding alone")
-    note = "At 1x1, all cells have the same vector; the box comes from zero padding."
+    note = "At 1x1 all cells hold one code; the box comes from zero padding (phi, decoder)."
     plots.save_grid("out/02_multiscale_vqvae.png", torch.cat([*rows.values()]) / 2 + 0.5, 8,
                     row_labels=list(rows), footer=plots.legend(note))
     print("wrote out/02_multiscale_vqvae.png (chapter 5 trains longer, for sharper images)")

@@ -70,8 +70,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.qk_norm = cfg.heads, cfg.qk_norm
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
-        # There is no key bias b: it would add the same q.b to all scores q.(k + b) of a
-        # query, and softmax ignores a constant that is added to all scores.
+        # There is no key bias b, as in the original. Without normalisation it would do nothing:
+        # it adds q.b to all scores q.(k + b) of a query, and softmax ignores a constant.
         self.q_bias = nn.Parameter(torch.zeros(cfg.width))
         self.v_bias = nn.Parameter(torch.zeros(cfg.width))
         # Queries and keys can grow until softmax saturates. At unit length, their products
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
         qkv = qkv.unflatten(2, (3, self.heads, -1))                    # (B, n, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # (B, heads, n, d)
         if not self.qk_norm:
-            return q, k, v, 0.25 / math.sqrt(q.shape[-1])              # as in the original
+            return q, k, v, 0.25 / math.sqrt(q.shape[-1])              # the released weights need it
         factor = self.log_scale.clamp(max=math.log(100)).exp()         # (1, heads, 1, 1)
         q, k = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
         return q.to(v.dtype), k.to(v.dtype), v, 1.0    # autocast leaves q and k in float32
@@ -204,8 +204,8 @@ class VAR(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.start, std=std)
         nn.init.trunc_normal_(self.position, std=std)
-        # 2. The sum of 2 * depth branches, divided by the root of their number, is as large
-        # at any depth. The gates are almost shut: each block starts close to the identity.
+        # 2. Dividing by sqrt(2 * depth) makes the size of the sum of all 2 * depth branches
+        # independent of depth. Gates are almost shut: a block starts close to the identity.
         gates = {0: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}                # from this depth on
         gate = min(value for depth, value in gates.items() if cfg.depth >= depth)
         for block in self.blocks:
@@ -287,10 +287,11 @@ def scale_by_scale(var, labels, teacher_inputs):
 def show_influence(var):
     """Measure the mask from outside: how far does each output move if one input changes?"""
     from report import plots
+    # Copy i of the inputs changes input i (0: the class); the last copy changes nothing.
     labels = torch.zeros(var.L + 1, dtype=torch.long)
-    labels[0] = 1                                          # the first input is the class
+    labels[0] = 1
     inputs = torch.randn(1, var.L - 1, var.config.latent_dim).repeat(var.L + 1, 1, 1)
-    inputs[1:-1] += torch.eye(var.L - 1)[:, :, None]       # the last row stays as it is
+    inputs[1:-1] += torch.eye(var.L - 1)[:, :, None]
     logits = var(labels, inputs)                           # (L + 1, L, V)
     moved = (logits[:-1] - logits[-1]).norm(dim=-1).t()    # (L outputs, L inputs)
     assert not moved[~var.mask].any()

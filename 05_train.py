@@ -3,8 +3,8 @@
     images --(stage 1)--> tokenizer --(once)--> tokens --(stage 2)--> transformer
               out/NAME/tokenizer.pt      tokens_train_*.npy           transformer.pt
 
-    stage 1   L2 + 0.25 vq (chapter 2) + lambda_P LPIPS + lambda_G weight adversarial
-              (the shapes use neither of the last two, which are in engine/perceptual.py)
+    stage 1   L2 + 0.25 (vq + extra) of chapter 2 + lambda_P LPIPS + lambda_G w adversarial
+              (w balances two gradients: engine/perceptual.py; the shapes use neither of these)
     stage 2   cross-entropy of each token given all coarser maps, all tokens weighted alike
 
     python 05_train.py                               built-in shapes on a CPU, minutes

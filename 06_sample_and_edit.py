@@ -219,7 +219,7 @@ def hide(image, keep):
 @torch.no_grad()
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_passes=6,
          settle_passes=2, **sampling):
-    """Repaint the part of an image where keep is False, as class labels (B,). sampling:
+    """Repaint the part of an image where keep is False, as the classes labels (B,). sampling:
     top_k, top_p and temperature, as in sample_tokens().
 
     image (B, 3, S, S) in [-1, 1], keep (S, S), 1 or True = keep -> (B, 3, S, S) in [0, 1]; it
@@ -243,7 +243,7 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_
     composite = hide(image, keep)                          # (B, 3, S, S): kept, and a guess
     # Why repeat? In pass 1 a coarse token on the border is computed from its kept half only.
     # In pass 2 its other half has been drawn, so it is computed from the mean of the whole
-    # cell. After six passes the kept and the drawn part agree. With the same noise, a pass
+    # cell. Pass by pass, the kept and the drawn part come to agree. With the same noise, a pass
     # refines the figure of the pass before; new noise would draw another figure.
     generators = generator if isinstance(generator, list) else [generator]
     noise = [one.get_state() for one in generators]
