@@ -68,9 +68,12 @@ class Trial:
         kind = f"{args.dataset}-{args.tokenizer_steps}-{args.steps}"
         self.folder = args.out / name / kind
         self.shipped = ROOT / "data" / "pretrained" / f"{args.dataset}.pt"
+        chosen = self.folder / "precision"                 # the same when it resumes
+        if not chosen.exists():
+            write_atomically(best_precision(CPU), chosen)
         self.settings = training.Settings(**BASES[args.dataset] | dict(
             steps=args.steps, tokenizer_steps=args.tokenizer_steps,
-            precision=best_precision(CPU)))
+            precision=chosen.read_text()))
         self.all, self.data, self.names = load_splits(args.dataset, 32, args.data_dir,
                                                       self.settings.classes)
         if args.quick:
