@@ -55,17 +55,24 @@ def judge_of(dataset, images, labels, num_classes, device="cpu"):
 def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, device="cpu"):
     """Train a judge on images, uint8 (N, H, W, 3) or read on demand, and labels (N,).
     -> judge in eval mode. The shapes need 100 steps, about 15 s on one CPU core."""
-    torch.default_generator.manual_seed(1)
+    labels, generator = torch.as_tensor(labels), torch.Generator().manual_seed(0)
+    torch.default_generator.manual_seed(0)
     judge = Judge(num_classes, width).to(device).train()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    rows = torch.randint(len(labels), (steps, 128))
-    wanted = torch.as_tensor(labels)[rows].to(device)                    # (steps, 128)
-    batches = batches_of(images, rows.flatten(), at_once=128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, max(steps, 2))
+    drawn = []
+
+    def crops():
+        for _ in range(steps):
+            drawn.append(torch.randint(len(labels), (128,), generator=generator))
+            yield [(row, -1) for row in drawn[-1].tolist()]
+
+    batches = picture_batches(images, crops(), cores())
     for step, batch in enumerate(progress(batches, steps, "steps of the judge", lambda _: 1)):
-        image = augment((to_float(batch) + 1) / 2, mirrored).to(device)  # (128, 3, H, W)
+        image = augment((to_float(batch) + 1) / 2, generator, mirrored).to(device)
         logits = judge.head(judge.features(image))                       # (128, classes)
-        loss = F.cross_entropy(logits, wanted[step], label_smoothing=0.02)
+        wanted = labels[drawn[step]].to(device)
+        loss = F.cross_entropy(logits, wanted, label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -73,27 +80,31 @@ def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
     return judge.eval()
 
 
-def augment(image, mirrored):
-    """Shift a batch (N, 3, H, W) in [0, 1] by some pixels, and soften and dim each image in
-    its own way: reconstructions are soft and slightly off in colour, and a judge that knew
-    only crisp images would blame them for it. mirrored: mirror half of them, too"""
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(len(image), 1, 1, 1)
+def augment(image, generator, mirrored):
+    """Shift, soften, dim and speckle each image of (N, 3, H, W) in [0, 1] in its own way.
+    Reconstructions are soft and slightly off in colour, and a judge that knew only crisp
+    images would blame them for it. mirrored: mirror half of them, too"""
+    def uniform():
+        return torch.rand(len(image), 1, 1, 1, generator=generator)
     side = image.shape[-1]
     reach = max(1, side // 16)
-    down, right = torch.randint(2 * reach + 1, (2,)).tolist()
-    image = F.pad(image, (reach,) * 4, mode="replicate")
-    image = image[:, :, down:down + side, right:right + side]
+    shift = torch.randint(-reach, reach + 1, (2, len(image), 1), generator=generator)
+    soften = uniform() * (uniform() < 0.5)
+    stretch, add = 0.85 + 0.3 * uniform(), 0.1 * (uniform() - 0.5)
+    noise = torch.randn(image.shape, generator=generator)
+    add = add + 0.04 * uniform() * noise
+    rows, columns = (torch.arange(side) + shift).clamp(0, side - 1)      # (N, side) each
     if mirrored:
-        image = torch.where(uniform(0, 1) < 0.5, image.flip(3), image)
+        columns = torch.where(uniform()[:, :, 0, 0] < 0.5, columns.flip(1), columns)
+    which = torch.arange(len(image))[:, None, None]
+    image = image[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     blurred = F.avg_pool2d(F.pad(image, (1,) * 4, mode="replicate"), 3, stride=1)
-    image = torch.lerp(image, blurred, uniform(-1, 1).clamp(min=0))      # half stay crisp
-    return (image * uniform(0.85, 1.15) + uniform(-0.05, 0.05)).clamp(0, 1)
+    return ((image + soften * (blurred - image)) * stretch + add).clamp(0, 1)
 
 
-def batches_of(images, rows, at_once=None):
+def batches_of(images, rows):
     """The images of these rows, a few at a time -> uint8 tensors (n, H, W, 3)"""
-    parts = torch.as_tensor(rows).split(at_once or per_pass(len(images[0])))
+    parts = torch.as_tensor(rows).split(per_pass(len(images[0])))
     crops = ([(row, -1) for row in part.tolist()] for part in parts)     # -1: of the centre
     return picture_batches(images, crops, cores())
 
