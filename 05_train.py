@@ -59,7 +59,7 @@ transformer = import_module("04_var_transformer")
 @dataclass
 class Settings:
     """Every setting is a command-line option. The defaults train on the built-in shapes."""
-    # The run: these may change when it is resumed.
+    # The run: these may differ when it is resumed.
     out: str = option("", "folder of this run; default: out/<preset or data set>")
     preset: str = option("", "settings to start from; default: those of the data set")
     stage: str = option("all", "train the tokenizer (stage 1), the transformer (2) or both",
@@ -69,9 +69,9 @@ class Settings:
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     gpus: int = option(1, "number of processes on this machine, one per GPU")
     compile: bool = option(False, "use torch.compile, which pays off in long runs")
-    workers: int = option(-1, "processes per GPU that decode files; -1: by its cores", low=-1)
-    accumulate: int = option(1, "compute each batch in this many parts, to save memory")
-    activation_checkpointing: bool = option(False, "stage 2 saves memory and computes more")
+    workers: int = option(-1, "processes per GPU that decode files; -1: as cores allow", low=-1)
+    accumulate: int = option(1, "parts of a batch, to save memory; codes learn once per part")
+    activation_checkpointing: bool = option(False, "recompute in stage 2: less memory, more time")
     save_every: int = option(500, "steps between checkpoints")
     log_every: int = option(50, "steps between log lines")
     fresh: bool = option(False, "train again what --stage names instead of resuming")
@@ -190,6 +190,8 @@ def read_settings(argv=None):
         settings.epochs = 0
     if "unshuffle" not in preset and "multipliers" not in typed:
         settings.multipliers = MULTIPLIERS.get(settings.image_size, settings.multipliers)
+    if settings.perceptual and settings.image_size < 16:
+        raise BadInput("--perceptual needs images of at least 16 pixels")
     if settings.tokenizer_file and settings.stage != "transformer":
         raise BadInput("--tokenizer-file is for stage 2: leave out --stage, or give transformer")
     if "scales" not in typed:
@@ -297,7 +299,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     images: uint8 (N, H, W, 3), in memory or read on demand; held_out: a uint8 tensor; about: the
     class_names and the dataset. Raises BadInput if the checkpoint is of another run."""
     path, steps = Path(settings.out) / "tokenizer.pt", settings.tokenizer_steps
-    # float16 overflows in the encoder.
+    # Stage 1 has no loss scale, without which gradients vanish in float16.
     precision = "float32" if settings.precision == "float16" else settings.precision
     compute = partial(autocast, device, precision)
     facts = facts_of(settings, tokenizer, about, OF_STAGE_2)
@@ -312,8 +314,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
         critic_lr = min(settings.tokenizer_lr, 3e-4)
         optimizers.append(torch.optim.AdamW(critic.parameters(), critic_lr, (0.5, 0.9),
                                             fused=True))
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    start = checkpoints.resume(path, facts, Settings(), modules, optimizers)
+    start = checkpoints.resume(path, facts, settings, modules, optimizers)
     # The adversarial weight needs gradients from inside the graph; a compiled graph hides them.
     model = distributed.data_parallel(tokenizer, settings.compile and not settings.adversarial)
 
@@ -348,10 +349,12 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
             losses.append(loss.detach())
             errors.append(terms["reconstruction"].detach())
             counts = counts + health.count_codes(tokens, tokenizer.config.vocab_size)
+        norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), settings.clip)
+        critic_norm = 0.0
         if settings.adversarial:
             distributed.average_gradients(critic)            # DDP does it for the tokenizer
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        skipped = take_step(optimizers, norm, skipped)
+            critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), settings.clip)
+        skipped = take_step(optimizers, norm + critic_norm, skipped)
 
         if step % settings.log_every == 0 or step == steps:
             db = float(health.decibels(distributed.mean(torch.stack(errors).mean())))
@@ -370,7 +373,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
         stopping = distributed.stop_requested(step)
         if step % settings.save_every == 0 or step == steps or stopping:
             checkpoints.save(path, facts, modules, optimizers, step)
-        distributed.leave_if(stopping, f"at step {step} of the tokenizer, saved")
+        distributed.leave_if(stopping, f"and saved at step {step} of the tokenizer")
     tokenizer.eval().requires_grad_(False)
 
 
@@ -390,7 +393,7 @@ def encode_once(settings, tokenizer, images, split, device):
     dtype = np.uint16 if tokenizer.config.vocab_size <= 2 ** 16 else np.int32
     mine = np.array_split(np.arange(len(images)), distributed.world())[distributed.rank()]
     at_once = per_pass(tokenizer.config.image_size)
-    rows = np.split(mine, range(at_once, len(mine), at_once))
+    rows = [mine[begin:begin + at_once] for begin in range(0, len(mine), at_once)]
     for view, path in enumerate(paths):
         if distributed.agreed(path.exists()):
             continue
@@ -454,7 +457,7 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
     modules = {"model": var.to(device), "scaler": scaler}
     optimizers = make_optimizers(var, settings.lr, settings.weight_decay, settings.optimizer,
                                  settings.precision)
-    start = checkpoints.resume(path, facts, Settings(), modules, optimizers)
+    start = checkpoints.resume(path, facts, settings, modules, optimizers)
     var.activation_checkpointing = settings.activation_checkpointing
     model = distributed.data_parallel(var, settings.compile)
 
@@ -496,7 +499,7 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
         stopping = distributed.stop_requested(step)
         if step % settings.save_every == 0 or step == steps or stopping:
             checkpoints.save(path, facts, modules, optimizers, step)
-        distributed.leave_if(stopping, f"at step {step} of the transformer, saved")
+        distributed.leave_if(stopping, f"and saved at step {step} of the transformer")
     var.eval().requires_grad_(False)
 
 
@@ -553,9 +556,6 @@ def tokenizer_for_stage_2(settings):
     fingerprint = checkpoints.model_fingerprint
     if path.exists() and fingerprint(load_tokenizer(path)[0]) != fingerprint(tokenizer):
         raise BadInput(f"{path} differs from {given}: choose a new folder with --out")
-    if not path.exists() and distributed.rank() == 0:
-        checkpoints.save_atomically(dict(config=asdict(tokenizer.config), settings={}, step=0,
-                                         model=tokenizer.state_dict()), path)
     return tokenizer
 
 
@@ -585,6 +585,10 @@ def train_both(settings):
         f"process(es) on {device.type} in {settings.precision}")
 
     about = dict(class_names=class_names, dataset=settings.dataset)
+    path = Path(settings.out) / "tokenizer.pt"
+    if settings.stage == "transformer" and not path.exists() and distributed.rank() == 0:
+        checkpoints.save_atomically(dict(config=asdict(tokenizer.config), settings={}, step=0,
+                                         model=tokenizer.state_dict()), path)
     torch.manual_seed(settings.seed)
     if settings.stage != "transformer":
         tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config(settings))
@@ -597,7 +601,7 @@ def train_both(settings):
         torch.manual_seed(settings.seed)
         var = transformer.VAR(var_config(settings, tokenizer.config, len(class_names)))
         train_transformer(settings, var, tokenizer, **tokens, about=about, device=device)
-    if settings.export and distributed.rank() == 0:
+    if settings.export and settings.stage != "tokenizer" and distributed.rank() == 0:
         checkpoints.export(settings.out, settings.export)
     return lock
 
@@ -608,8 +612,10 @@ def main():
         # A mistake is found here, before there are several processes to report it.
         load_splits(settings.dataset, settings.image_size, settings.data_dir, settings.classes)
         distributed.launch(settings.gpus, settings.device)
-    lock = train_both(settings)
-    if settings.stage == "tokenizer" or distributed.rank() > 0:
+    lock = train_both(settings)                            # kept until the images are drawn
+    rank = distributed.rank()
+    distributed.finish()
+    if rank > 0 or settings.stage == "tokenizer" or not settings.steps:
         return 0
     script = str(Path(__file__).with_name("06_sample_and_edit.py"))
     print(f"more images: python {Path(script).name} --run {settings.out}", flush=True)

@@ -355,6 +355,11 @@ def read_arguments():
     add("--seed", type=number(int), default=0)
     add("--out", help="folder for the results [out/NAME]")
     args = parser.parse_args()
+    x0, y0, x1, y1 = args.box or (0, 0, 1, 1)
+    if not (x0 < x1 <= 1 and y0 < y1 <= 1):
+        raise BadInput(f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1")
+    if (args.top_p or 0) > 1:
+        raise BadInput(f"--top-p {args.top_p}: a probability is at most 1")
     if (args.tokenizer_file or args.var_file) and not args.released:
         raise BadInput("--tokenizer-file and --var-file go with --released")
     return args

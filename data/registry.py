@@ -57,14 +57,16 @@ def load_splits(dataset, image_size, data_dir="", wanted=()):
     classes = chosen_classes(names, wanted)
     chosen = {split: subset(*found, classes) for split, found in splits.items()}
     if not len(chosen["test"][1]):
-        raise BadInput(f"no images of {', '.join(wanted)} are left to test on: add more")
+        raise BadInput(f"there are no held-out images of {', '.join(wanted)}: add some")
     return splits, chosen, [names[k] for k in classes]
 
 
 def find_class(names, text):
     """The index of the class with this name or wnid, or else this index, or else this part of
     its name. Raises BadInput, with suggestions, unless exactly one class fits."""
-    name = imagenet.wnid_names().get(text.strip(), text.strip())
+    name = text.strip()
+    if name not in names:                 # in a folder data set, wnids may be the names
+        name = imagenet.wnid_names().get(name, name)
     if name in names:
         return names.index(name)
     if name.isdecimal() and int(name) < len(names):

@@ -95,17 +95,29 @@ def save(path, facts, modules, optimizers, step):
     barrier()
 
 
-def resume(path, facts, defaults, modules, optimizers):
+def resume(path, facts, settings, modules, optimizers):
     """Load the checkpoint of a stage, if there is one. -> the steps it was trained for
 
-    facts["settings"] must equal the settings in the checkpoint. Where that is older than a
-    setting, the setting's default counts; `defaults`: a dataclass that holds it, if the config
-    of the model does not. Raises BadInput if the file is damaged or of another run."""
-    if not path.exists():
-        return 0
+    facts["settings"] must equal the settings in the checkpoint; a setting that an older
+    checkpoint lacks has its default. With settings.fresh the checkpoint is removed, and with a
+    tokenizer all that was made with it. Raises BadInput if the file is damaged or of another
+    run; otherwise the settings are written to settings.json."""
+    if rank() == 0 and settings.fresh:
+        path.unlink(missing_ok=True)
+        for name in ("transformer.pt", "log.jsonl") if path.stem == "tokenizer" else ():
+            path.with_name(name).unlink(missing_ok=True)
+    barrier()
+    start = load_state(path, facts, type(settings)(), modules, optimizers) if path.exists() else 0
+    if rank() == 0:
+        text = json.dumps(vars(settings), indent=1)
+        write_atomically(text, path.with_name("settings.json"))
+    return start
+
+
+def load_state(path, facts, defaults, modules, optimizers):
     state = load_checkpoint(path)
     if not state.get("settings"):
-        raise BadInput(f"{path} came with --tokenizer-file: give --stage transformer, or choose "
+        raise BadInput(f"{path} was copied from --tokenizer-file: give --stage transformer, or choose "
                        "another folder with --out")
     config = type(modules["model"].config)()
     before = vars(config) | vars(defaults) | state["settings"]
@@ -140,9 +152,8 @@ def export(folder, path):
 # -- The folder of a run ---------------------------------------------------------------------------
 
 def open_run(settings, device):
-    """Prepare the folder of a run: lock it, choose precision and workers if the settings leave
-    them open, remove what --fresh trains again, write settings.json. -> the lock, which lasts
-    until this process ends. Raises BadInput if another run has it"""
+    """Lock the folder of a run, and choose precision and workers if the settings leave them open.
+    -> the lock, which lasts until this process ends. Raises BadInput if another run has it"""
     folder = Path(settings.out)
     lock = claim(folder) if rank() == 0 else None
     first = folder / ("transformer.pt" if settings.stage == "transformer" else "tokenizer.pt")
@@ -152,18 +163,11 @@ def open_run(settings, device):
         settings.precision = agreed(before.get("precision") or best_precision(device))
     if settings.workers < 0:
         settings.workers = max(1, min(16, cores() // max(settings.gpus, 1)))
-    if rank() == 0:
-        if settings.fresh:
-            (folder / "transformer.pt").unlink(missing_ok=True)
-        if settings.fresh and settings.stage != "transformer":
-            (folder / "tokenizer.pt").unlink(missing_ok=True)
-        write_atomically(json.dumps(vars(settings), indent=1), folder / "settings.json")
-    barrier()
     return lock
 
 
 def claim(folder):
-    """Lock a folder until this process ends, however it ends. -> the lock. Raises BadInput"""
+    """Lock a folder until this process ends, even if it is killed. -> the lock. Raises BadInput"""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "a")
     try:

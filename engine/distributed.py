@@ -125,8 +125,16 @@ def stop_requested(step=None):
     return int(number)
 
 
+def finish():
+    """Leave the other processes, and let signals end this one again."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def leave_if(number, where):
     """End this process if a signal asked for it. Its exit status tells which signal."""
     if number:
-        say(f"stopped {where}; the same command resumes")
+        say(f"stopped {where}; the same command, without --fresh, resumes")
         sys.exit(128 + number)

@@ -82,7 +82,8 @@ class Muon(torch.optim.Optimizer):
             same_shape = {}                                # matrices of equal shape are stacked
             for p in group["params"]:
                 if p.grad is not None:
-                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
                     same_shape.setdefault((len(p), p[0].numel()), []).append(p)
             for (rows, columns), params in same_shape.items():
                 g = torch.stack([p.grad.flatten(1) for p in params])           # (n, rows, columns)

@@ -381,6 +381,17 @@ def test_fresh_trains_its_stage_anew_and_forgets_what_depends_on_it(
     assert left == {p.stem: checkpoints.load_checkpoint(p)["step"] for p in run.glob("*.pt")}
 
 
+def test_a_refused_command_harms_no_run_even_with_fresh(refused, tiny, tmp_path, monkeypatch):
+    def offline():
+        raise BadInput("could not download")
+    monkeypatch.setattr(m5.perceptual, "load_perceptual", offline)
+    run = shutil.copytree(tiny.folder, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    refused(SCRIPT, *tiny.options, "--out", run, "--fresh", "--perceptual", 1)
+    refused(SCRIPT, *tiny.options, "--out", run, "--tokenizer-lr", 0.1)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+
+
 def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
         cli, refused, tiny, tmp_path):
     """The file has the layout of vae_ch160v4096z32.pth: 64 px, maps of 1, 2, 3 and 4."""

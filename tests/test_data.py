@@ -230,8 +230,9 @@ def test_a_data_set_is_a_name_or_a_folder_and_can_be_restricted(tmp_path):
     tree(tmp_path, "train/ant/0.png train/cat/0.png train/dog/0.png val/ant/1.png val/cat/1.png")
     images, labels = registry.load_splits(str(tmp_path), 4, wanted=["cat"])[1]["test"]
     assert labels.tolist() == [0] and Path(images.path(0)) == tmp_path / "val/cat/1.png"
-    refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "to test", "dog")
+    refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "held-out", "dog")
     refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, ")
+    assert registry.find_class(["n02102040", "n01440764"], "n01440764") == 1     # folder names
 
 
 @given(view=st.integers(0, 5), side=st.sampled_from([8, 16, 40]), part=st.integers(1, 6))
