@@ -129,8 +129,11 @@ class VectorQuantizer(nn.Module):
     def start_on_data(self, groups):
         """Place the codes on vectors of the first batch, because a code far from all data
         would never be used; codes from a checkpoint stay. groups: a list of vectors (..., C),
-        one entry per scale in chapter 2, a single one here"""
-        drawn = self.draw_vectors(groups)
+        one entry per scale in chapter 2, a single one here. Each group serves about equally
+        many codes: coarse scales have few vectors but need codes, too."""
+        flat = [g.reshape(-1, self.dim) for g in groups]                     # (n, C) each
+        weight = [f.new_full((len(f),), 1 / len(f)) for f in flat]
+        drawn = self.draw_vectors(torch.cat(flat), torch.cat(weight), self.vocab_size)
         if not self.initialised and drawn.isfinite().all():
             self.codebook.copy_(drawn)
             self.sums.copy_(drawn)
@@ -149,14 +152,17 @@ class VectorQuantizer(nn.Module):
         if not total.isfinite().all():
             return                           # a non-finite batch changes nothing
         self.move_codes(count, total)
-        # Rarely used codes move onto vectors of this batch. Their statistics move along:
-        # stale ones would carry a code straight back in the next update.
-        dead = self.hits < (0.1 * self.hits.mean()).clamp(max=1.0)           # (V,)
+        # Rarely used codes move onto vectors that are badly served. Their statistics move
+        # along: stale ones would carry a code straight back in the next update. As if it
+        # had been used as often as the others, a moved code gets time to find its vectors.
+        mean = self.hits.mean()
+        dead = self.hits < (0.1 * mean).clamp(max=1.0)                       # (V,)
         if self.revive and dead.any():
-            fresh = self.draw_vectors(groups)[dead]
-            self.codebook[dead] = fresh
-            self.sums[dead] = fresh
-            self.hits[dead] = 1.0
+            error = (x - self.lookup(idx)).square().sum(1)                   # (N,)
+            fresh = self.draw_vectors(x, error.clamp(min=1e-12), int(dead.sum()))
+            self.codebook[dead] = fresh                                      # (dead, C)
+            self.hits[dead] = mean
+            self.sums[dead] = mean * fresh
 
     def move_codes(self, count, total):
         """The EMA update (VQ-VAE, appendix A.1), with d = decay:
@@ -169,14 +175,11 @@ class VectorQuantizer(nn.Module):
             used = self.hits > 1e-3          # a code without vectors has no mean: 0 / 0
             self.codebook[used] = self.sums[used] / self.hits[used, None]
 
-    def draw_vectors(self, groups):
-        """V random vectors, about equally many of each group: the coarse scales of chapter
-        2 have few vectors but need codes, too. -> (V, C), the same in all processes"""
-        flat = [g.reshape(-1, self.dim).float() for g in groups]
-        weight = torch.cat([f.new_full((len(f),), 1 / len(f)) for f in flat])
-        too_few = len(weight) < self.vocab_size
-        rows = torch.multinomial(weight, self.vocab_size, replacement=too_few)
-        drawn = torch.cat(flat)[rows]                                        # (V, C)
+    def draw_vectors(self, x, weight, count):
+        """Some of the vectors x (N, C), each drawn with a probability that is proportional to
+        its weight (N,). -> (count, C), the same in all processes"""
+        rows = torch.multinomial(weight, count, replacement=len(x) < count)
+        drawn = x[rows].float()                                              # (count, C)
         # The same vector twice would waste a code: noise of 1 % lets the two move apart.
         drawn = drawn + 0.01 * drawn.square().mean().sqrt() * torch.randn_like(drawn)
         if dist.is_initialized():
@@ -226,13 +229,21 @@ class LookupFreeQuantizer(nn.Module):
         """The codes never move."""
 
     def extra_loss(self, x):
-        """Entropy of each vector's bits (small: be certain) minus the entropy of the bits'
-        mean probabilities (large: use every bit): Yu et al. 2024, eq. 5, for independent bits.
+        """Entropy of each vector's codes (small: be certain) minus the entropy of the mean over
+        all vectors (large: use every code), in nats: Yu et al. 2024, equation 5. If there are
+        more than 2**12 codes, groups of eight bits count as codes. Every single bit can be
+        used although only two codes occur, opposite ones, so bits do not suffice.
         The factor 4 makes a vector that equals its code certain (p = 0.98). x (..., C) -> ()"""
-        def entropy(p):
-            return F.binary_cross_entropy(p, p)
-        p = torch.sigmoid(4 * x.reshape(-1, self.dim) / self.size).clamp(1e-6, 1 - 1e-6)
-        return self.entropy * (entropy(p) - entropy(p.mean(0)))
+        def entropy(p):                      # (..., codes) -> (...)
+            return -(p * p.clamp(min=1e-12).log()).sum(-1)
+        p = torch.sigmoid(4 * x.reshape(-1, self.dim) / self.size)           # (N, C)
+        loss = 0
+        for bits in p.split(self.dim if self.dim <= 12 else 8, dim=1):
+            codes = p.new_ones(len(p), 1)
+            for bit in bits.split(1, dim=1):                                 # (N, 1)
+                codes = torch.cat([codes * (1 - bit), codes * bit], 1)
+            loss = loss + entropy(codes).mean() - entropy(codes.mean(0))
+        return self.entropy * loss
 
 
 # Names for --quantizer and how to make each. A new one is a class with nearest, lookup,

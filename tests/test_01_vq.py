@@ -92,6 +92,17 @@ def test_an_unused_code_is_revived_once_and_a_non_finite_batch_changes_nothing(w
         assert torch.allclose(quantizer.codebook[2], revived, rtol=1e-5)
 
 
+def test_revived_codes_go_where_the_error_is_and_stay_for_a_while():
+    torch.manual_seed(0)
+    quantizer = placed([[0., 0.]] * 4 + [[90., 90.]] * 3, decay=0.9)
+    quantizer.hits[4:] = 0
+    far = torch.tensor([[5., 0.], [0., 5.], [5., 5.]])               # 3 vectors of 203
+    x = torch.cat([0.01 * torch.randn(200, 2), far])
+    quantizer.learn([x], [quantizer.nearest(x)])
+    assert (torch.cdist(far, quantizer.codebook[4:]).min(1).values < 0.5).all()
+    assert (quantizer.hits[4:] > 0.5 * quantizer.hits[:4].mean()).all()
+
+
 def test_processes_sum_their_statistics_and_share_the_drawn_codes(monkeypatch):
     """All-reduce doubles, as if both processes had the same batch; broadcast brings 7."""
     torch.manual_seed(0)
@@ -125,10 +136,16 @@ def test_lookup_free_nearest_is_the_nearest_of_all_sign_patterns(bits, seed):
     assert torch.equal(quantizer.nearest(x), distances.argmin(-1))
 
 
-def test_the_entropy_loss_prefers_even_usage_and_certainty():
-    quantizer = vq.LookupFreeQuantizer(3, entropy=0.2)
-    sure = 9 * quantizer.codebook
-    even, one, unsure = map(quantizer.extra_loss, (sure, sure[5].expand(8, 3), sure / 180))
-    assert even.item() == pytest.approx(-0.2 * math.log(2), abs=1e-4)
+@pytest.mark.parametrize("bits", [3, 16])
+def test_the_entropy_loss_prefers_certainty_and_even_usage_of_codes_not_of_bits(bits):
+    torch.manual_seed(0)
+    quantizer = vq.LookupFreeQuantizer(bits, entropy=0.2)
+    signs = torch.cartesian_prod(*[torch.tensor([-9., 9.])] * bits)  # (V, C), each code once
+    opposite = torch.stack([signs[1], -signs[1]] * 4)      # every bit is used, two codes are
+    even, two, one, unsure = map(quantizer.extra_loss, (
+        signs, opposite, signs[:1].expand(8, bits), signs / 9e3))
+    groups = max(bits // 8, 1)                             # of eight bits each
+    assert even.item() == pytest.approx(-0.2 * bits * math.log(2), rel=1e-4)
+    assert two.item() == pytest.approx(-0.2 * groups * math.log(2), abs=1e-4)
     assert one.item() == pytest.approx(0, abs=1e-4)
-    assert unsure.item() == pytest.approx(0, abs=1e-3) and unsure > even
+    assert unsure.item() == pytest.approx(0, abs=1e-3)

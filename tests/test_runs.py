@@ -236,7 +236,7 @@ real = m5.train_tokenizer
 def train(settings, tokenizer, *args):
     quantizer, drawn = tokenizer.quantizer, []
     quantizer.decay, draw = 0.7, quantizer.draw_vectors
-    quantizer.draw_vectors = lambda groups: drawn.append(groups[0]) or draw(groups)
+    quantizer.draw_vectors = lambda x, *how: drawn.append(x) or draw(x, *how)
     real(settings, tokenizer, *args)
     torch.save([tokenizer.state_dict(), drawn], f"{RANK}.pt")
 m5.train_tokenizer = train
