@@ -11,10 +11,12 @@ import torch
 
 from engine import BadInput
 from engine.device import best_precision, cores
-from engine.distributed import agreed, barrier, rank, say
+from engine.distributed import agreed, barrier, rank, say, world
 
 DOWNLOADS = Path(__file__).resolve().parents[1] / "data" / "downloads"
 TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampling does not need
+# What it raises to load a file that holds other things than it should.
+LOADING_ERRORS = KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError
 
 
 @contextlib.contextmanager
@@ -30,8 +32,7 @@ def replacing(path):
             os.fsync(file.fileno())       # the bytes must reach the disk before the name does
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:               # torch reports a full disk by the latter
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"cannot write {path}: {reason}") from None
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,10 +71,10 @@ def load_model(path, part, model_class, config_class):
     try:
         model = model_class(config_class(**state["config"]))
         model.load_state_dict(state["model"])
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         reason = str(error).splitlines()[0][:120]
         raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
-    about = {key: value for key, value in state.items() if key not in ("model", *TRAINING_ONLY)}
+    about = {key: state[key] for key in state if key not in ("model", *TRAINING_ONLY)}
     return model.eval().requires_grad_(False), about
 
 
@@ -96,47 +97,48 @@ def save(path, facts, modules, optimizers, step):
 
 
 def resume(path, facts, settings, modules, optimizers):
-    """Load the checkpoint of a stage, if there is one. -> the steps it was trained for
+    """Load the checkpoint of a stage, if there is one, and write the settings to settings.json.
+    -> the steps it was trained for
 
-    facts["settings"] must equal the settings in the checkpoint; a setting that an older
-    checkpoint lacks has its default. With settings.fresh the checkpoint is removed, and with a
-    tokenizer all that was made with it. Raises BadInput if the file is damaged or of another
-    run; otherwise the settings are written to settings.json."""
+    With settings.fresh the checkpoint is removed, and with a tokenizer all that was made with it.
+    Raises BadInput if the file is damaged or its settings differ from facts["settings"]; a
+    setting that an older checkpoint lacks has its default."""
     if rank() == 0 and settings.fresh:
         path.unlink(missing_ok=True)
-        for name in ("transformer.pt", "log.jsonl") if path.stem == "tokenizer" else ():
-            path.with_name(name).unlink(missing_ok=True)
+        if path.stem == "tokenizer":
+            path.with_name("transformer.pt").unlink(missing_ok=True)
+            path.with_name("log.jsonl").unlink(missing_ok=True)
     barrier()
-    start = load_state(path, facts, type(settings)(), modules, optimizers) if path.exists() else 0
+    start = 0
+    if path.exists():
+        state = load_checkpoint(path)
+        defaults = vars(type(modules["model"].config)()) | vars(type(settings)())
+        refuse_changes(path, facts["settings"], state.get("settings"), defaults)
+        try:
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            start = state["step"]
+        except LOADING_ERRORS:
+            raise BadInput(f"{path} is damaged; --fresh starts over") from None
+        say(f"{path.stem}: resuming at step {start}")
     if rank() == 0:
         text = json.dumps(vars(settings), indent=1)
         write_atomically(text, path.with_name("settings.json"))
     return start
 
 
-def load_state(path, facts, defaults, modules, optimizers):
-    state = load_checkpoint(path)
-    if not state.get("settings"):
-        raise BadInput(f"{path} was copied from --tokenizer-file: give --stage transformer, or choose "
-                       "another folder with --out")
-    config = type(modules["model"].config)()
-    before = vars(config) | vars(defaults) | state["settings"]
+def refuse_changes(path, settings, before, defaults):
+    if not before:
+        raise BadInput(f"{path} was copied from --tokenizer-file: give --stage transformer, or "
+                       "choose another folder with --out")
+    before = defaults | before
     changed = [f"{name} {before.get(name)} -> {value}"
-               for name, value in facts["settings"].items() if before.get(name) != value]
+               for name, value in settings.items() if before.get(name) != value]
     if changed:
         raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}): use the "
                        "old ones, choose another folder with --out, or start over with --fresh")
-    try:
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
-        raise BadInput(f"{path} is damaged; --fresh starts over") from None
-    say(f"{path.stem}: resuming at step {state['step']}")
-    return state["step"]
 
 
 def export(folder, path):
@@ -144,8 +146,9 @@ def export(folder, path):
     both = {}
     for name in ("tokenizer", "transformer"):
         state = load_checkpoint(Path(folder) / f"{name}.pt")
-        half = {k: v.half() if v.is_floating_point() else v for k, v in state["model"].items()}
-        both[name] = {k: v for k, v in state.items() if k not in TRAINING_ONLY} | {"model": half}
+        both[name] = {key: state[key] for key in state if key not in TRAINING_ONLY}
+        for key, value in state["model"].items():
+            state["model"][key] = value.half() if value.is_floating_point() else value
     save_atomically(both, path)
 
 
@@ -162,7 +165,7 @@ def open_run(settings, device):
         before = load_checkpoint(first).get("settings", {}) if again else {}
         settings.precision = agreed(before.get("precision") or best_precision(device))
     if settings.workers < 0:
-        settings.workers = max(1, min(16, cores() // max(settings.gpus, 1)))
+        settings.workers = max(1, min(16, cores() // world()))
     return lock
 
 
@@ -188,8 +191,7 @@ def log(folder, **entry):
 
 
 def download(url, path, sha256=""):
-    """Fetch a file. It gets its name only when complete and with this checksum. Raises
-    BadInput"""
+    """Fetch a file. It gets its name only when complete and right. Raises BadInput"""
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url} to {path}", flush=True)
     socket.setdefaulttimeout(30)

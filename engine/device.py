@@ -1,49 +1,36 @@
 """Which device to compute on, and in which precision."""
 import contextlib
 import os
-import time
+import timeit
 
 import torch
 
 from engine import BadInput
 
 
-def best_device():
-    """What "auto" stands for on this machine."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def pick_device(name):
     """ "auto", "cpu" or "cuda" -> torch.device. Under torchrun each process gets its own GPU.
     Raises BadInput if there is no GPU."""
-    name = best_device() if name == "auto" else name
-    if name == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
         raise BadInput("--device cuda: torch finds no CUDA GPU on this machine; use --device cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-
-
-def fast_bfloat16(device):
-    """Is bfloat16 faster than float32? Some CPUs have units for it, others emulate it ten times
-    slower, so a CPU is judged by timing one small product of each kind."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(256, 256).to(dtype)
-        tries = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            a @ a
-            tries.append(time.perf_counter() - begin)
-        seconds[dtype] = min(tries)
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+    if name == "cpu" or not found:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def best_precision(device):
-    """What "auto" stands for: bfloat16 where it is fast, float16 on older GPUs, else float32."""
-    if fast_bfloat16(device):
-        return "bfloat16"
-    return "float16" if device.type == "cuda" else "float32"
+    """What "auto" stands for: bfloat16 where it is fast, float16 on older GPUs, else float32.
+    Some CPUs have units for bfloat16, others emulate it ten times slower, so a CPU is judged by
+    timing one small product of each kind."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if fast else "float16"
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.randn(256, 256).to(dtype)
+        seconds.append(min(timeit.repeat(lambda: a @ a, number=1, repeat=5)))
+    return "bfloat16" if seconds[0] < 0.7 * seconds[1] else "float32"
 
 
 def autocast(device, precision):

@@ -31,7 +31,7 @@ def start(device):
     -> torch.device of this process"""
     device = pick_device(device)
     torch.backends.cudnn.benchmark = True                  # sizes repeat: find the fastest kernels
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Rank 0 may download or list a million files while the others wait.
@@ -92,9 +92,7 @@ def data_parallel(model, compiled=False):
     pass averages the gradients."""
     if compiled:
         model = torch.compile(model)
-    if world() > 1:
-        model = DistributedDataParallel(model)
-    return model
+    return DistributedDataParallel(model) if world() > 1 else model
 
 
 def average_gradients(model):

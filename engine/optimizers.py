@@ -7,7 +7,6 @@ import torch
 from engine import BadInput
 from engine.distributed import say
 
-MUON_LR = 0.02                            # peak learning rate of Muon
 # Where Muon is used: the blocks of the transformer, and those of the encoder and the decoder.
 INSIDE_BLOCKS = r"^blocks\..*(attention|mlp)|^(en|de)coder\.(levels|middle)"
 
@@ -28,8 +27,7 @@ def make_optimizers(model, lr, weight_decay, kind="adamw", precision="float32"):
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=plain, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if inside:
-        optimizers.append(Muon(inside, MUON_LR, weight_decay=weight_decay,
-                               dtype=getattr(torch, precision)))
+        optimizers.append(Muon(inside, weight_decay, getattr(torch, precision)))
     return optimizers
 
 
@@ -49,13 +47,13 @@ def take_step(optimizers, norm, skipped, scaler=None):
     """Let the optimizers step, unless the norm of the gradient is not finite, and clear the
     gradients. skipped: how many steps in a row were skipped before; scaler: a torch GradScaler
     -> how many now. Raises BadInput at ten"""
+    scaler = scaler or torch.amp.GradScaler(enabled=False)           # which steps plainly
     skipped = 0 if norm.isfinite() else skipped + 1
     for optimizer in optimizers:
         if not skipped:
-            scaler.step(optimizer) if scaler else optimizer.step()
+            scaler.step(optimizer)
         optimizer.zero_grad()
-    if scaler:
-        scaler.update()
+    scaler.update()
     if skipped:
         say(f"  skipped a step whose gradient was not finite, {skipped} in a row")
     if skipped == 10:
@@ -65,14 +63,14 @@ def take_step(optimizers, norm, skipped, scaler=None):
 
 
 class Muon(torch.optim.Optimizer):
-    """For the weight matrices inside the blocks. An orthogonal update changes all directions of a
-    matrix by about the same amount.
+    """Gradient descent with momentum whose update is made nearly orthogonal: the singular values
+    that matter become about equal, so a few directions cannot dominate the change of a matrix.
 
     torch.optim.Muon is the same algorithm, but it takes no convolutions and always multiplies in
     bfloat16, which some CPUs only emulate. This one treats a convolution (out, in, h, w) as a
     matrix (out, in*h*w). dtype: the precision of the products."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+    def __init__(self, params, weight_decay=0.0, dtype=torch.float32, lr=0.02, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
 
@@ -98,9 +96,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(g, dtype=torch.float32):
-    """About the nearest matrix with orthonormal rows or columns, by five Newton-Schulz steps with
-    the coefficients of Jordan et al.; they raise small singular values fast and leave all of them
-    between 0.7 and 1.2. (n, rows, columns) -> the same shape"""
+    """Five Newton-Schulz steps with the coefficients of Jordan et al. They keep the singular
+    vectors and move every singular value above about 0.0016 of the Frobenius norm to between
+    roughly 0.68 and 1.2; smaller ones grow, but stay small. (n, rows, columns) -> the same shape
+    """
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)

@@ -39,10 +39,20 @@ def whole_numbers(text):
     return tuple(number(int, 1)(part) for part in text.split(","))
 
 
-def option(default, help, low=None, **more):
+def option(default, help, low=None, **how):
     """A dataclass field that is also a command-line option. low: the smallest number allowed (if
     None, 1 for an int and 0 for a float); `choices`, `nargs` and `metavar` are argparse's."""
-    return field(default=default, metadata=dict(help=help, low=low, more=more))
+    kind = type(default)
+    if kind is bool:
+        how["action"] = "store_true"
+    elif kind in (int, float):
+        low = int(kind is int) if low is None else low
+        how.update(type=number(kind, low), metavar="N" if kind is int else "X")
+    elif kind is tuple and "nargs" not in how:
+        how.update(type=whole_numbers, metavar="N,N,...")
+    shown = f" [{default}]" if default else ""
+    how["help"] = (help + shown).replace("%", "%%")
+    return field(default=default, metadata=how)
 
 
 def read_options(argv, description, settings_class):
@@ -50,20 +60,8 @@ def read_options(argv, description, settings_class):
     options that were typed"""
     parser = Parser(description)
     for f in fields(settings_class):
-        kind = type(f.default)
-        how = dict(f.metadata["more"])
-        if kind is bool:
-            how["action"] = "store_true"
-        elif kind in (int, float):
-            low = f.metadata["low"]
-            how["type"] = number(kind, (1 if kind is int else 0) if low is None else low)
-            how.setdefault("metavar", "N" if kind is int else "X")
-        elif kind is tuple and "nargs" not in how:
-            how.update(type=whole_numbers, metavar="N,N,...")
-        shown = f" [{f.default}]" if f.default not in ("", (), False) else ""
-        text = (f.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, dest=f.name,
-                            default=argparse.SUPPRESS, **how)
+        name = "--" + f.name.replace("_", "-")
+        parser.add_argument(name, default=argparse.SUPPRESS, **f.metadata)
     return vars(parser.parse_args(argv))
 
 
@@ -83,6 +81,6 @@ def run_main(main):
         line = ("a process that loads images was killed, perhaps because memory ran out: use "
                 "fewer --workers; the same command resumes from the last checkpoint")
     except (BadInput, OSError) as error:
-        line = str(error) or type(error).__name__
-    print(f"{Path(sys.argv[0]).name}: {line.splitlines()[-1]}", file=sys.stderr)
+        line = str(error)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine import BadInput
-from engine.checkpoints import DOWNLOADS, download, load_checkpoint
+from engine.checkpoints import DOWNLOADS, LOADING_ERRORS, download, load_checkpoint
 
 # File in data/downloads/ -> its address and sha256.
 VGG = ("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -53,21 +53,20 @@ class Perceptual(nn.Module):
     def load(self, vgg, lpips):
         """Load state dicts in the layouts of torchvision and LPIPS. Raises BadInput if they do not
         fit."""
-        features = {name.removeprefix("features."): value for name, value in vgg.items()
-                    if name.startswith("features.")}
         try:
-            self.features.load_state_dict(features)
+            for name, weights in self.features.named_parameters(prefix="features"):
+                weights.copy_(vgg[name])
             for k, weights in enumerate(self.weights):
                 weights.copy_(lpips[f"lin{k}.model.1.weight"].view_as(weights))
-        except (KeyError, RuntimeError, AttributeError) as error:
-            reason = str(error).splitlines()[-1].strip()[:80]
+        except LOADING_ERRORS as error:
             raise BadInput(f"{DOWNLOADS} does not hold the weights of VGG-16 and LPIPS "
-                           f"({reason})") from None
+                           f"({error})") from None
         return self
 
     def unit_features(self, x):
         """x (B, 3, H, W) -> the features after each group, scaled to length 1 at each position"""
-        x, found = (x - self.mean) / self.spread, []
+        found = []
+        x = (x - self.mean) / self.spread
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):            # a group ends before each pooling
                 found.append(x)
@@ -89,10 +88,7 @@ def load_perceptual():
     states = []
     for name, url, sha256 in (VGG, LPIPS):
         if not (DOWNLOADS / name).exists():
-            try:
-                download(url, DOWNLOADS / name, sha256)
-            except BadInput as error:
-                raise BadInput(f"{error}; --perceptual 0 trains without this loss") from None
+            download(url, DOWNLOADS / name, sha256)
         states.append(load_checkpoint(DOWNLOADS / name))
     return Perceptual().load(*states)
 
@@ -124,12 +120,9 @@ def adversarial_losses(critic, image, decoded, image_loss, last_weight):
     critic.requires_grad_(True)
     weight = adaptive_weight(image_loss, generator_loss, last_weight)
     real, fake = critic(torch.cat([image, decoded.detach()])).float().chunk(2)
-    return weight * generator_loss, hinge(real, fake)
-
-
-def hinge(real, fake):
-    """The critic's loss: scores of real patches should exceed 1, others be below -1."""
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    # The hinge loss: scores of real patches should exceed 1, others should be below -1.
+    critic_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return weight * generator_loss, critic_loss
 
 
 def adaptive_weight(other, adversarial, weight):

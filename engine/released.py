@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from engine import BadInput
-from engine.checkpoints import DOWNLOADS, download, load_checkpoint
+from engine.checkpoints import DOWNLOADS, LOADING_ERRORS, download, load_checkpoint
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.
@@ -14,115 +14,110 @@ SCALES = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 1
 TOKENIZER = dict(image_size=256, scales=SCALES[680], vocab_size=4096, latent_dim=32, channels=160,
                  multipliers=(1, 1, 2, 2, 4), blocks=2, unshuffle=1, groups=32, attention=True,
                  learn="gradient")
-
-# Released name -> ours, in order. Levels count from fine to coarse there; in our decoder they
-# follow the data.
-TOKENIZER_NAMES = [
-    (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.middle.0."),
-    (r"^(encoder|decoder)\.mid\.attn_1\.", r"\1.middle.1."),
-    (r"^(encoder|decoder)\.mid\.block_2\.", r"\1.middle.2."),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.proj_out\.", ".proj."),
-    (r"^quantize\.quant_resi\.qresi_ls\.(\d+)\.", r"phis.\1."),
-    (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
-]
-VAR_NAMES = [
-    (r"^pos_start$", "start"), (r"^pos_1LC$", "position"), (r"^word_embed\.", "word_embed."),
-    (r"^class_emb\.", "class_embed."), (r"^lvl_embed\.", "scale_embed."),
-    (r"^shared_ada_lin\.1\.", "shared_modulation."),
-    (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
-    (r"\.attn\.mat_qkv\.", ".attention.qkv."), (r"\.attn\.scale_mul_1H11$", ".attention.log_scale"),
-    (r"\.attn\.", ".attention."), (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2."),
-    (r"\.ada_lin\.1\.", ".modulation."), (r"\.ada_gss$", ".modulation_offset"),
-]
+# Part of a released name -> ours, replaced in this order.
+NAMES = {
+    "mid.block_1.": "middle.0.", "mid.attn_1.": "middle.1.", "mid.block_2.": "middle.2.",
+    "nin_shortcut": "shortcut", "proj_out": "proj",
+    "quantize.quant_resi.qresi_ls.": "phis.", "quantize.embedding.weight": "quantizer.codebook",
+    "pos_start": "start", "pos_1LC": "position",
+    "class_emb.": "class_embed.", "lvl_embed": "scale_embed",
+    "shared_ada_lin.1": "shared_modulation", "head_nm.ada_lin.1": "head_modulation",
+    "ada_lin.1": "modulation", "ada_gss": "modulation_offset",
+    "attn.mat_qkv": "attention.qkv", "attn.scale_mul_1H11": "attention.log_scale",
+    "attn.": "attention.", "ffn.fc1": "mlp.0", "ffn.fc2": "mlp.2",
+}
 # Statistics and buffers that are not weights.
-SKIPPED = re.compile(r"^(quantize\.ema_vocab_hit_SV|lvl_1L|attn_bias_for_masking|"
-                     r"blocks\.\d+\.attn\.zero_k_bias)$")
+SKIPPED = ("ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias")
 
 
-def renamed(state, names):
+def renamed(state):
     """A released state dict with our names, in float32."""
     found = {}
     for name, value in state.items():
-        if SKIPPED.match(name):
-            continue
-        for pattern, ours in names:
-            name = re.sub(pattern, ours, name)
-        found[name] = value.float() if value.is_floating_point() else value
+        if not name.endswith(SKIPPED):
+            for theirs, ours in NAMES.items():
+                name = name.replace(theirs, ours)
+            found[name] = value.float() if value.is_floating_point() else value
     return found
 
 
 def level_name(name, levels, blocks):
-    """ "encoder.down.4.attn.1.x" -> "encoder.levels.4.3.x": a level is one sequence of layers here"""
-    found = re.match(r"^(encoder|decoder)\.(?:down|up)\.(\d+)\.(\w+?)\.(?:(\d+)\.)?(.*)$", name)
+    """ "encoder.down.4.attn.1.x" -> "encoder.levels.4.3.x": a level is one sequence of layers here.
+    Levels count from fine to coarse there; in our decoder they follow the data."""
+    found = re.match(r"(encoder|decoder)\.(?:down|up)\.(\d+)\.([a-z]+)\.(?:(\d+)\.)?(.*)", name)
     if not found:
         return name
     half, level, part, j, rest = found.groups()
-    step = 2 if int(level) == levels - 1 else 1            # attention follows each block there
-    if part in ("downsample", "upsample"):
-        place = step * (blocks + (half == "decoder"))
-    else:
-        place = step * int(j) + (part == "attn")
-    level = int(level) if half == "encoder" else levels - 1 - int(level)
+    level = int(level)
+    step = 2 if level == levels - 1 else 1                 # attention follows each block there
+    if half == "decoder":
+        level = levels - 1 - level
+        blocks = blocks + 1
+    place = step * int(j or blocks) + (part == "attn")     # downsample and upsample come last
     return f"{half}.levels.{level}.{place}.{rest}"
 
 
 def read_tokenizer(state, scales=None):
     """A released tokenizer's state dict -> (fields of TokenizerConfig, state dict with our names).
     scales: sides of the token maps, which no shape reveals. Raises BadInput for other layouts."""
-    state = unwrap(state, "tokenizer", "quantize.embedding.weight")
+    state = unwrap(state, "quantize.embedding.weight")
     scales = tuple(scales or SCALES[680])
     try:
-        channels = state["encoder.conv_in.weight"].shape[0]
-        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-        blocks = sum(bool(re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)) for k in state)
+        channels = len(state["encoder.conv_in.weight"])
+        levels = count(state, r"encoder\.down\.(\d+)\.")
+        blocks = count(state, r"encoder\.down\.0\.block\.(\d+)\.")
         widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)]
         vocab_size, latent_dim = state["quantize.embedding.weight"].shape
         sizes = dict(TOKENIZER, image_size=scales[-1] * 2 ** (levels - 1), scales=scales,
-                     vocab_size=vocab_size, latent_dim=latent_dim, channels=channels, blocks=blocks,
-                     multipliers=tuple(width // channels for width in widths),
-                     phis=sum(k.startswith("quantize.quant_resi.qresi_ls.") for k in state) // 2)
-    except (KeyError, IndexError, ValueError, TypeError) as error:
+                     vocab_size=vocab_size, latent_dim=latent_dim, channels=channels,
+                     blocks=blocks, multipliers=tuple(width // channels for width in widths),
+                     phis=count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."))
+    except LOADING_ERRORS as error:
         raise BadInput(f"not a released VAR tokenizer: {error}") from None
-    weights = renamed(state, TOKENIZER_NAMES)
-    return sizes, {level_name(name, levels, blocks): value for name, value in weights.items()}
+    weights = {level_name(name, levels, blocks): value for name, value in state.items()}
+    return sizes, renamed(weights)
 
 
 def read_transformer(state, scales=None, heads=None):
     """A released transformer's state dict -> (fields of VARConfig, state dict with our names).
     scales and heads are needed where no shape reveals them. Raises BadInput for other layouts."""
-    state = unwrap(state, "transformer", "pos_1LC")
-    length = state["pos_1LC"].shape[1] if state["pos_1LC"].ndim == 3 else 0
-    scales = tuple(scales or SCALES.get(length, ()))
-    if sum(side * side for side in scales) != length:
-        raise BadInput(f"the transformer has {length} positions, but the scales {scales} have "
-                       f"{sum(side * side for side in scales)}: give those it was trained with")
+    state = unwrap(state, "pos_1LC")
     try:
+        length = state["pos_1LC"].shape[1]
+        scales = tuple(scales or SCALES.get(length, ()))
         rows, width = state["class_emb.weight"].shape
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        depth = count(state, r"blocks\.(\d+)\.")
         factor = state.get("blocks.0.attn.scale_mul_1H11")
         sizes = dict(num_classes=rows - 1, scales=scales, vocab_size=len(state["head.weight"]),
                      latent_dim=state["word_embed.weight"].shape[1], depth=depth, width=width,
                      heads=heads or depth if factor is None else factor.shape[1],
                      mlp_ratio=len(state["blocks.0.ffn.fc1.weight"]) / width,
                      shared_adaln="shared_ada_lin.1.weight" in state, qk_norm=factor is not None)
-    except (KeyError, IndexError, ValueError, TypeError) as error:
+    except LOADING_ERRORS as error:
         raise BadInput(f"not a released VAR transformer: {error}") from None
-    return sizes, renamed(state, VAR_NAMES)
+    if sum(side * side for side in scales) != length:
+        raise BadInput(f"the transformer has {length} positions, but the scales {scales} have "
+                       f"{sum(side * side for side in scales)}: give those it was trained with")
+    return sizes, renamed(state)
 
 
-def unwrap(state, what, entry):
+def count(state, pattern):
+    """How many numbers, from 0 on, there are at this place of the names."""
+    found = (re.match(pattern, name) for name in state)
+    return 1 + max(int(match[1]) for match in found if match)
+
+
+def unwrap(state, entry):
     """The state dict inside a training checkpoint, without the prefixes that DDP and torch.compile
     add to its names. Raises BadInput unless it holds tensors only, `entry` among them."""
     for key in ("trainer", "vae_local", "var_wo_ddp", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value)
-                                              for name, value in state.items()):
-        raise BadInput(f"not a released VAR {what}: it should hold names and tensors only")
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        raise BadInput("not a released model of VAR: it should hold names and tensors only")
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in state.items()}
     if entry not in state:
-        raise BadInput(f"not a released VAR {what}: it has no entry {entry!r}")
+        raise BadInput(f"not a released model of VAR: it has no entry {entry!r}")
     return state
 
 

@@ -32,15 +32,6 @@ TINY = ("--image-size 16 --scales 1,2,4 --multipliers 1,2 --unshuffle 2 --vocab-
         "--save-every 5 --log-every 1 --device cpu --precision float32").split()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_automatic_device():
-    """On a machine with a GPU "auto" would be another device than here, so tests name theirs."""
-    from engine import device
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "best_device", lambda: pytest.fail("a test leaves the device open"))
-        yield
-
-
 # -- Runs of chapter 5 -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -60,15 +51,15 @@ def picture_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(picture_folder, tmp_path_factory):
-    """A run of the real 05_train.py -> .folder, its .options (without --out), what it printed
-    (.stdout, .stderr), and the .pictures it was trained on"""
+    """A run of the real 05_train.py -> .folder, its .options (without --out), what it printed to
+    .stderr, and the .pictures it was trained on"""
     work = tmp_path_factory.mktemp("work")
     options = ["--dataset", str(picture_folder), *TINY]
     process = start("05_train.py", *options, "--out", work / "run", cwd=work)
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return SimpleNamespace(folder=work / "run", options=options, start=start, stdout=out,
-                           stderr=err, pictures=picture_folder)
+    return SimpleNamespace(folder=work / "run", options=options, stderr=err,
+                           pictures=picture_folder)
 
 
 def start(*words, cwd):
