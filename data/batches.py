@@ -46,26 +46,25 @@ def kill_workers():
 
 
 def view_batches(images, view, rows_list, workers):
-    """One view of the images in each of these arrays of rows: of files, view 0 is the centre
-    and the others are random crops; of images in memory, see `view_of`.
+    """One view of the images in each of these arrays of rows: for files, view 0 is the centre
+    and the others are random crops; for images in memory, see `view_of`.
     -> float tensors (B, 3, H, W) in [-1, 1]"""
     crops = ([(i, view - 1) for i in rows.tolist()] for rows in rows_list)
+    in_memory = isinstance(images, IN_MEMORY)
     for rows, batch in zip(rows_list, picture_batches(images, crops, workers)):
-        if isinstance(images, IN_MEMORY):
-            yield view_of(to_float(batch), view, rows, len(images))
-        else:
-            yield to_float(batch)
+        image = to_float(batch)
+        yield view_of(image, view, rows, len(images)) if in_memory else image
 
 
 def view_of(image, view, rows, n):
-    """A view of images (B, 3, H, W), which are rows (B,) of a data set of n: 0 is the image
-    itself, odd ones are mirrored, and from 2 on each image is shifted by its own number of
-    pixels, up to a sixteenth of the side, and reflected at the border. -> (B, 3, H, W)"""
+    """A view of images (B, 3, H, W), which are rows (B,) of a data set of n: odd views are
+    mirrored, and from 2 on each image is shifted by its own number of pixels, up to a
+    sixteenth of the side, and reflected at the border. -> (B, 3, H, W)"""
     image = image.flip(3) if view % 2 else image
+    if view < 2:
+        return image
     side = image.shape[-1]
     reach = side // 16
-    if view < 2 or not reach:
-        return image
     # Drawn for all n, so that an image is shifted alike in every batch.
     shifts = np.random.default_rng(view).integers(0, 2 * reach + 1, (n, 2))[rows]
     padded = F.pad(image, (reach,) * 4, "reflect")
@@ -79,8 +78,7 @@ def to_float(images):
 
 
 def rows_of(n, count):
-    """Up to `count` of n rows, always the same ones, rising. They are drawn at random: in a
-    sorted data set, every tenth image may be of one class."""
+    """Up to `count` of n rows, rising, drawn at random but always the same ones."""
     return np.sort(np.random.default_rng(0).permutation(n)[:count])
 
 
@@ -90,8 +88,7 @@ def sample_of(images, count):
 
 
 def image_fingerprint(images):
-    """A short text that identifies these images: a hash of all pixels or, for files, of all
-    names and the pixels of twenty."""
+    """-> a hash of all pixels or, for files, of all names and the pixels of twenty images"""
     if isinstance(images, np.ndarray):
         data = images.tobytes()
     else:

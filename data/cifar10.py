@@ -28,19 +28,18 @@ def load(split, *, data_dir=None, size=None):
     split: "train" (N = 50,000) or "test" (10,000). data_dir: where the files, their folder or
     an archive are (default: data/downloads/). Raises BadInput if the data are damaged or
     cannot be downloaded."""
-    if split not in FILES:
-        raise BadInput(f"CIFAR-10 has the splits train and test, not {split!r}")
     if size not in (None, 32):
         raise BadInput(f"CIFAR-10 images are 32x32: leave the size out or give 32, not {size}")
     root = Path(data_dir or DOWNLOADS).expanduser()
     try:
-        parts = [_parse(name, raw) for name, raw in _read(root, FILES[split])]
-    except BadInput:
-        raise
+        pixels, labels = zip(*[_parse(*file) for file in _read(root, FILES[split])])
+        planes = np.concatenate(pixels).reshape(len(labels) * PER_FILE, 3, 32, 32)
+        labels = np.concatenate(labels)
+        if len(labels) != len(planes) or labels.max() > 9:
+            raise ValueError(f"{len(labels)} labels up to {labels.max()}")
     except Exception as error:          # damaged archives and pickles raise nearly anything
-        raise BadInput(f"cannot read CIFAR-10 in {root}: {error!r}") from None
-    images, labels = zip(*parts)
-    return np.concatenate(images), np.concatenate(labels), [*CLASSES]
+        raise BadInput(f"cannot read CIFAR-10 in {root}: {error}") from None
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels, [*CLASSES]
 
 
 def examples():
@@ -56,34 +55,23 @@ def _read(root, names):
         if all(path.is_file() for path in paths):
             return [(path.name, path.read_bytes()) for path in paths]
     archives = [root, root / "cifar-10-python.tar.gz", root / "cifar-10-binary.tar.gz"]
-    archive = next((path for path in archives if path.is_file()), None)
-    if archive is None:
-        if any(root.glob("cifar-100*")) or (root / "meta").is_file():
-            raise BadInput(f"{root} holds CIFAR-100, not CIFAR-10")
-        archive = archives[-1]
+    archive = next((path for path in archives if path.is_file()), archives[-1])
+    if not archive.exists():
         download(URL, archive, SHA256)
     with tarfile.open(archive) as tar:
         members = [x for x in tar if Path(x.name).stem in names]
-        found = [(Path(x.name).name, tar.extractfile(x).read()) for x in members]
-    if len(found) < len(names):
-        raise BadInput(f"{archive} is not CIFAR-10: it lacks {', '.join(names)}")
-    return sorted(found)
+        if len(members) < len(names):
+            raise ValueError(f"{archive.name} lacks {', '.join(names)}")
+        return sorted((Path(x.name).name, tar.extractfile(x).read()) for x in members)
 
 
 def _parse(name, raw):
-    """The bytes of a file -> images uint8 (10000, 32, 32, 3), labels int64 (10000,)"""
+    """The bytes of a file -> pixels uint8 (10000, 3072), labels int64 (10000,)"""
     if name.endswith(".bin"):
         records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3072)
-        labels, pixels = records[:, 0], records[:, 1:]
-    else:
-        batch = PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
-        labels, pixels = batch[b"labels"], batch[b"data"]
-    labels = np.array(labels, np.int64)
-    if len(labels) != PER_FILE or labels.max() > 9:
-        raise BadInput(f"{name} of CIFAR-10 is damaged: {len(labels)} images, labels up to "
-                       f"{labels.max()}")
-    planes = pixels.reshape(PER_FILE, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
+        return records[:, 1:], records[:, 0].astype(np.int64)
+    batch = PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
+    return batch[b"data"], np.array(batch[b"labels"], np.int64)
 
 
 class PlainUnpickler(pickle.Unpickler):

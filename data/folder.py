@@ -21,10 +21,8 @@ from PIL import Image, ImageOps
 from engine import BadInput, distributed
 
 # Only these are tried, so a disguised file cannot reach a decoder that runs programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-              ".ppm", ".pgm", ".pbm", ".jp2")
-ARCHIVES = (".tar", ".gz", ".tgz", ".xz", ".zip", ".7z", ".rar", ".parquet", ".arrow")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
 
 say_once = cache(distributed.say)
 
@@ -36,28 +34,23 @@ def load(split, *, data_dir, size=256, classes_of=None):
     side of the square crops. classes_of: replaces `classes_in`. Raises BadInput"""
     classes_of = classes_of or classes_in
     root = Path(data_dir).expanduser()
-    train = base = root / "train"
-    tests = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
-    if train.is_dir() and tests:
-        known = classes = classes_of(train)
-        if split == "test":
-            base, classes = tests[0], classes_of(tests[0])
+    train = root / "train"
+    folders = [path for path in root.glob("[!.]*") if path.is_dir()]
+    tests = [root / name for name in ("val", "valid", "test") if root / name in folders]
+    base = train if train in folders and (tests or folders == [train]) else root
+    known = classes = classes_of(base)
+    if base == root or not tests:
+        classes = hold_out(known, split)
+    elif split == "test":
+        base, classes = tests[0], classes_of(tests[0])
         for name in set(classes) - set(known):
             what = f"the class {name!r}" if name else "images outside class folders"
             raise BadInput(f"{base} holds {what}: sort its images into those of {train}")
-    else:
-        base, known = root, classes_of(root)
-        if list(known) == ["train"]:                # train/ alone: it holds the classes
-            base, known = train, classes_of(train)
-        classes = hold_out(known, split)
     paths, labels = [], []
     for label, name in enumerate(known):
         paths += classes.get(name, [])
         labels += [label] * (len(paths) - len(labels))
-    if not paths:
-        raise BadInput(f"{root} holds one image, so none is left to test on: add more")
     images = FolderImages(base, paths, labels, size)
-    images[0]                                       # fails now if nothing can be read
     return images, images.labels, [name or root.resolve().name for name in known]
 
 
@@ -74,20 +67,20 @@ def classes_in(folder):
                 is_image = name.lower().endswith(EXTENSIONS)
                 (found if is_image else others).append("/".join((*below, name)))
     if not any(classes.values()):
-        archives = [x for x in [folder.name, *others] if x.lower().endswith(ARCHIVES)]
-        hint = f"unpack {archives[0]} first" if archives else "expected <class>/<image>.jpg"
-        raise BadInput(f"there are no images in {folder}: {hint}")
+        others = ", ".join(others[:3]) or "none"
+        raise BadInput(f"there are no images in {folder} (other files: {others}): unpack any "
+                       "archives, and sort the images as <class>/<image>.jpg")
     loose = classes.pop("")
     if any(classes.values()):
         others += loose
     else:
         classes = {"": loose}
-    empty = [name for name in sorted(classes) if not classes[name]]
     if others:
         say_once(f"passed over {len(others)} file(s) in {folder} (no known image format, or "
                  f"outside the class folders), such as {others[0]!r}")
+    empty = [name for name in sorted(classes) if not classes[name]]
     if empty:
-        say_once(f"no images in these folders of {folder}: {str(empty[:10])[1:-1]}")
+        say_once(f"no images in these folders of {folder}: {', '.join(empty[:10])}")
     names = [name for name in sorted(classes, key=natural) if classes[name]]
     return {name: sorted(classes[name]) for name in names}
 
@@ -101,17 +94,12 @@ def natural(name):
 def hold_out(classes, split):
     """The images of one split: a hash of its path decides whether an image is held out. About
     one in 20 is; of two or more in a class at least one, never all. -> {class: paths}"""
-    groups = list(classes.values())
-    if all(len(paths) == 1 for paths in groups):    # no class has an image to spare
-        groups = [[paths[0] for paths in groups]]
-    held = set()
-    for paths in groups:
+    kept = {}
+    for name, paths in classes.items():
         hashes = [hashlib.sha256(os.fsencode(path)).hexdigest()[:16] for path in paths]
         count = sum(int(digits, 16) < 2 ** 64 / 20 for digits in hashes)
         count = min(max(count, 1), len(paths) - 1)
-        held.update(path for digits, path in sorted(zip(hashes, paths))[:count])
-    kept = {}
-    for name, paths in classes.items():
+        held = {path for digits, path in sorted(zip(hashes, paths))[:count]}
         kept[name] = [path for path in paths if (path in held) == (split == "test")]
     return kept
 
@@ -143,7 +131,6 @@ class FolderImages:
     def __getitem__(self, index):
         """index: i or (i, seed). A seed of -1 means the centre, too."""
         i, seed = index if isinstance(index, tuple) else (index, -1)
-        i = range(len(self))[i]                     # raises IndexError
         image = self.decoded(i)
         side = min(image.size) * self.size / self.short     # of the crop in this image
         place = np.random.default_rng([seed, i]).random(2) if seed >= 0 else 0.5

@@ -1,5 +1,4 @@
 """The data sets by name. A new one is a file with its reader and one line in DATASETS."""
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,23 +46,23 @@ def load_data(dataset, split, image_size, data_dir=""):
 
 def load_splits(dataset, image_size, data_dir="", wanted=()):
     """-> {split: (images, labels)} of the whole data set, the same for the classes `wanted`
-    (see chosen_classes; none: all), and the names of these classes"""
-    splits = {}
+    (see chosen_classes; none: all), and the names of these classes. Raises BadInput"""
+    splits, chosen = {}, {}
     for split in ("train", "test"):
         images, labels, names = load_data(dataset, split, image_size, data_dir)
-        splits[split] = images, labels
-    if not wanted:
-        return splits, splits, names
-    classes = chosen_classes(names, wanted)
-    chosen = {split: subset(*found, classes) for split, found in splits.items()}
+        splits[split] = chosen[split] = images, labels
+    if wanted:
+        classes = chosen_classes(names, wanted)
+        names = [names[k] for k in classes]
+        chosen = {split: subset(*found, classes) for split, found in splits.items()}
     if not len(chosen["test"][1]):
-        raise BadInput(f"there are no held-out images of {', '.join(wanted)}: add some")
-    return splits, chosen, [names[k] for k in classes]
+        raise BadInput(f"there are no held-out images of {', '.join(names[:10])}: add some")
+    return splits, chosen, names
 
 
 def find_class(names, text):
     """The index of the class with this name or wnid, or else this index, or else this part of
-    its name. Raises BadInput, with suggestions, unless exactly one class fits."""
+    its name. Raises BadInput unless exactly one class fits."""
     name = text.strip()
     if name not in names:                 # in a folder data set, wnids may be the names
         name = imagenet.wnid_names().get(name, name)
@@ -71,13 +70,11 @@ def find_class(names, text):
         return names.index(name)
     if name.isdecimal() and int(name) < len(names):
         return int(name)
-    alike = [other for other in names if other.casefold() == name.casefold()]
-    hits = alike or [other for other in names if name.casefold() in other.casefold()]
+    hits = [other for other in names if name.casefold() in other.casefold()]
     if len(hits) == 1:
         return names.index(hits[0])
-    near = hits or difflib.get_close_matches(name, names) or names
     raise BadInput(f"{text!r} fits {len(hits) or 'none'} of the {len(names)} classes, such as "
-                   f"{', '.join(near[:10])}")
+                   f"{', '.join((hits or names)[:10])}")
 
 
 def chosen_classes(names, wanted):

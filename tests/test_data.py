@@ -1,10 +1,8 @@
 """The data sets, their names, views and batches: what is read, how, and what is refused."""
 import hashlib
-import multiprocessing
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -49,7 +47,7 @@ def found(root, split="train", load=folder.load):
 
 def test_shapes_have_not_changed_and_depend_on_seed_split_and_index_alone():
     """The shipped checkpoint was trained on exactly these images."""
-    images, labels, _ = shapes.load("train", count=1_000)
+    images, labels = shapes.draw(range(1_000))
     assert hashlib.sha256(images.tobytes()).hexdigest()[:16] == "fb82b4b4f86d4efb"
     some, kinds = shapes.draw([907, 3, 13])
     assert (some == images[[907, 3, 13]]).all() and kinds.tolist() == [7, 3, 3]
@@ -85,7 +83,7 @@ def test_cifar10_is_alike_in_both_layouts_and_when_downloaded(tmp_path, monkeypa
             assert (images == expected[n, 1 + 1024 * c + 32 * y + x]).all()
 
 
-def test_damaged_and_hostile_files_and_cifar100_are_refused(tmp_path, monkeypatch):
+def test_damaged_and_hostile_files_are_refused(tmp_path, monkeypatch):
     class Hostile:
         def __reduce__(self):
             return os.mkdir, ("hostile",)
@@ -93,15 +91,13 @@ def test_damaged_and_hostile_files_and_cifar100_are_refused(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar10, "PER_FILE", 1)
     tarfile.open("empty.tar.gz", "w:gz").close()
-    refusal(lambda: cifar10.load("test", data_dir="empty.tar.gz"), "it lacks test_batch")
-    tree(tmp_path, "meta")
-    refusal(lambda: cifar10.load("test", data_dir="."), "holds CIFAR-100")
+    refusal(lambda: cifar10.load("test", data_dir="empty.tar.gz"), "lacks test_batch")
     Path("test_batch").write_bytes(pickle.dumps({b"data": Hostile(), b"labels": [0]}))
     refusal(lambda: cifar10.load("test", data_dir="."), "cannot read CIFAR-10", "mkdir")
     assert not Path("hostile").exists()
-    for raw, word in ((bytes(2 * 3073), "2 images"), (b"\x0b" * 3073, "up to 11")):
+    for raw, word in ((bytes(2 * 3073), "6144"), (b"\x0b" * 3073, "up to 11")):
         Path("test_batch.bin").write_bytes(raw)
-        refusal(lambda: cifar10.load("test", data_dir="."), "damaged", word)
+        refusal(lambda: cifar10.load("test", data_dir="."), "cannot read CIFAR-10", word)
 
 
 def test_transparency_16_bits_and_orientation_are_understood(tmp_path):
@@ -144,7 +140,7 @@ def test_classes_own_nested_images_in_natural_order_and_the_rest_is_named(tmp_pa
     assert train | test == {
         "0/d.gif": "0", "2/c.jpg": "2", "2/deep/er/b.PNG": "2", "10/a.png": "10"}
     counted, empty = capsys.readouterr().out.splitlines()
-    assert "passed over 4 file(s)" in counted and empty.endswith(": 'cat', 'dog'")
+    assert "passed over 4 file(s)" in counted and empty.endswith(": cat, dog")
 
 
 def test_train_and_val_stay_as_they_are_and_other_layouts_are_found_or_refused(tmp_path):
@@ -154,15 +150,12 @@ def test_train_and_val_stay_as_they_are_and_other_layouts_are_found_or_refused(t
     assert found(root, "test") == ({"val/bee/v.png": "bee"}, ["ant", "bee"])
     refusal(lambda: found(tree(root, "val/yak/0.png"), "test"), "'yak'", "train")
     tree(tmp_path, "one/train/cat/0.png one/train/cat/1.png flat/0.png flat/1.png links/a.txt "
-                   "single/cat/0.png bad/cat/0.png tars/train/n1.tar empty/cat/x")
+                   "rail/train/0.png rail/bus/0.png tars/train/n1.tar tars/val/x")
     (tmp_path / "links/cat").symlink_to(tmp_path / "flat")
-    for name, classes in dict(one=["cat"], flat=["flat"], links=["cat"]).items():
+    for name, classes in dict(
+            one=["cat"], flat=["flat"], links=["cat"], rail=["bus", "train"]).items():
         assert found(tmp_path / name, "test")[1] == classes
-    (tmp_path / "bad/cat/0.png").write_bytes(b"no image")
-    for name, split, *words in (
-            ("empty", "train", "<class>/<image>"), ("tars", "train", "unpack", "n1.tar"),
-            ("single", "test", "one image"), ("bad", "train", "no image", "cat/0.png")):
-        refusal(lambda: found(tmp_path / name, split), *words)
+    refusal(lambda: found(tmp_path / "tars"), "unpack", "n1.tar", "<class>/<image>")
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6))
@@ -175,9 +168,7 @@ def test_one_image_in_20_is_held_out_and_stays_so_when_images_are_added(sizes):
     train, test = (folder.hold_out(classes, split) for split in ("train", "test"))
     for name, paths in classes.items():
         assert sorted(train[name] + test[name]) == sorted(paths)
-        assert max(sizes) == 1 or train[name] and bool(test[name]) == (len(paths) > 1)
-    singles = {name: [f"{name}/0.png"] for name in "abc"}
-    assert sum(map(len, folder.hold_out(singles, "test").values())) == 1
+        assert train[name] and bool(test[name]) == (len(paths) > 1)
 
 
 def test_imagenet_has_its_official_order_and_a_default_folder(tmp_path, monkeypatch):
@@ -188,8 +179,6 @@ def test_imagenet_has_its_official_order_and_a_default_folder(tmp_path, monkeypa
     root = tree(tmp_path / "imagenet", "val/n02099601/y.png val/n01443537/y.png "
                                        "train/n02099601/x.JPEG train/n01443537/x.JPEG")
     assert registry.load_data("imagenet", "test", 4)[2] == CLASSES
-    (root / "val/n01443537/y.png").unlink()
-    refusal(lambda: found(root, "test", imagenet.load), "goldfish", "test")
     refusal(lambda: found(tree(root, "train/cats/0.png"), "train", imagenet.load), "'cats'")
 
 
@@ -200,22 +189,23 @@ def test_kaggle_and_tiny_imagenet_list_their_labels(tmp_path, inside, listed, ro
     base = tmp_path if inside else tmp_path / "ILSVRC/Data/CLS-LOC"
     for i, wnid in enumerate(WNIDS):
         tree(base, f"train/{wnid}/{inside}0.JPEG val/{inside}v{i}.JPEG")
-    refusal(lambda: found(tmp_path, "test", imagenet.load), "LOC_val_solution.csv")
-    text = row.format("v1", WNIDS[1]) + row.format("v0", WNIDS[0])
-    (base / listed).write_text("ImageId,PredictionString\n" + text)
+    refusal(lambda: found(tmp_path, "test", imagenet.load), "sort its images", str(base / "train"))
+    rows = [row.format(f"v{i}", wnid) for i, wnid in enumerate(WNIDS)]
+    (base / listed).write_text("ImageId,PredictionString\n" + "".join(rows))
     images, names = found(tmp_path, "test", imagenet.load)
     assert list(images.values()) == names == CLASSES and "v0.JPEG" in list(images)[0]
-    (base / listed).write_text(row.format("v0", WNIDS[0]))
-    refusal(lambda: found(tmp_path, "test", imagenet.load), "no label", "v1")
+    (base / listed).write_text(rows[0])
+    refusal(lambda: found(tmp_path, "test", imagenet.load), "outside class folders")
 
 
 def test_classes_are_found_by_name_wnid_index_or_part_and_a_name_wins():
     names = imagenet.class_names()
-    for text, k in {"tench": 0, "n01440764": 0, " Goldfish ": 1, "dfish": 1, "999": 999,
-                    "Cardigan": 264, "cardigan": 474, "crane": 517}.items():
+    for text, k in {"n01440764": 0, " Goldfish ": 1, "dfish": 1, "999": 999, "Cardigan": 264,
+                    "cardigan": 474, "crane": 517}.items():
         assert registry.find_class(names, text) == k
     refusal(lambda: registry.find_class(names, "cran"), "fits 2", "crane bird")
     refusal(lambda: registry.find_class(names, "goldfsh"), "none of the 1000", "goldfish")
+    assert registry.find_class(["n02102040", "n01440764"], "n01440764") == 1     # folder names
     names = ["beetle", "bee", "cat", "7"]
     for wanted, classes in ((["cat", "beetle"], [0, 2]), (["7"], [3]), (["2"], [0, 1])):
         assert registry.chosen_classes(names, wanted) == classes
@@ -227,12 +217,12 @@ def test_a_data_set_is_a_name_or_a_folder_and_can_be_restricted(tmp_path):
     images, labels = chosen["test"]
     assert names == ["heart", "ring"] and labels[:4].tolist() == [0, 1, 0, 1]
     assert (images[:4] == splits["test"][0][[0, 3, 10, 13]]).all()
-    tree(tmp_path, "train/ant/0.png train/cat/0.png train/dog/0.png val/ant/1.png val/cat/1.png")
+    tree(tmp_path, "ant/0.png ant/1.png cat/0.png cat/1.png dog/0.png")
     images, labels = registry.load_splits(str(tmp_path), 4, wanted=["cat"])[1]["test"]
-    assert labels.tolist() == [0] and Path(images.path(0)) == tmp_path / "val/cat/1.png"
+    assert labels.tolist() == [0] and Path(images.path(0)).parent == tmp_path / "cat"
     refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "held-out", "dog")
+    refusal(lambda: registry.load_splits(str(tmp_path / "dog"), 4), "held-out", "dog")
     refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, ")
-    assert registry.find_class(["n02102040", "n01440764"], "n01440764") == 1     # folder names
 
 
 @given(view=st.integers(0, 5), side=st.sampled_from([8, 16, 40]), part=st.integers(1, 6))
@@ -250,7 +240,7 @@ def test_views_of_images_in_memory_equal_a_slow_loop(view, side, part):
         assert torch.equal(one, torch.tensor(expected.copy()).permute(2, 0, 1) / 127.5 - 1)
 
 
-def test_views_of_files_are_crops_and_workers_ignore_the_signals_that_stop_a_run(tmp_path):
+def test_views_of_files_are_crops(tmp_path):
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (36, 60, 3), np.uint8))
     image.save(tmp_path / "a.png")
     images = folder.FolderImages(tmp_path, ["a.png"] * 40, [0] * 40, 16)
@@ -258,17 +248,12 @@ def test_views_of_files_are_crops_and_workers_ignore_the_signals_that_stop_a_run
     assert (images[0] == np.asarray(centre)).all()         # 16 of 18 pixels on the short side
     crops = np.stack([images[i, 0] for i in range(40)])    # view 1 has the seed 0
     assert len(np.unique(crops, axis=0)) == 40 and (crops != images[0]).any((1, 2, 3)).all()
-    loading = batches.view_batches(images, 1, np.split(np.arange(40), 20), 2)
-    seen = [next(loading), next(loading)]                  # now both workers have started
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
-    assert torch.equal(torch.cat([*seen, *loading]), batches.to_float(torch.tensor(crops)))
+    seen = torch.cat([*batches.view_batches(images, 1, np.split(np.arange(40), 20), 2)])
+    assert torch.equal(seen, batches.to_float(torch.tensor(crops)))
 
 
 @pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_its_workers(tmp_path):
-    """Workers ignore the SIGTERM with which Python ends them."""
     code = f"""
 from data import batches, folder
 images = folder.FolderImages({str(tree(tmp_path, "0.png"))!r}, ["0.png"] * 99, [0] * 99, 8)
