@@ -111,7 +111,7 @@ def main():
     masks = torch.stack([mask, block_causal_mask((1,) * 30)])
     footer = plots.legend("Yellow: the row's token attends to the column's token.")
     labels = ["next scale: 1 + 4 + 9 + 16 tokens", "raster: 30 tokens"]
-    plots.save_grid("out/03_block_causal_mask.png", plots.heat_maps(masks, 0, 1), columns=2,
+    plots.save_grid("out/03_block_causal_mask.png", plots.heat_map(masks, 0, 1), columns=2,
                     scale=9, column_labels=labels, footer=footer)
     print("wrote out/03_block_causal_mask.png")
 

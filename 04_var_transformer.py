@@ -296,7 +296,7 @@ def show_influence(var):
     moved = (logits[:-1] - logits[-1]).norm(dim=-1).t()    # (L outputs, L inputs)
     assert not moved[~var.mask].any()
     print("changing an input moves no output of a coarser scale")
-    picture = plots.heat_map((moved + 0.01).log())[None]   # (1, L, L, 3)
+    picture = plots.heat_map((moved + 0.01).log())[None]   # (1, 3, L, L)
     footer = plots.legend(
         "Row: an output. Column: the input that was changed. Bright: it moves far.\n"
         "First column: the class, which steers every block. Diagonal: f_hat at the\n"

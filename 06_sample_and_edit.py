@@ -18,12 +18,12 @@ and an edit takes several passes.
 
     python 06_sample_and_edit.py                  newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
-    python 06_sample_and_edit.py --released d16 --classes goldfish volcano
 """
 import os
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 # Threads that spin while they wait make a run beside a busy process forty times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")            # read when torch is imported
@@ -37,7 +37,6 @@ from engine.device import best_precision, pick_device
 from engine.options import Parser, number, run_main
 from engine.released import fetch, fill, read_tokenizer, read_transformer
 from report import gallery
-from report.judge import evaluate
 
 vqvae = import_module("02_multiscale_vqvae")
 masking = import_module("03_block_causal_mask")
@@ -355,9 +354,6 @@ def read_arguments():
     add("--seed", type=number(int), default=0)
     add("--out", help="folder for the results [out/NAME]")
     args = parser.parse_args()
-    x0, y0, x1, y1 = args.box or (0, 0, 1, 1)
-    if not (x0 < x1 <= 1 and y0 < y1 <= 1):
-        raise BadInput(f"--box {args.box}: need 0 <= X0 < X1 <= 1 and 0 <= Y0 < Y1 <= 1")
     if (args.top_p or 0) > 1:
         raise BadInput(f"--top-p {args.top_p}: a probability is at most 1")
     if (args.tokenizer_file or args.var_file) and not args.released:
@@ -379,29 +375,21 @@ def main():
                 for name, default in about["sampling"].items()}
     print("sampling:", ", ".join(f"{name} {x:g}" for name, x in sampling.items()))
     torch.manual_seed(args.seed)
-    # Both make any number of images, as many at a time as fit into memory.
-    sample = partial(gallery.in_batches, args,
-                     partial(generate, *both, smooth=args.smooth, **sampling))
-    repaint = partial(gallery.in_batches, args, partial(edit, *both, **sampling))
+    model = SimpleNamespace(
+        tokenizer=tokenizer, cfg=sampling["cfg"],
+        draw_tokens=partial(sample_tokens, *both, **sampling),
+        log_likelihood=partial(log_likelihood, *both),
+        # These two make any number of images, as many at a time as fit into memory.
+        sample=partial(gallery.in_batches, args,
+                       partial(generate, *both, smooth=args.smooth, **sampling)),
+        repaint=partial(gallery.in_batches, args, partial(edit, *both, **sampling)))
     if args.export_npz:
-        return gallery.export_npz(args, sample)
-    tasks = gallery.TASKS[:6] if args.task == "all" else [args.task]
+        return gallery.export_npz(args, model)
+    tasks = list(gallery.TASKS)[:6] if args.task == "all" else [args.task]
     if args.task == "all" and args.released and not (args.image or args.data_dir):
         tasks = ["sample", "guidance"]                     # there are no images to edit
     for task in tasks:
-        if task == "sample":
-            tokens = sample_tokens(*both, list(args.labels)[:5], **sampling)
-            gallery.show_samples(args, sample, tokenizer, tokens)
-        elif task == "guidance":
-            gallery.show_guidance(args, sample, sampling["cfg"])
-        elif task == "reconstruct":
-            gallery.show_reconstructions(args, tokenizer)
-        elif task == "density":
-            gallery.show_density(args, tokenizer, partial(log_likelihood, *both))
-        elif task == "evaluate":
-            evaluate(args, tokenizer, sample)
-        else:
-            gallery.show_edits(args, task, tokenizer, repaint)
+        gallery.TASKS[task](args, model)
 
 
 if __name__ == "__main__":

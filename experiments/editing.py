@@ -1,9 +1,12 @@
-"""Does an edit keep what it should keep?
+"""Does an edit keep what it should keep, and does the new part fit it?
 
     python experiments/editing.py        prints a table, writes out/editing.png
 
-All rows get the same held-out shapes, classes, masks and random numbers. PSNR in dB.
+All rows get the same held-out shapes, masks and random numbers. PSNR of the kept part in dB;
+of the right half also what the result costs in bits given the class of the original, and how
+often the judge names this class.
 """
+import math
 import sys
 from pathlib import Path
 
@@ -14,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import shapes
 from data.batches import rows_of, to_float
 from experiments.trial import ROOT, drawing, quick_parser, run_main, show, training
-from report import health, plots
+from report import health, judge, plots
 
 # What is repainted of 32x32 pixels: x0, y0, x1, y1
 MASKS = {"right half": (16, 0, 32, 32), "middle": (4, 4, 28, 28),
@@ -61,29 +64,39 @@ WAYS = {
     "edit() in one pass": (drawing.edit, dict(paint_passes=1, settle_passes=0)),
     "edit() in six passes": (drawing.edit, dict(paint_passes=6, settle_passes=0)),
     "edit(), default: six passes and two settling": (drawing.edit, {}),
+    "the same without a class (the paper's task)": (drawing.edit, {}),
 }
 
 
-@torch.no_grad()
 def main():
     quick = quick_parser(__doc__).parse_args().quick
-    tokenizer, var, image, labels = held_out_shapes(2 if quick else 64)
+    images, classes, names = shapes.load("test" if quick else "train")
+    network = judge.train_judge(images, classes, len(names), steps=3 if quick else 100)
+    tokenizer, var, image, labels = held_out_shapes(2 if quick else 200)
     lines, rows = [], {}
     for name, (way, options) in WAYS.items():
+        given = torch.full_like(labels, len(names)) if "without a class" in name else labels
         lines.append([name])
         for mask, (x0, y0, x1, y1) in MASKS.items():
             keep = torch.ones(32, 32, dtype=torch.bool)
             keep[y0:y1, x0:x1] = False
-            result = way(tokenizer, var, image, keep, labels, cfg=1.5,
+            result = way(tokenizer, var, image, keep, given, cfg=0.5,
                          generator=torch.Generator().manual_seed(0), **options)
             db = health.psnr(2 * result - 1, image, keep).mean()
             lines[-1].append(f"{db:.1f}")
-            if mask == "middle" and ("demo" in name or "default" in name):
+            if mask == "right half":
+                tokens = tokenizer.image_to_tokens(2 * result - 1)
+                nats = -drawing.log_likelihood(tokenizer, var, tokens, labels).sum(1).mean()
+                _, logits = judge.extract(network, [result])
+                hidden = [f"{nats / math.log(2):.0f}", f"{judge.accuracy(logits, labels):.0%}"]
+            elif mask == "middle" and ("demo" in name or "default" in name or given is not labels):
                 rows["kept (grey: to repaint)"] = torch.where(keep, (image + 1) / 2, 0.5)
-                rows[f"{name}\nkept part: {db:.1f} dB"] = result
-    show([f"{len(image)} images, dB", *MASKS], lines)
-    images = torch.cat([row[::8] for row in rows.values()])
-    plots.save_grid("out/editing.png", images, len(images) // 3, row_labels=list(rows))
+                rows[f"{name}\n{db:.1f} dB"] = result
+        lines[-1] += hidden
+    show([f"{len(image)} images, dB", *MASKS, "bits, right half", "named as the original"], lines)
+    images = torch.cat([row[::25] for row in rows.values()])
+    plots.save_grid("out/editing.png", images, len(images) // len(rows), row_labels=list(rows),
+                    footer=plots.legend(f"dB: PSNR of the kept part, {len(image)} images."))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main():
     print()
     show(["falls as", "exponent by parameters", "correlation", "VAR's exponent"], fits)
     path = trial.folder / "scaling.png"
-    plots.save_curve(path, curves, log="xy", x_label="N, millions of parameters",
+    plots.save_curve(path, curves, x_label="N, millions of parameters",
                      y_label="held-out cross-entropy, nats per token")
     print(f"wrote {path}")
 

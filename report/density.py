@@ -3,7 +3,7 @@
 The tokens of an image have an exact probability under the transformer (log_likelihood in
 chapter 6), which gives
 
-    a measure      -log2 p: bits per token, per scale, per pixel
+    a measure      -log2 p: bits per token, per scale, per image
     a classifier   p(class | tokens) = p(tokens | class) / the same summed over the classes:
                    Bayes' rule, if all classes are equally common
 
@@ -24,9 +24,8 @@ def density(tokenizer, log_likelihood, image, labels, classes, no_class):
 
     log_likelihood(tokens, labels (B,)) -> nats (B, K); labels (N,): the class of each image;
     classes: those to compare; no_class: the label of none"""
-    device, side, scales = next(tokenizer.parameters()).device, image.shape[-1], tokenizer.scales
-    parts = []
-    for part in progress(image.split(per_pass(side)), len(image)):
+    device, scales, parts = next(tokenizer.parameters()).device, tokenizer.scales, []
+    for part in progress(image.split(per_pass(image.shape[-1])), len(image)):
         tokens = tokenizer.image_to_tokens(part.to(device))
         nats = [log_likelihood(tokens, [c] * len(part)).cpu() for c in [*classes, no_class]]
         parts.append(torch.stack(nats, 1).double())
@@ -38,16 +37,11 @@ def density(tokenizer, log_likelihood, image, labels, classes, no_class):
     sizes = torch.tensor([s * s for s in scales] + [sum(s * s for s in scales)])
     print(f"{len(image)} images; without a model a token costs log2 V, "
           f"{math.log2(tokenizer.config.vocab_size):g} bits")
-    print_row("side", [*scales, "all"], "")
-    print_row("tokens", sizes.tolist(), "")
-    print_row("bits given no class", bits[:, -1].mean(0), ".1f")
-    print_row("bits given the class", known, ".1f")
-    print_row("    per token", known / sizes, ".2f")
-    print_row("    per pixel", known / side ** 2, ".3f")
-    print_row("class found so far", found.double().mean(0), ".0%")
+    for name, values, form in (("side", [*scales, "all"], ""),
+                               ("bits given no class", bits[:, -1].mean(0), ".1f"),
+                               ("bits given the class", known, ".1f"),
+                               ("    per token", known / sizes, ".2f"),
+                               ("class found so far", found.double().mean(0), ".0%")):
+        print(f"    {name:<22}" + "".join(f"{x:>9{form}}" for x in values))
     print("found by Bayes' rule from this scale and the coarser ones; by chance: "
           f"{1 / len(classes):.0%}")
-
-
-def print_row(name, values, form):
-    print(f"    {name:<22}" + "".join(f"{x:>9{form}}" for x in values))

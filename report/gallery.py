@@ -2,13 +2,17 @@
 
 args: the options of chapter 6, and facts about the model: names (of all classes), labels
     ({number: text} of the classes to show), dataset, side (of its images)
-draw(labels, seed=0, ...), repaint(labels, image, keep=...): generate() and edit() of
-    chapter 6 for any number of images -> (n, 3, H, W) in [0, 1]
+model: .tokenizer, .cfg (the guidance), and functions of chapter 6 for its two networks:
+    .draw_tokens(labels), .log_likelihood(tokens, labels), and for any number of images
+    .sample(labels, seed=0, ...), .repaint(labels, image, keep=...) -> (n, 3, H, W) in [0, 1]
 """
+import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ImageOps
 
 from data.batches import stack, to_float
@@ -18,9 +22,8 @@ from engine import BadInput
 from engine.progress import progress
 from report import health, plots
 from report.density import density
+from report.judge import evaluate
 
-TASKS = ("sample", "guidance", "reconstruct", "inpaint", "outpaint", "edit", "density",
-         "evaluate")
 # What to repaint (outpaint: to keep) without --box and --mask, in fractions of the side.
 BOXES = {"inpaint": (0.5, 0, 1, 1), "outpaint": (0.25, 0.25, 0.75, 0.75),
          "edit": (0.1, 0.1, 0.9, 0.9)}
@@ -42,9 +45,8 @@ def in_batches(args, paint, labels, image=None, seed=0, **options):
     if args.device.type == "cuda":
         memory = torch.cuda.get_device_properties(args.device).total_memory
     at_once = max(1, min(100, memory // 2 ** 14 // args.side ** 2))
-    parts = torch.arange(len(labels)).split(at_once)
     painted = []
-    for rows in progress(parts, len(labels)):
+    for rows in progress(torch.arange(len(labels)).split(at_once), len(labels)):
         generators = [torch.Generator(args.device).manual_seed(args.seed + seed + i)
                       for i in rows.tolist()]
         if image is not None:
@@ -65,11 +67,12 @@ def read_image(path, side):
 
 
 def images_to_edit(args, count=10):
-    """--image, which is of the first class, or up to `count` held-out images, of which the
-    classes take turns -> (n, 3, side, side) in [-1, 1], labels (n,). Raises BadInput"""
+    """--image, of the first of --classes or of none, or up to `count` held-out images, of
+    which the classes take turns -> (n, 3, side, side) in [-1, 1], labels (n,). Raises
+    BadInput"""
     if args.image:
-        print(f"{args.image}: taken as class {args.labels[min(args.labels)]}; see --classes")
-        return read_image(args.image, args.side), torch.tensor([min(args.labels)])
+        label = min(args.labels) if args.classes else len(args.names)
+        return read_image(args.image, args.side), torch.tensor([label])
     shipped = dataset_named(args.dataset).examples
     if shipped and not args.data_dir:
         images, labels, names = shipped()
@@ -88,17 +91,17 @@ def images_to_edit(args, count=10):
 
 def kept_region(args, task):
     """--mask, --box or the task's own box -> (side, side) bool, True = keep. Raises
-    BadInput if that is everything."""
+    BadInput if that is everything or nothing."""
     if args.mask:
         inside = read_image(args.mask, args.side)[0].mean(0) > 0         # where it is white
     else:
         x0, y0, x1, y1 = (round(x * args.side) for x in args.box or BOXES[task])
         inside = torch.zeros(args.side, args.side, dtype=torch.bool)
         inside[y0:y1, x0:x1] = True
-    keep = inside if task == "outpaint" else ~inside
-    if keep.all():
-        raise BadInput(f"--task {task}: --box X0 Y0 X1 Y1 or --mask leaves nothing to repaint")
-    return keep
+    if inside.all() or not inside.any():
+        raise BadInput(f"--task {task}: --mask, or --box X0 Y0 X1 Y1 in fractions of the side, "
+                       "must leave a part to repaint and a part to keep")
+    return inside if task == "outpaint" else ~inside
 
 
 # -- Tasks ---------------------------------------------------------------------------------
@@ -111,61 +114,75 @@ def save(args, name, rows, **labels):
     print(f"wrote {path}")
 
 
-def show_samples(args, draw, tokenizer, tokens):
-    """Samples of each class. Then how others come about: the token map added at each scale,
-    and the image decoded from all maps so far. tokens: K (B, n), of the first B classes"""
+@torch.no_grad()
+def show_samples(args, model):
+    """Samples of each class. Then how some came about: the token map added at each scale,
+    and the image decoded from all maps so far."""
+    tokens, tokenizer = model.draw_tokens(list(args.labels)[:5]), model.tokenizer
     rows, n = {}, args.n or 8
     for i, (c, text) in enumerate(args.labels.items()):
-        rows[text] = draw(torch.full((n,), c), seed=i * n)
+        rows[text] = model.sample(torch.full((n,), c), seed=i * n)
     save(args, "samples", rows)
-    names = list(args.labels.values())[:len(tokens[0])]
-    rows = {}
+    rows, names = {}, list(args.labels.values())[:5]
     for side, maps, image in zip(tokenizer.scales, tokens, health.decoded(tokenizer, tokens)):
         colours = plots.token_colours(maps, side, tokenizer.config.vocab_size)
-        rows[f"{side}x{side}"] = plots.cells([*colours, *(image + 1) / 2])
-    footer = plots.legend("Left: the token map of each scale. A colour stands for the number of "
-                          "a code.\nRight: the image decoded from all maps so far.")
-    save(args, "coarse_to_fine", rows, column_labels=names * 2, scale=1, footer=footer)
+        rows[f"{side}x{side}"] = torch.cat([F.interpolate(x, size=max(96, args.side))
+                                            for x in (colours, (image + 1) / 2)])
+    save(args, "coarse_to_fine", rows, column_labels=names * 2, scale=1, footer=plots.legend(
+        "Left: the token map of each scale. A colour stands for the number of a code.\n"
+        "Right: the image decoded from all maps so far."))
 
 
-def show_guidance(args, draw, default):
-    """The first class at several strengths of guidance. All rows use the same noise."""
+def show_guidance(args, model):
+    """The first class at several strengths of guidance."""
     rows, c = {}, min(args.labels)
-    for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, default}):
-        text = f"{args.labels[c]}, cfg {cfg:g}" + " (default)" * (cfg == default)
-        rows[text] = draw(torch.full((8,), c), cfg=cfg)
-    save(args, "guidance", rows)
+    for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, model.cfg}):
+        text = f"{args.labels[c]}, cfg {cfg:g}" + " (default)" * (cfg == model.cfg)
+        rows[text] = model.sample(torch.full((8,), c), cfg=cfg)
+    save(args, "guidance", rows, footer=plots.legend(
+        "cfg: guidance at the last scale. The images of a column share their random numbers."))
 
 
-def show_reconstructions(args, tokenizer):
+def show_reconstructions(args, model):
     """Images, and what the tokenizer makes of them after each scale."""
     image, _ = images_to_edit(args)
     path = args.out / "reconstruct.png"
-    health.save_picture(path, tokenizer, image.to(args.device))
+    health.save_picture(path, model.tokenizer, image.to(args.device))
     print(f"wrote {path}")
 
 
 @torch.no_grad()
-def show_edits(args, task, tokenizer, repaint):
-    """Repaint images without a class, which is the paper's task, and with their own; or as
-    other classes. Print the PSNR of the kept part."""
+def show_edits(args, model, task):
+    """Repaint images without a class, which is the paper's task, then as their own class; or
+    as other classes. Print the PSNR of the kept part, and the bits of the whole result under
+    the model: given no class, and given the class (without one: that of the original)."""
     image, labels = images_to_edit(args, 5 if task == "edit" else 10)
-    keep = kept_region(args, task)
+    keep, no_class = kept_region(args, task), torch.full_like(labels, len(args.names))
     if task == "inpaint":
-        check_no_leak(repaint, image[:1], keep, labels[:1])
-    wanted = {"no class": torch.full_like(labels, len(args.names)), "own class": labels}
+        check_no_leak(model.repaint, image[:1], keep, labels[:1])
+    wanted = {"no class": no_class}
     if task == "edit":
         wanted = {f"as {text}": torch.full_like(labels, c) for c, text in args.labels.items()}
-    alone = tokenizer.tokens_to_image(tokenizer.image_to_tokens(image.to(args.device)))
-    results = {"tokenizer alone": (alone.cpu() + 1) / 2}
+    elif not labels.equal(no_class):                       # of an image without --classes
+        wanted["own class"] = labels
+    tokens = model.tokenizer.image_to_tokens(image.to(args.device))
+    results = {"tokenizer alone": (model.tokenizer.tokens_to_image(tokens).cpu() + 1) / 2}
     for text, classes in wanted.items():
-        results[text] = repaint(classes, image, keep=keep)
-    print(f"{task}, PSNR of the kept part:")
+        results[text] = model.repaint(classes, image, keep=keep)
+    rows = {"original": (image + 1) / 2,
+            "kept (grey: hidden)": torch.where(keep, (image + 1) / 2, 0.5)}
+    print(f"{task:<20}kept part   bits given no class   bits given the class")
     for text, result in results.items():
-        print(f"    {text:<16}{health.psnr(2 * result - 1, image, keep).mean():.1f} dB")
-    shown = torch.where(keep, (image + 1) / 2, 0.5)
-    rows = {"original": (image + 1) / 2, "kept (grey: hidden)": shown, **results}
-    save(args, task, rows)
+        meant = labels if text == "no class" else wanted.get(text, labels)
+        db = health.psnr(2 * result - 1, image, keep).mean()
+        tokens = model.tokenizer.image_to_tokens((2 * result - 1).to(args.device))
+        free, given = (-model.log_likelihood(tokens, known).sum(1).mean() / math.log(2)
+                       for known in (no_class, meant))
+        print(f"    {text:<16}{db:>6.1f} dB{free:>22.0f}{given:>23.0f}")
+        rows[f"{text}\n{db:.1f} dB, {given:.0f} bits"] = result
+    save(args, task, rows, footer=plots.legend(
+        "dB: PSNR of the kept part. Bits: what the tokens of the whole result cost under the\n"
+        "model, given the class of the row (no class: that of the original)."))
 
 
 def check_no_leak(repaint, image, keep, labels):
@@ -176,13 +193,20 @@ def check_no_leak(repaint, image, keep, labels):
     assert torch.equal(one, two)
 
 
-def show_density(args, tokenizer, log_likelihood):
+def show_density(args, model):
     """Bits of --image or of held-out images, and what Bayes' rule makes of them."""
+    if args.image and not args.classes:
+        raise BadInput("--task density --image: name the class of the image with --classes")
     image, labels = images_to_edit(args, args.n or 500)
-    density(tokenizer, log_likelihood, image, labels, args.labels, len(args.names))
+    density(model.tokenizer, model.log_likelihood, image, labels, args.labels, len(args.names))
 
 
-def export_npz(args, draw):
+TASKS = {"sample": show_samples, "guidance": show_guidance, "reconstruct": show_reconstructions,
+         **{task: partial(show_edits, task=task) for task in BOXES},
+         "density": show_density, "evaluate": evaluate}
+
+
+def export_npz(args, model):
     """Write what the standard ImageNet evaluator reads: samples of all classes in turn,
     uint8 (N, side, side, 3), named arr_0. 50,000 of 256 pixels need 10 GB of memory."""
     path = Path(args.export_npz)
@@ -191,7 +215,7 @@ def export_npz(args, draw):
     labels = torch.arange(len(args.names)).repeat(args.n or 50)
     images = np.empty((len(labels), args.side, args.side, 3), np.uint8)
     for begin in range(0, len(labels), 1000):
-        drawn = draw(labels[begin:begin + 1000], seed=begin)
+        drawn = model.sample(labels[begin:begin + 1000], seed=begin)
         images[begin:begin + 1000] = plots.to_uint8(drawn)
     np.savez(path, arr_0=images)
     print(f"wrote {path}: {len(images)} images")

@@ -110,6 +110,6 @@ def save_picture(path, tokenizer, image):
     names = [f"after {side}x{side}, {psnr(rows[0], row).mean():.1f} dB"
              for side, row in zip(tokenizer.scales, rows[1:])]
     error = (rows[-1] - rows[0]).abs().mean(1) / 2         # 1: black in place of white
-    shown = [*((row + 1) / 2 for row in rows), plots.heat_maps(error, 0, 0.2)]
+    shown = [*((row + 1) / 2 for row in rows), plots.heat_map(error, 0, 0.2)]
     plots.save_grid(path, torch.cat(shown), len(image),
                     row_labels=["original", *names, "error, 0 to 20 %"])

@@ -39,12 +39,15 @@ class Judge(nn.Module):
 
 
 @torch.random.fork_rng(devices=[])        # the caller's random numbers stay as they are
-def judge_of(dataset, images, labels, num_classes, device="cpu"):
-    """The judge of a data set, trained when it is first needed and kept in out/."""
-    how, path = dataset_named(dataset), Path("out") / f"judge_{image_fingerprint(images)}.pt"
+def judge_of(dataset, images, labels, num_classes, device="cpu", augment=True):
+    """The judge of a data set, trained when it is first needed and kept in out/. See
+    train_judge() for the arguments."""
+    how, kind = dataset_named(dataset), "" if augment else "strict_"
+    path = Path("out") / f"judge_{kind}{image_fingerprint(images)}.pt"
     if not path.exists():
         judge = train_judge(images, labels, num_classes, steps=how.judge_steps,
-                            width=how.judge_width, mirrored=how.mirrored, device=device)
+                            width=how.judge_width, mirrored=how.mirrored, device=device,
+                            augment=augment)
         save_atomically(judge.cpu().state_dict(), path)
     judge = Judge(num_classes, how.judge_width)
     judge.load_state_dict(load_checkpoint(path))
@@ -52,9 +55,12 @@ def judge_of(dataset, images, labels, num_classes, device="cpu"):
 
 
 @torch.random.fork_rng(devices=[])
-def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, device="cpu"):
+def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, device="cpu",
+                augment=True):
     """Train a judge on images, uint8 (N, H, W, 3) or read on demand, and labels (N,).
-    -> judge in eval mode. The shapes need 100 steps, about 15 s on one CPU core."""
+    augment: vary the images, see varied(); a judge trained without this is strict, because
+    it has never seen blur, dimming or shifts. -> judge in eval mode. The shapes need 100
+    steps, about 15 s on one CPU core."""
     labels, generator = torch.as_tensor(labels), torch.Generator().manual_seed(0)
     torch.default_generator.manual_seed(0)
     judge = Judge(num_classes, width).to(device).train()
@@ -69,8 +75,10 @@ def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
 
     batches = picture_batches(images, crops(), cores())
     for step, batch in enumerate(progress(batches, steps, "steps of the judge", lambda _: 1)):
-        image = augment((to_float(batch) + 1) / 2, generator, mirrored).to(device)
-        logits = judge.head(judge.features(image))                       # (128, classes)
+        image = (to_float(batch) + 1) / 2                                # (128, 3, H, W)
+        if augment:
+            image = varied(image, generator, mirrored)
+        logits = judge.head(judge.features(image.to(device)))            # (128, classes)
         wanted = labels[drawn[step]].to(device)
         loss = F.cross_entropy(logits, wanted, label_smoothing=0.02)
         optimizer.zero_grad()
@@ -80,7 +88,7 @@ def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
     return judge.eval()
 
 
-def augment(image, generator, mirrored):
+def varied(image, generator, mirrored):
     """Shift, soften, dim and speckle each image of (N, 3, H, W) in [0, 1] in its own way.
     Reconstructions are soft and slightly off in colour, and a judge that knew only crisp
     images would blame them for it. mirrored: mirror half of them, too"""
@@ -161,9 +169,20 @@ def precision_recall(features_real, features_fake, k=3):
     return share_inside(fake, real), share_inside(real, fake)
 
 
-def evaluate(args, tokenizer, draw):
-    """Print a table of held-out, reconstructed and sampled images. args: of chapter 6;
-    draw(labels (n,)) -> images (n, 3, H, W) in [0, 1]. Raises BadInput for too few images."""
+def labels_like(labels, count):
+    """`count` labels in the class shares of labels (N,). Equally common classes take turns: 0,
+    1, 2, ..., 0, 1, ... With other shares, a Fréchet distance would measure the mix."""
+    share = torch.bincount(torch.as_tensor(labels)).double() / len(labels)
+    given, drawn = torch.zeros_like(share), []
+    for i in range(count):
+        drawn.append(int((share * (i + 1) - given).argmax()))            # the first, if tied
+        given[drawn[-1]] += 1
+    return torch.tensor(drawn)
+
+
+def evaluate(args, model):
+    """Print a table of held-out, reconstructed and sampled images. args, model: see
+    report/gallery.py. Raises BadInput for too few images."""
     _, splits, names = load_splits(args.dataset, args.side, args.data_dir, args.names)
     (real, labels), (test, test_labels) = splits["train"], splits["test"]
     count = min(args.n or 1000, len(real), len(test))
@@ -171,14 +190,14 @@ def evaluate(args, tokenizer, draw):
         raise BadInput(f"--task evaluate needs 4 training and 4 held-out images of the model's "
                        f"classes; {args.dataset} has {len(real)} and {len(test)}")
     judge = judge_of(args.dataset, real, labels, len(names), args.device)
-    rows, meant = rows_of(len(test), count), torch.arange(count) % len(names)
+    rows, meant = rows_of(len(test), count), labels_like(labels, count)
     known, _ = extract(judge, batches_of(real, rows_of(len(real), count)))
     print(f"{count} images per row, compared with as many training images; no Inception FID")
     print(f"{'':<20}{'in class':>9}{'Fréchet':>9}{'precision':>11}{'recall':>8}")
     for text, batches, wanted in (
             ("held-out images", batches_of(test, rows), test_labels[rows]),
-            ("reconstructions", rebuilt(tokenizer, test, rows), test_labels[rows]),
-            ("samples", [draw(meant)], meant)):
+            ("reconstructions", rebuilt(model.tokenizer, test, rows), test_labels[rows]),
+            ("samples", [model.sample(meant)], meant)):
         found, logits = extract(judge, batches)
         precision, recall = precision_recall(known, found)
         in_class, distance = accuracy(logits, wanted), frechet_distance(known, found)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE = (40, 44, 52), (222, 225, 230)
@@ -53,13 +52,6 @@ def legend(text, colour=INK):
 
 # -- Grids of images -----------------------------------------------------------------------
 
-def cells(images):
-    """Images (3, h, h) of different sizes -> (N, 3, side, side), all as large as the
-    largest and at least 96 pixels. Every pixel becomes a rectangle."""
-    side = max(96, *(image.shape[-1] for image in images))
-    return torch.cat([F.interpolate(image[None], size=side) for image in images])
-
-
 def to_uint8(images):
     """Float tensor (N, 3, H, W) in [0, 1], else clipped -> uint8 array (N, H, W, 3)"""
     images = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -70,13 +62,10 @@ def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=N
               footer=None):
     """Write images row by row into one PNG on white.
 
-    images: float tensor (N, 3, H, W) in [0, 1] or uint8 array (N, H, W, 3)
-    scale: a whole number (None: cells of about 96 pixels); row_labels, column_labels: a text
-    for each; footer: the picture that legend() makes"""
-    if torch.is_tensor(images) and images.is_floating_point():
-        images = to_uint8(images)
-    gap, scale = 2, scale or max(1, round(96 / images.shape[2]))
-    images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    images: float tensor (N, 3, H, W) in [0, 1]; scale: a whole number (None: cells of about
+    96 pixels); row_labels, column_labels: a text for each; footer: what legend() makes"""
+    gap, scale = 2, scale or max(1, round(96 / images.shape[3]))
+    images = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = images.shape[1:3]
     # Labels set the margins, and a large label widens its row or column: none is cut off.
     beside = [legend(text) for text in row_labels]
@@ -106,18 +95,14 @@ def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=N
 # -- Colours -------------------------------------------------------------------------------
 
 def heat_map(matrix, low=None, high=None):
-    """Matrix (..., H, W) -> uint8 (..., H, W, 3), from dark blue for `low` to yellow."""
-    matrix = np.asarray(matrix, dtype=np.float64)
+    """Tensor (..., H, W) -> floats (..., 3, H, W), from dark blue for `low` (None: the least
+    value) to yellow for `high` (None: the largest)."""
+    matrix = matrix.detach().cpu().double().numpy()
     low = matrix.min() if low is None else low
     high = matrix.max() if high is None else high
     place = np.clip((matrix - low) / (high - low), 0, 1) * (len(HEAT) - 1)
     colours = [np.interp(place, np.arange(len(HEAT)), HEAT[:, c]) for c in range(3)]
-    return np.stack(colours, axis=-1).round().astype(np.uint8)
-
-
-def heat_maps(matrices, low, high):
-    """Tensor (N, h, w) -> heat_map() of each, floats (N, 3, h, w)"""
-    return torch.from_numpy(heat_map(matrices.cpu(), low, high)).permute(0, 3, 1, 2) / 255
+    return torch.from_numpy(np.stack(colours, axis=-3)).float() / 255
 
 
 def token_colours(tokens, side, vocab_size):
@@ -132,11 +117,11 @@ def token_colours(tokens, side, vocab_size):
 
 # -- Line charts ---------------------------------------------------------------------------
 
-def save_curve(path, series, *, x_label="", y_label="", log=""):
-    """Write a line chart. series: name -> list of (x, y), finite numbers; log: "xy" for two
-    logarithmic axes, on which powers become straight lines"""
-    lines = [np.log10(line) if log else np.array(line) for line in series.values()]  # (N, 2)
-    low = np.min([line.min(axis=0) for line in lines], axis=0)                       # (x, y)
+def save_curve(path, series, *, x_label="", y_label=""):
+    """Write a line chart with two logarithmic axes, on which powers become straight lines.
+    series: name -> list of (x, y), positive numbers"""
+    lines = [np.log10(line) for line in series.values()]                 # (N, 2) each
+    low = np.min([line.min(axis=0) for line in lines], axis=0)           # (x, y)
     high = np.max([line.max(axis=0) for line in lines], axis=0)
     names = [legend(name, LINES[i % len(LINES)]) for i, name in enumerate(series)]
     left, bottom = begin = np.array([80, 350])             # pixels of the smallest x and y
@@ -147,8 +132,8 @@ def save_curve(path, series, *, x_label="", y_label="", log=""):
         x, y = begin + share * (end - begin)
         pen.line([(x, top), (x, bottom)], PALE)
         pen.line([(left, y), (right, y)], PALE)
-        tick = low + share * (high - low)
-        below, beside = [legend(f"{value:,.4g}") for value in (10 ** tick if log else tick)]
+        ticks = 10 ** (low + share * (high - low))
+        below, beside = [legend(f"{value:,.4g}") for value in ticks]
         sheet.paste(below, (int(x) - below.width // 2, bottom + 4))
         sheet.paste(beside, (left - beside.width, int(y) - beside.height // 2))
     sheet.paste(legend(y_label), (left, 6))

@@ -22,20 +22,20 @@ from report import density, health, judge, plots
        scale=st.integers(1, 3))
 def test_every_pixel_of_a_grid_lands_where_it_should(tmp_path_factory, count, columns, side,
                                                      scale):
-    images = np.random.default_rng(count).integers(0, 255, (count, side, 3, 3), np.uint8)
+    images = torch.randint(256, (count, 3, side, 3), generator=seeded(count))
     path = tmp_path_factory.mktemp("grid") / "new" / "grid.png"
-    plots.save_grid(path, images, columns, scale=scale)
+    plots.save_grid(path, images / 255, columns, scale=scale)
     high, wide, rows = side * scale + 2, 3 * scale + 2, math.ceil(count / columns)
     expected = np.full((2 + rows * high, 2 + columns * wide, 3), 255, np.uint8)
     for i, y, x in np.ndindex(count, side * scale, 3 * scale):
         expected[2 + i // columns * high + y, 2 + i % columns * wide + x] = (
-            images[i, y // scale, x // scale])
+            images[i, :, y // scale, x // scale])
     assert (np.array(Image.open(path)) == expected).all()
 
 
 def test_labels_and_legends_are_never_cut_off(tmp_path):
     path, text = tmp_path / "g.png", "a long label, with more words\nthan images"
-    plots.save_grid(path, np.full((2, 4, 4, 3), 255, np.uint8), 2, scale=1, row_labels=[text],
+    plots.save_grid(path, torch.ones(2, 3, 4, 4), 2, scale=1, row_labels=[text],
                     column_labels=[text, "short"], footer=plots.legend(text))
     sheet = np.array(Image.open(path))
     edge = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
@@ -53,16 +53,14 @@ def test_names_of_classes_are_short_and_in_a_font_that_has_them_or_are_numbers(n
 
 
 def test_colours_rise_and_those_of_tokens_are_far_apart():
-    ramp = plots.heat_maps(torch.linspace(0, 1, 64).view(1, 1, 64), 0, 1)[0, :, 0]
+    ramp = plots.heat_map(torch.linspace(0, 1, 64)[None])[:, 0]
     assert (torch.tensor([0.299, 0.587, 0.114]) @ ramp).diff().min() > 0
     colours = plots.token_colours(torch.arange(64)[None], 8, 64)
     assert torch.pdist(colours[0].reshape(3, -1).T).min() > 0.08
 
 
-@pytest.mark.parametrize("log, curve", [("", lambda x: 3 * x - 50), ("xy", lambda x: x ** 3)])
-def test_a_chart_draws_what_its_axes_promise_as_a_straight_line(tmp_path, log, curve):
-    points = [(x, curve(x)) for x in range(1, 100)]
-    plots.save_curve(tmp_path / "c.png", {"": points}, log=log)
+def test_a_chart_draws_a_power_as_a_straight_line(tmp_path):
+    plots.save_curve(tmp_path / "c.png", {"": [(x, x ** 3) for x in range(1, 100)]})
     chart = (np.array(Image.open(tmp_path / "c.png")) == plots.LINES[0]).all(2)
     heights = np.array([np.flatnonzero(column).mean() for column in chart.T if column.any()])
     x = np.arange(len(heights))
@@ -145,10 +143,18 @@ def test_precision_and_recall_match_the_slow_loop(seed, k):
     assert judge.precision_recall(real, real[:1].repeat(20, 1), k) == (1, 1 / 8)
 
 
+def test_equally_common_classes_take_turns_and_others_come_in_their_shares():
+    real = np.arange(300) % 3
+    assert torch.equal(judge.labels_like(real, 100), torch.arange(100) % 3)
+    for count in (10, 100, 1000):
+        given = torch.bincount(judge.labels_like([2] * 7 + [0] * 2 + [1], count))
+        assert given.tolist() == [count // 5, count // 10, count * 7 // 10]
+
+
 def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, monkeypatch):
-    """Two classes, of which one is dark. The "samples" are the held-out images."""
+    """Two classes; three images of ten are dark. The "samples" are held-out images."""
     images, labels = shapes.draw(range(500), size=16)
-    labels %= 2
+    labels = (labels < 3).astype(np.int64)
     images[labels == 1] //= 3
     splits = {"train": (images[:400], labels[:400]), "test": (images[400:], labels[400:])}
     samples = judge.to_float(torch.from_numpy(images[400:])) / 2 + 0.5
@@ -158,17 +164,24 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, m
     monkeypatch.setattr(judge, "load_splits", lambda *_: (None, splits, ["pale", "dark"]))
     args = SimpleNamespace(dataset="any", data_dir="", side=16, names=["pale", "dark"], n=100,
                            device=torch.device("cpu"))
-    before = torch.get_rng_state()
-    out = printed(judge.evaluate, args, tokenizer, lambda labels: samples)
-    monkeypatch.setattr(judge, "train_judge", None)        # it was kept in out/
+    meant, before = [], torch.get_rng_state()
+    model = SimpleNamespace(tokenizer=tokenizer,
+                            sample=lambda labels: meant.append(labels) or samples)
+    out = printed(judge.evaluate, args, model)
+    assert torch.bincount(meant[0]).tolist() == [70, 30], "in the shares of the real images"
+    monkeypatch.setattr(judge, "varied", None)             # a strict judge does without it
+    judge.judge_of("any", *splits["train"], 2, augment=False)
+    monkeypatch.setattr(judge, "train_judge", None)        # both were kept in out/
     network = judge.judge_of("any", *splits["train"], 2)
+    strict = judge.judge_of("any", *splits["train"], 2, augment=False)
+    assert not torch.equal(network.head.weight, strict.head.weight)
     assert torch.equal(before, torch.get_rng_state())
     known, _ = judge.extract(network, judge.batches_of(images, judge.rows_of(400, 100)))
     features, logits = judge.extract(network, [samples])
-    in_class = judge.accuracy(logits, labels[400:])
     row = re.search(r"samples +([\d.]+)% +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.M)
-    assert in_class > 0.8 and [float(x) for x in row.groups()] == pytest.approx(
-        [100 * in_class, judge.frechet_distance(known, features),
+    assert judge.accuracy(logits, labels[400:]) > 0.8
+    assert [float(x) for x in row.groups()] == pytest.approx(
+        [100 * judge.accuracy(logits, meant[0]), judge.frechet_distance(known, features),
          *judge.precision_recall(known, features)], abs=0.06)
 
 
@@ -186,8 +199,7 @@ def test_bits_and_bayes_of_a_case_worked_by_hand():
                   lambda tokens, labels: -torch.tensor(bits[labels[0]]) * math.log(2),
                   torch.zeros(2, 3, 4, 4), torch.tensor([7, 4]), {7: "x", 4: "y"}, 9)
     for row in (r"given no class +5\.0 +8\.0 +13\.0", r"given the class +1\.5 +6\.5 +8\.0",
-                r"per token +1\.50 +1\.6[23] +1\.60", r"per pixel +0\.094 +0\.406 +0\.500",
-                r"class found so far +100% +50%", r"costs log2 V, 4 bits", r"by chance: 50%"):
+                r"per token +1\.50 +1\.6[23] +1\.60", r"class found so far +100% +50%", r"costs log2 V, 4 bits", r"by chance: 50%"):
         assert re.search(row, out), (row, out)
 
 
