@@ -50,19 +50,6 @@ class Perceptual(nn.Module):
         self.register_buffer("spread", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
 
-    def load(self, vgg, lpips):
-        """Load state dicts in the layouts of torchvision and LPIPS. Raises BadInput if they do not
-        fit."""
-        try:
-            for name, weights in self.features.named_parameters(prefix="features"):
-                weights.copy_(vgg[name])
-            for k, weights in enumerate(self.weights):
-                weights.copy_(lpips[f"lin{k}.model.1.weight"].view_as(weights))
-        except LOADING_ERRORS as error:
-            raise BadInput(f"{DOWNLOADS} does not hold the weights of VGG-16 and LPIPS "
-                           f"({error})") from None
-        return self
-
     def unit_features(self, x):
         """x (B, 3, H, W) -> the features after each group, scaled to length 1 at each position"""
         found = []
@@ -85,12 +72,20 @@ class Perceptual(nn.Module):
 def load_perceptual():
     """LPIPS with its published weights, downloaded once. -> Perceptual. Raises BadInput if they are
     neither in data/downloads/ nor on the network."""
-    states = []
+    state = {}
     for name, url, sha256 in (VGG, LPIPS):
         if not (DOWNLOADS / name).exists():
             download(url, DOWNLOADS / name, sha256)
-        states.append(load_checkpoint(DOWNLOADS / name))
-    return Perceptual().load(*states)
+        state |= load_checkpoint(DOWNLOADS / name)
+    model = Perceptual()
+    try:
+        for name, weights in model.features.named_parameters(prefix="features"):
+            weights.copy_(state[name])
+        for k, weights in enumerate(model.weights):
+            weights.copy_(state[f"lin{k}.model.1.weight"].view_as(weights))
+    except LOADING_ERRORS as error:
+        raise BadInput(f"{DOWNLOADS} does not hold VGG-16 and LPIPS: {error}") from None
+    return model
 
 
 class Discriminator(nn.Module):

@@ -41,7 +41,7 @@ def renamed(state):
     return found
 
 
-def level_name(name, levels, blocks):
+def level_name(name):
     """ "encoder.down.4.attn.1.x" -> "encoder.levels.4.3.x": a level is one sequence of layers here.
     Levels count from fine to coarse there; in our decoder they follow the data."""
     found = re.match(r"(encoder|decoder)\.(?:down|up)\.(\d+)\.([a-z]+)\.(?:(\d+)\.)?(.*)", name)
@@ -49,11 +49,10 @@ def level_name(name, levels, blocks):
         return name
     half, level, part, j, rest = found.groups()
     level = int(level)
-    step = 2 if level == levels - 1 else 1                 # attention follows each block there
-    if half == "decoder":
-        level = levels - 1 - level
-        blocks = blocks + 1
-    place = step * int(j or blocks) + (part == "attn")     # downsample and upsample come last
+    blocks = 2 if half == "encoder" else 3                 # downsample or upsample follows them
+    step = 2 if level == 4 else 1                          # attention follows each block there
+    place = step * int(j or blocks) + (part == "attn")
+    level = level if half == "encoder" else 4 - level
     return f"{half}.levels.{level}.{place}.{rest}"
 
 
@@ -63,19 +62,13 @@ def read_tokenizer(state, scales=None):
     state = unwrap(state, "quantize.embedding.weight")
     scales = tuple(scales or SCALES[680])
     try:
-        channels = len(state["encoder.conv_in.weight"])
-        levels = count(state, r"encoder\.down\.(\d+)\.")
-        blocks = count(state, r"encoder\.down\.0\.block\.(\d+)\.")
-        widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)]
         vocab_size, latent_dim = state["quantize.embedding.weight"].shape
-        sizes = dict(TOKENIZER, image_size=scales[-1] * 2 ** (levels - 1), scales=scales,
-                     vocab_size=vocab_size, latent_dim=latent_dim, channels=channels,
-                     blocks=blocks, multipliers=tuple(width // channels for width in widths),
-                     phis=count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\."))
+        channels = len(state["encoder.conv_in.weight"])
     except LOADING_ERRORS as error:
         raise BadInput(f"not a released VAR tokenizer: {error}") from None
-    weights = {level_name(name, levels, blocks): value for name, value in state.items()}
-    return sizes, renamed(weights)
+    sizes = dict(TOKENIZER, image_size=16 * scales[-1], scales=scales, vocab_size=vocab_size,
+                 latent_dim=latent_dim, channels=channels)
+    return sizes, renamed({level_name(name): value for name, value in state.items()})
 
 
 def read_transformer(state, scales=None, heads=None):
@@ -86,7 +79,7 @@ def read_transformer(state, scales=None, heads=None):
         length = state["pos_1LC"].shape[1]
         scales = tuple(scales or SCALES.get(length, ()))
         rows, width = state["class_emb.weight"].shape
-        depth = count(state, r"blocks\.(\d+)\.")
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         factor = state.get("blocks.0.attn.scale_mul_1H11")
         sizes = dict(num_classes=rows - 1, scales=scales, vocab_size=len(state["head.weight"]),
                      latent_dim=state["word_embed.weight"].shape[1], depth=depth, width=width,
@@ -99,12 +92,6 @@ def read_transformer(state, scales=None, heads=None):
         raise BadInput(f"the transformer has {length} positions, but the scales {scales} have "
                        f"{sum(side * side for side in scales)}: give those it was trained with")
     return sizes, renamed(state)
-
-
-def count(state, pattern):
-    """How many numbers, from 0 on, there are at this place of the names."""
-    found = (re.match(pattern, name) for name in state)
-    return 1 + max(int(match[1]) for match in found if match)
 
 
 def unwrap(state, entry):

@@ -51,7 +51,7 @@ def picture_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(picture_folder, tmp_path_factory):
-    """A run of the real 05_train.py -> .folder, its .options (without --out), what it printed to
+    """A run of the real 05_train.py -> .folder, its .options without --out, what it printed to
     .stderr, and the .pictures it was trained on"""
     work = tmp_path_factory.mktemp("work")
     options = ["--dataset", str(picture_folder), *TINY]
