@@ -67,7 +67,8 @@ def test_matrices_decay_those_inside_blocks_go_to_muon_and_the_schedule_moves_al
     inside = r"blocks\.\d\.(attention|mlp)|(encoder|decoder)\.(levels|middle)"
     for name, p in model.named_parameters():
         optimizer, group = owner[id(p)]
-        matrix = p.ndim >= 2 and name.endswith("weight") and "s_embed" not in name
+        table = name in ("class_embed.weight", "scale_embed.weight")
+        matrix = p.ndim >= 2 and name.endswith("weight") and not table
         by_muon = kind == "muon" and matrix and bool(re.match(inside, name))
         assert isinstance(optimizer, optimizers.Muon) == by_muon, name
         decay = 0.08 - 0.03 * (0.5 + 0.5 ** 1.5) if matrix else 0.0      # half a cosine
