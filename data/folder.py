@@ -7,6 +7,7 @@
 A class owns all images below its folder, at any depth. Without a test folder, a hash of its path
 decides whether an image is held out; frames of one video are better sorted by hand.
 """
+import glob
 import hashlib
 import os
 import re
@@ -57,32 +58,26 @@ def load(split, *, data_dir, size=256, classes_of=None):
 def classes_in(folder):
     """{class folder: sorted image paths below `folder`}, or {"": paths} for a flat folder.
     Prints what it passes over. Raises BadInput if there are no images."""
-    classes, others = {"": []}, []
-    for base, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        below = Path(base).relative_to(folder).parts
-        found = classes.setdefault(below[0] if below else "", [])
-        for name in files:
-            if not name.startswith("."):
-                is_image = name.lower().endswith(EXTENSIONS)
-                (found if is_image else others).append("/".join((*below, name)))
-    if not any(classes.values()):
-        others = ", ".join(others[:3]) or "none"
-        raise BadInput(f"there are no images in {folder} (other files: {others}): unpack any "
+    paths = glob.glob("**", root_dir=folder, recursive=True)     # those that are not hidden
+    paths = sorted(path.replace(os.sep, "/") for path in paths)
+    images = [path for path in paths if path.lower().endswith(EXTENSIONS)]
+    nested = [path for path in images if "/" in path]
+    classes = {}
+    for path in nested or images:
+        classes.setdefault(path.split("/")[0] if nested else "", []).append(path)
+    unused = sorted(set(paths) - set(nested or images))
+    others = [path for path in unused if (folder / path).is_file()]
+    empty = [path for path in unused if "/" not in path and path not in classes]
+    empty = [path for path in empty if (folder / path).is_dir()]
+    if not images:
+        raise BadInput(f"there are no images in {folder} (other files: {others[:3]}): unpack any "
                        "archives, and sort the images as <class>/<image>.jpg")
-    loose = classes.pop("")
-    if any(classes.values()):
-        others += loose
-    else:
-        classes = {"": loose}
     if others:
         say_once(f"passed over {len(others)} file(s) in {folder} (no known image format, or "
                  f"outside the class folders), such as {others[0]!r}")
-    empty = [name for name in sorted(classes) if not classes[name]]
     if empty:
         say_once(f"no images in these folders of {folder}: {', '.join(empty[:10])}")
-    names = [name for name in sorted(classes, key=natural) if classes[name]]
-    return {name: sorted(classes[name]) for name in names}
+    return {name: classes[name] for name in sorted(classes, key=natural)}
 
 
 def natural(name):

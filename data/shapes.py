@@ -1,7 +1,7 @@
 """The built-in data set: ten kinds of figure, each drawn from (seed, split, index) alone.
 
-Nothing is stored or downloaded, and no image depends on another. Only + - * / and square
-roots touch the numbers. IEEE rounds these exactly, so every machine should draw the same bytes.
+Only + - * / and square roots touch the numbers. IEEE rounds these exactly, so every machine
+should draw the same bytes.
 
 A figure is a list of signed distances: negative inside, in units of the figure's radius. The
 distance in pixels determines how much of a pixel the figure covers, which gives smooth edges
@@ -41,11 +41,10 @@ def draw(indices, *, split="train", size=32, seed=0):
     indices = np.asarray(indices, dtype=np.int64)
     labels = indices % len(CLASS_NAMES)
     images = np.empty((len(indices), size, size, 3), np.uint8)
-    chunk = max(1, 2**17 // size**2)                  # half a megabyte per float32 plane
     for label, name in enumerate(CLASS_NAMES):
         rows = np.flatnonzero(labels == label)
-        for start in range(0, len(rows), chunk):
-            part = rows[start:start + chunk]
+        parts = 1 + len(rows) * size**2 // 2**17      # of half a megabyte per float32 plane
+        for part in np.array_split(rows, parts):
             images[part] = _render(name, _uniforms(indices[part], split, seed), size)
     return images, labels
 
