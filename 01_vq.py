@@ -2,8 +2,9 @@
 
 A transformer ends in a softmax over a finite list of symbols, so an image must first become
 symbols. Quantizing replaces each number (or vector) with the nearest entry of a short list
-and keeps only its index. Little is lost: the entry is close and a decoder is smooth, so a
-small change in its input is a small change in the image. (`# Exercise`: see exercises/.)
+and keeps only its index. The entry is close and a decoder is smooth, so the image changes
+little. But rounding is not smooth: a small change of a vector changes nothing, or jumps to
+another entry. (`# Exercise`: see exercises/.)
 
     scalar    -0.37 ----------------> level 2 of 0..7 ----> -0.375
     vector    (0.9, 0.1, 0.2) ------> code 17 of 64 ------> (0.8, 0.1, 0.3)

@@ -1,8 +1,9 @@
 """Chapter 2: an image as K token maps, coarse to fine.
 
 An autoencoder learns to squeeze an image into a small feature map and to rebuild it. It
-cannot generate, because nothing says which feature maps are images; chapter 4 learns that
-for tokens. Chapter 1 quantized a vector, then what was left of it, and so on; here the
+cannot generate, because nothing says which feature maps are images. A VAE makes all of them
+alike, Gaussian, but its decoder averages what the noise leaves open, which blurs. Here the
+map becomes tokens, and chapter 4 learns which tokens are images. Chapter 1 quantized a vector, then what was left of it, and so on; here the
 rounds are *scales*, from one token for the whole feature map to one token per cell. Only
 feature maps are resized, never the image.
 
@@ -260,8 +261,7 @@ class Attention(nn.Module):
         return x + self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-def downsample(c):
-    """Stride 2 needs padding on one side; the original pads at the bottom and right."""
+def downsample(c):                       # padded at the bottom and right, as in the original
     return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
 
@@ -317,22 +317,15 @@ def make_decoder(cfg):
 
 def check_sizes(cfg):
     """Raises ValueError for settings that do not fit together."""
-    def need(condition, message):
-        if not condition:
-            raise ValueError(message)
-
-    need(cfg.scales and cfg.multipliers and min(
-        cfg.vocab_size, cfg.latent_dim, cfg.channels, cfg.blocks, cfg.unshuffle, cfg.groups,
-        cfg.phis, *cfg.scales, *cfg.multipliers) > 0, "all sizes must be 1 or more")
-    need(list(cfg.scales) == sorted(set(cfg.scales)), f"scales must grow, not {cfg.scales}")
-    need(0 <= cfg.coarse <= 1, f"coarse must be between 0 and 1, not {cfg.coarse}")
-    need(cfg.learn in ("ema", "gradient"), "learn must be ema or gradient")
-    need(cfg.quantizer in vq.QUANTIZERS, f"quantizer must be one of {list(vq.QUANTIZERS)}")
-    need(cfg.quantizer != "lfq" or cfg.vocab_size == 2 ** cfg.latent_dim <= 2 ** 24,
-         "lfq needs vocab_size = 2**latent_dim, with latent_dim at most 24")
-    need(cfg.channels % cfg.groups == 0, f"channels must be a multiple of {cfg.groups} groups")
+    if list(cfg.scales) != sorted(cfg.scales):
+        raise ValueError(f"scales must not shrink, unlike {cfg.scales}")
     side = cfg.image_size / (cfg.unshuffle * 2 ** (len(cfg.multipliers) - 1))
-    need(cfg.scales[-1] == side, f"the last scale must be {side:g} (image_size / downsampling)")
+    if cfg.scales[-1] != side:
+        raise ValueError(f"the last scale must be {side:g} (image_size / downsampling)")
+    if cfg.channels % cfg.groups:
+        raise ValueError(f"channels must be a multiple of {cfg.groups} groups")
+    if cfg.quantizer == "lfq" and not cfg.vocab_size == 2 ** cfg.latent_dim <= 2 ** 24:
+        raise ValueError("lfq needs vocab_size = 2**latent_dim, with latent_dim at most 24")
 
 
 # -- Demo ----------------------------------------------------------------------------------

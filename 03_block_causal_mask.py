@@ -1,6 +1,7 @@
 """Chapter 3: who may attend to whom.
 
-An autoregressive model predicts each part of the data from all parts before it (<t, <k):
+Some generative models turn noise into an image (VAE, GAN, diffusion). Others give every x a
+probability. An autoregressive one predicts each part of x from all parts before it (<t, <k):
     p(x) = prod_t p(x_t | x_<t)                            text, token by token
     p(r_1..r_K | class) = prod_k p(r_k | r_<k, class)      VAR, map by map, where
     p(r_k | r_<k, class) = prod_i p(r_k[i] | r_<k, class)  i runs over the tokens of map k

@@ -150,8 +150,8 @@ def test_codes_start_on_what_scales_would_see_if_nothing_were_lost(residual, mon
 
 
 @pytest.mark.parametrize("changes, word", [
-    (dict(scales=(1, 2, 3)), "last scale must be 8"), (dict(scales=(1, 2, 2, 8)), "grow"),
-    (dict(phis=0), "1 or more"), (dict(quantizer="lfq", latent_dim=8), "latent_dim")])
+    (dict(scales=(1, 2, 3)), "last scale must be 8"), (dict(scales=(1, 3, 2, 8)), "shrink"),
+    (dict(groups=7), "multiple of 7"), (dict(quantizer="lfq", latent_dim=8), "latent_dim")])
 def test_sizes_that_do_not_fit_are_refused(changes, word):
     with pytest.raises(ValueError, match=word):
         ms.TokenizerConfig(**changes)
