@@ -4,7 +4,7 @@
               out/NAME/tokenizer.pt      tokens_train_*.npy           transformer.pt
 
     stage 1   L2 + 0.25 (vq + extra) of chapter 2 + lambda_P LPIPS + lambda_G w adversarial
-              (w balances two gradients: engine/perceptual.py; the shapes use neither of these)
+              (the last two: engine/perceptual.py; the shapes use neither)
     stage 2   cross-entropy of each token given all coarser maps, all tokens weighted alike
 
     python 05_train.py                               built-in shapes on a CPU, minutes
@@ -15,9 +15,7 @@
 The same command resumes, --fresh starts over, --help lists all settings. Read `train_tokenizer`,
 `encode_once` and `train_transformer` first; the rest serves them.
 
-Shapes: image (B, 3, H, W) in [-1, 1]; tokens (B, L) int64; logits (B, L, V). The token cache
-holds an array (N, L) for each view of the images (as they are, mirrored, shifted).
-
+Shapes: image (B, 3, H, W) in [-1, 1]; tokens (B, L) int64; logits (B, L, V).
 Sources: VAR (Tian et al. 2024), section 4, and its released code for the ImageNet recipe;
 VQGAN (Esser et al. 2021) for stage 1; Muon (Jordan et al. 2024) for small models.
 """
@@ -31,8 +29,8 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
-# Threads spin while they wait for each other. Beside another busy process a step then takes
-# forty times as long. Less spinning costs a few per cent; torch reads this when imported.
+# Threads that spin while they wait make a step forty times slower beside another busy process.
+# Spinning less costs a few per cent; torch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -44,7 +42,6 @@ from data.batches import (image_fingerprint, per_pass, picture_batches, rows_of,
 from data.registry import load_splits
 from engine import BadInput, checkpoints, distributed, perceptual, released
 from engine.device import autocast
-from engine.distributed import say
 from engine.optimizers import make_optimizers, set_schedule, take_step
 from engine.options import option, read_options, run_main
 from engine.progress import clock, progress
@@ -148,23 +145,22 @@ PRESETS = {
     "imagenet": dict(
         released.TOKENIZER, dataset="imagenet", learn="ema", perceptual=1.0, adversarial=0.5,
         tokenizer_steps=250_000, tokenizer_batch_size=256, tokenizer_lr=1e-4, views=8,
-        optimizer="adamw", depth=16, width=0, heads=0, cfg=1.5, top_k=900, top_p=0.96,
-        save_every=1000),
+        optimizer="adamw", depth=16, width=0, heads=0, epochs=200, batch_size=768, lr=1e-4,
+        final_lr=0.1, cfg=1.5, top_k=900, top_p=0.96, save_every=1000),
+}
+# How the original code trains on ImageNet: what changes from this depth on. Here and in the
+# preset, lr is for a batch of 256 images.
+RECIPES = {
+    20: dict(epochs=250),
+    24: dict(epochs=350, lr=8e-5, final_lr=0.01),
+    30: dict(batch_size=1024, final_weight_decay=0.08),
+    36: dict(batch_size=768, image_size=512, shared_adaln=True),
 }
 # Side of the last token map -> sides of all maps. Those of 16 and 32 are the paper's.
 SCALES = {4: (1, 2, 3, 4), 8: (1, 2, 3, 4, 6, 8), 16: released.SCALES[680],
           32: released.SCALES[2240]}
 # Image size -> multipliers of our small tokenizers, which halve the side between them.
 MULTIPLIERS = {64: (1, 2), 128: (1, 2), 256: (1, 2, 2), 512: (1, 2, 2)}
-# Depth -> how the original code trains it; other depths follow the next smaller one.
-RECIPES = {
-    1: dict(epochs=200, batch_size=768, final_lr=0.1),
-    20: dict(epochs=250, batch_size=768, final_lr=0.1),
-    24: dict(epochs=350, batch_size=768, final_lr=0.01),
-    30: dict(epochs=350, batch_size=1024, final_lr=0.01, final_weight_decay=0.08),
-    36: dict(epochs=350, batch_size=768, final_lr=0.01, final_weight_decay=0.08,
-             image_size=512, shared_adaln=True),
-}
 
 
 def read_settings(argv=None):
@@ -179,26 +175,27 @@ def read_settings(argv=None):
         preset = preset | released.TOKENIZER | dict(stage="transformer")
     if name == "imagenet":
         depth = typed.get("depth", preset["depth"])
-        preset = preset | RECIPES[max(known for known in RECIPES if known <= depth)]
         preset = preset | dict(drop_path=0.1 * depth / 24)
+        for smallest, changes in RECIPES.items():
+            if depth >= smallest:
+                preset = preset | changes
     settings = Settings(**(preset | typed))
-    # What follows from other settings, unless it was typed.
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
     if name == "imagenet" and "lr" not in typed:
-        settings.lr = (1e-4 if settings.depth < 24 else 8e-5) * settings.batch_size / 256
+        settings.lr = settings.lr * settings.batch_size / 256
     if "steps" in typed and "epochs" not in typed:
         settings.epochs = 0
     if "unshuffle" not in preset and "multipliers" not in typed:
         settings.multipliers = MULTIPLIERS.get(settings.image_size, settings.multipliers)
-    if settings.perceptual and settings.image_size < 16:
-        raise BadInput("--perceptual needs images of at least 16 pixels")
-    if settings.tokenizer_file and settings.stage != "transformer":
-        raise BadInput("--tokenizer-file is for stage 2: leave out --stage, or give transformer")
     if "scales" not in typed:
         halvings = len(settings.multipliers) - 1
         side = settings.image_size // settings.unshuffle // 2 ** halvings
         settings.scales = SCALES.get(side, settings.scales)
 
+    if settings.perceptual and settings.image_size < 16:
+        raise BadInput("--perceptual needs images of at least 16 pixels")
+    if settings.tokenizer_file and settings.stage != "transformer":
+        raise BadInput("--tokenizer-file is for stage 2: leave out --stage, or give transformer")
     parts = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate
     if settings.tokenizer_batch_size % parts or settings.batch_size % parts:
         raise BadInput(f"--tokenizer-batch-size {settings.tokenizer_batch_size} and --batch-size "
@@ -264,9 +261,8 @@ def crops_to_load(start, n, settings):
 
 def seed_step(settings, stage, step):
     """Derive all random numbers of a step from (seed, stage, step, process). A run therefore
-    resumes bit for bit, although no random state is saved."""
-    stage = ["tokenizer", "transformer"].index(stage)
-    words = [settings.seed, stage, step, distributed.rank()]
+    resumes bit for bit, although no random state is saved. stage: 1 or 2"""
+    words = [settings.seed, stage - 1, step, distributed.rank()]
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
 
@@ -291,6 +287,14 @@ def report(path, step, steps, batch_size, seconds, text, numbers):
         checkpoints.log(path.parent, stage=path.stem, step=step, **numbers)
 
 
+def save_or_stop(settings, path, facts, modules, optimizers, step, steps):
+    """Save the stage when that is due. If a signal asked this run to stop, save and exit."""
+    stopping = distributed.stop_requested(step)
+    if step % settings.save_every == 0 or step == steps or stopping:
+        checkpoints.save(path, facts, modules, optimizers, step)
+    distributed.leave_if(stopping, f"and saved at step {step} of the {path.stem}")
+
+
 # -- Stage 1: the tokenizer ----------------------------------------------------------------
 
 def train_tokenizer(settings, tokenizer, images, held_out, about, device):
@@ -309,8 +313,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     if settings.perceptual:
         lpips = perceptual.load_perceptual().to(device)
     if settings.adversarial:
-        critic = perceptual.Discriminator(settings.image_size).to(device)
-        modules["critic"] = critic
+        modules["critic"] = critic = perceptual.Discriminator(settings.image_size).to(device)
         critic_lr = min(settings.tokenizer_lr, 3e-4)
         optimizers.append(torch.optim.AdamW(critic.parameters(), critic_lr, (0.5, 0.9),
                                             fused=True))
@@ -320,10 +323,10 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
 
     crops = crops_to_load(start, len(images), settings)
     batches = picture_batches(images, crops, settings.workers)
-    began, skipped, losses, errors, counts = time.monotonic(), 0, [], [], 0
+    began, skipped, losses, db, counts = time.monotonic(), 0, [], [], 0
     for step, batch in enumerate(batches, start + 1):
         done = (step - 1) / steps
-        seed_step(settings, "tokenizer", step - 1)
+        seed_step(settings, 1, step - 1)
         set_schedule(optimizers, done, learning_rate(done, final=0.0))
         tokenizer.train()
         image = to_float(batch.to(device))                             # (B, 3, H, W)
@@ -331,23 +334,21 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
             mirrored = torch.rand(len(image), 1, 1, 1, device=device) < 0.5
             image = torch.where(mirrored, image.flip(3), image)
 
+        share = settings.adversarial * perceptual.start_late(done)
         for part in image.chunk(settings.accumulate):
-            share = settings.adversarial * perceptual.start_late(done)
             adversarial, critic_loss = 0.0, 0.0
             with compute():
                 decoded, tokens, terms = model(part)         # here the codes learn, too
                 image_loss = terms["reconstruction"]
                 if settings.perceptual:
-                    distance = lpips(decoded, part).mean()
-                    image_loss = image_loss + settings.perceptual * distance
+                    image_loss = image_loss + settings.perceptual * lpips(decoded, part).mean()
                 if share:
-                    last = tokenizer.decoder.conv_out.weight
                     adversarial, critic_loss = perceptual.adversarial_losses(
-                        critic, part, decoded, image_loss, last)
+                        critic, part, decoded, image_loss, tokenizer.decoder.conv_out.weight)
             loss = image_loss + 0.25 * (terms["vq"] + terms["extra"]) + share * adversarial
             ((loss + critic_loss) / settings.accumulate).backward()
             losses.append(loss.detach())
-            errors.append(terms["reconstruction"].detach())
+            db.append(health.psnr(decoded.detach(), part).mean())
             counts = counts + health.count_codes(tokens, tokenizer.config.vocab_size)
         norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), settings.clip)
         critic_norm = 0.0
@@ -357,23 +358,20 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
         skipped = take_step(optimizers, norm + critic_norm, skipped)
 
         if step % settings.log_every == 0 or step == steps:
-            db = float(health.decibels(distributed.mean(torch.stack(errors).mean())))
-            loss = float(distributed.mean(torch.stack(losses).mean()))
-            numbers = dict(loss=loss, psnr=db, **health.usage(distributed.total(counts)),
-                           grad=float(norm), lr=optimizers[0].param_groups[0]["lr"])
+            numbers = dict(loss=float(distributed.mean(torch.stack(losses).mean())),
+                           psnr=float(distributed.mean(torch.stack(db).mean())),
+                           grad=float(norm), lr=optimizers[0].param_groups[0]["lr"],
+                           **health.usage(distributed.total(counts)))
             seconds = (time.monotonic() - began) / (step - start)
-            text = f"psnr {db:.1f} dB | {health.short(tokenizer.scales, numbers)}"
+            text = f"psnr {numbers['psnr']:.1f} dB | {health.short(tokenizer.scales, numbers)}"
             report(path, step, steps, settings.tokenizer_batch_size, seconds, text, numbers)
-            losses, errors, counts = [], [], 0
+            losses, db, counts = [], [], 0
         if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
             text, numbers = health.check_up(tokenizer.eval(), held_out, device, compute,
                                             path.with_name("reconstructions.png"))
-            say(f"  held out at step {step}: {text}")
+            distributed.say(f"  held out at step {step}: {text}")
             checkpoints.log(path.parent, stage="tokenizer", step=step, held_out=numbers)
-        stopping = distributed.stop_requested(step)
-        if step % settings.save_every == 0 or step == steps or stopping:
-            checkpoints.save(path, facts, modules, optimizers, step)
-        distributed.leave_if(stopping, f"and saved at step {step} of the tokenizer")
+        save_or_stop(settings, path, facts, modules, optimizers, step, steps)
     tokenizer.eval().requires_grad_(False)
 
 
@@ -384,11 +382,10 @@ def encode_once(settings, tokenizer, images, split, device):
     """Encode all images of a split with the frozen tokenizer. -> a list of arrays (N, L), one per
     view, memory-mapped from files. The name of a file holds a hash of images and tokenizer, so a
     complete file is used again, and never for other images or by another tokenizer."""
-    facts = [image_fingerprint(images), checkpoints.model_fingerprint(tokenizer)]
-    key = hashlib.sha256(" ".join(facts).encode()).hexdigest()[:12]
+    facts = f"{image_fingerprint(images)} {checkpoints.model_fingerprint(tokenizer)}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:12]
     count = settings.views if split == "train" else 1
-    folder = Path(settings.out)
-    paths = [folder / f"tokens_{split}_{key}_{view}.npy" for view in range(count)]
+    paths = [Path(settings.out) / f"tokens_{split}_{key}_{view}.npy" for view in range(count)]
     shape = (len(images), sum(side * side for side in tokenizer.scales))
     dtype = np.uint16 if tokenizer.config.vocab_size <= 2 ** 16 else np.int32
     mine = np.array_split(np.arange(len(images)), distributed.world())[distributed.rank()]
@@ -441,11 +438,12 @@ def token_losses(model, tokenizer, tokens, labels):
     return loss.view_as(tokens), logits.argmax(-1) == tokens
 
 
-def train_transformer(settings, var, tokenizer, train, test, about, device):
+def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
     """Train a VAR from its last checkpoint to settings.steps.
 
-    train, test: (list of views (N, L), labels (N,)), see encode_once; about: the class_names and
-    the dataset. Raises BadInput if the checkpoint is of another run."""
+    cached_tokens: a function that returns two pairs (list of views (N, L), labels (N,)), to train
+    on and held out, see encode_once. about: the class_names and the dataset. Raises BadInput if
+    the checkpoint is of another run."""
     path, steps = Path(settings.out) / "transformer.pt", settings.steps
     compute = partial(autocast, device, settings.precision)
     facts = facts_of(settings, var, about, OF_STAGE_1)
@@ -461,11 +459,12 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
     var.activation_checkpointing = settings.activation_checkpointing
     model = distributed.data_parallel(var, settings.compile)
 
+    train, test = cached_tokens()         # only now: a refused command must not cost hours
     images = len(train[0]) * len(train[1])                   # in all views
     began, skipped, losses, hits = time.monotonic(), 0, [], []
     for step in range(start + 1, steps + 1):
         done = (step - 1) / steps
-        seed_step(settings, "transformer", step - 1)
+        seed_step(settings, 2, step - 1)
         set_schedule(optimizers, done, learning_rate(done, settings.final_lr),
                      settings.final_weight_decay)
         var.train()
@@ -486,7 +485,7 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
 
         if step % settings.log_every == 0 or step == steps:
             loss = distributed.mean(torch.stack(losses).mean(0))       # (L,)
-            right = float(distributed.mean(torch.stack(hits).mean()))
+            right = distributed.mean(torch.stack(hits).mean())
             text, numbers = describe(loss, right, tokenizer.scales)
             numbers.update(grad=float(norm), lr=optimizers[0].param_groups[0]["lr"])
             seconds = (time.monotonic() - began) / (step - start)
@@ -494,21 +493,17 @@ def train_transformer(settings, var, tokenizer, train, test, about, device):
             losses, hits = [], []
         if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
             text, numbers = evaluate(var.eval(), tokenizer, test, device, compute)
-            say(f"  held out at step {step}: loss {numbers['loss']:.3f} | {text}")
+            distributed.say(f"  held out at step {step}: loss {numbers['loss']:.3f} | {text}")
             checkpoints.log(path.parent, stage="transformer", step=step, held_out=numbers)
-        stopping = distributed.stop_requested(step)
-        if step % settings.save_every == 0 or step == steps or stopping:
-            checkpoints.save(path, facts, modules, optimizers, step)
-        distributed.leave_if(stopping, f"and saved at step {step} of the transformer")
+        save_or_stop(settings, path, facts, modules, optimizers, step, steps)
     var.eval().requires_grad_(False)
 
 
 def describe(loss, right, scales):
-    """loss (L,) in nats, right in [0, 1] -> text and numbers for the log"""
-    sizes = [side * side for side in scales]
-    per_scale = [float(part.mean()) for part in loss.split(sizes)]
+    """loss (L,) in nats, right () in [0, 1] -> text and numbers for the log"""
+    per_scale = [float(part.mean()) for part in loss.split([side * side for side in scales])]
     text = f"per-scale {' '.join(f'{x:.2f}' for x in per_scale)} | right {right:.1%}"
-    return text, dict(loss=float(loss.mean()), per_scale=per_scale, right=right)
+    return text, dict(loss=float(loss.mean()), per_scale=per_scale, right=float(right))
 
 
 @torch.no_grad()
@@ -521,8 +516,7 @@ def evaluate(var, tokenizer, test, device, compute):
             loss, right = token_losses(var, tokenizer, *cached_rows(*test, rows, device))
         losses.append(loss)
         hits.append(right.float())
-    right = float(torch.cat(hits).mean())
-    return describe(torch.cat(losses).mean(0), right, tokenizer.scales)
+    return describe(torch.cat(losses).mean(0), torch.cat(hits).mean(), tokenizer.scales)
 
 
 # -- Models from files ---------------------------------------------------------------------
@@ -540,83 +534,83 @@ def load_transformer(path):
 
 
 def tokenizer_for_stage_2(settings):
-    """The tokenizer of --stage transformer: the run's own, or that of --tokenizer-file (trained
-    here or released), which becomes the run's own. Raises BadInput"""
-    path = Path(settings.out) / "tokenizer.pt"
-    given = Path(settings.tokenizer_file or path)
+    """The run's own tokenizer or that of --tokenizer-file, trained here or released. Its sizes
+    become those of the settings. Raises BadInput"""
+    own = Path(settings.out) / "tokenizer.pt"
+    given = Path(settings.tokenizer_file or own)
     if not given.exists():
         raise BadInput(f"there is no {given}: train a tokenizer first, with --stage tokenizer")
     state = checkpoints.load_checkpoint(given)
     if "config" in state or "tokenizer" in state:
-        tokenizer = load_tokenizer(given)[0]
+        tokenizer, about = load_tokenizer(given)
+        steps = about["settings"].get("tokenizer_steps", 0)
+        if about["step"] < steps:
+            distributed.say(f"{given} was trained for {about['step']} of its {steps} steps only")
     else:
         sizes, weights = released.read_tokenizer(state, settings.scales)
         tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
         released.fill(tokenizer, weights)
     fingerprint = checkpoints.model_fingerprint
-    if path.exists() and fingerprint(load_tokenizer(path)[0]) != fingerprint(tokenizer):
-        raise BadInput(f"{path} differs from {given}: choose a new folder with --out")
+    if own.exists() and fingerprint(load_tokenizer(own)[0]) != fingerprint(tokenizer):
+        raise BadInput(f"{own} differs from {given}: choose a new folder with --out")
+    for name in ("image_size", "scales", "vocab_size", "latent_dim"):
+        setattr(settings, name, getattr(tokenizer.config, name))
     return tokenizer
 
 
 # -- End to end ----------------------------------------------------------------------------
 
-def train_both(settings):
-    """Stages 1 and 2, or the one of --stage."""
+def main():
+    settings = read_settings()
+    if settings.gpus > 1 and "RANK" not in os.environ:
+        # One process downloads what is missing and reports mistakes, rather than all of them.
+        load_splits(settings.dataset, settings.image_size, settings.data_dir, settings.classes)
+        if settings.perceptual and settings.stage != "transformer":
+            perceptual.load_perceptual()
+        distributed.launch(settings.gpus, settings.device)
     device = distributed.start(settings.device)
     if settings.stage == "transformer":
         tokenizer = tokenizer_for_stage_2(settings)
-        for name in ("image_size", "scales", "vocab_size", "latent_dim"):
-            setattr(settings, name, getattr(tokenizer.config, name))
-    if distributed.rank() > 0:
-        distributed.barrier()                              # rank 0 first: one download, not eight
     splits, chosen, class_names = load_splits(settings.dataset, settings.image_size,
                                               settings.data_dir, settings.classes)
-    if distributed.rank() == 0:
-        distributed.barrier()
-    images, labels = chosen["train"]
-    settings.classes = tuple(class_names) if settings.classes else ()
+    n = len(chosen["train"][1])
+    if settings.classes:
+        settings.classes = tuple(class_names)
     if settings.epochs:
-        settings.steps = max(1, settings.epochs * len(labels) // settings.batch_size)
-    lock = checkpoints.open_run(settings, device)
+        settings.steps = max(1, settings.epochs * n // settings.batch_size)
+    lock = checkpoints.open_run(settings, device)          # held until the images are drawn
     distributed.listen_for_signals()
-    say(f"{settings}\n{settings.dataset}: {len(labels):,} images to train on, "
-        f"{len(chosen['test'][1]):,} held out, {len(class_names)} classes; {distributed.world()} "
-        f"process(es) on {device.type} in {settings.precision}")
+    distributed.say(
+        f"{settings}\n{settings.dataset}: {n:,} images to train on, {len(chosen['test'][1]):,} "
+        f"held out, {len(class_names)} classes; {distributed.world()} process(es) on "
+        f"{device.type} in {settings.precision}")
 
     about = dict(class_names=class_names, dataset=settings.dataset)
-    path = Path(settings.out) / "tokenizer.pt"
-    if settings.stage == "transformer" and not path.exists() and distributed.rank() == 0:
-        checkpoints.save_atomically(dict(config=asdict(tokenizer.config), settings={}, step=0,
-                                         model=tokenizer.state_dict()), path)
     torch.manual_seed(settings.seed)
     if settings.stage != "transformer":
         tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config(settings))
         held_out = sample_of(splits["test"][0], 1000)
         train_tokenizer(settings, tokenizer, splits["train"][0], held_out, about, device)
+    elif distributed.rank() == 0 and not (Path(settings.out) / "tokenizer.pt").exists():
+        copy = dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(), settings={},
+                    step=0)
+        checkpoints.save_atomically(copy, Path(settings.out) / "tokenizer.pt")
     if settings.stage != "tokenizer":
         tokenizer.to(device)
-        tokens = {split: (encode_once(settings, tokenizer, images, split, device), labels)
-                  for split, (images, labels) in chosen.items()}
         torch.manual_seed(settings.seed)
         var = transformer.VAR(var_config(settings, tokenizer.config, len(class_names)))
-        train_transformer(settings, var, tokenizer, **tokens, about=about, device=device)
-    if settings.export and settings.stage != "tokenizer" and distributed.rank() == 0:
-        checkpoints.export(settings.out, settings.export)
-    return lock
 
+        def cached_tokens():
+            return [(encode_once(settings, tokenizer, images, split, device), labels)
+                    for split, (images, labels) in chosen.items()]
+        train_transformer(settings, var, tokenizer, cached_tokens, about, device)
 
-def main():
-    settings = read_settings()
-    if settings.gpus > 1 and "RANK" not in os.environ:
-        # A mistake is found here, before there are several processes to report it.
-        load_splits(settings.dataset, settings.image_size, settings.data_dir, settings.classes)
-        distributed.launch(settings.gpus, settings.device)
-    lock = train_both(settings)                            # kept until the images are drawn
     rank = distributed.rank()
     distributed.finish()
     if rank > 0 or settings.stage == "tokenizer" or not settings.steps:
         return 0
+    if settings.export:
+        checkpoints.export(settings.out, settings.export)
     script = str(Path(__file__).with_name("06_sample_and_edit.py"))
     print(f"more images: python {Path(script).name} --run {settings.out}", flush=True)
     return subprocess.call([sys.executable, script, "--run", settings.out, "--out", settings.out,

@@ -109,8 +109,7 @@ class Trial:
             tokens[split] = views, labels
         sizes = training.var_config(settings, tokenizer.config, len(self.names))
         var = model(replace(sizes, **(config or {})))
-        training.train_transformer(settings, var, tokenizer, **tokens, about=self.about,
-                                   device=CPU)
+        training.train_transformer(settings, var, tokenizer, tokens.values, self.about, CPU)
         return var
 
     def measure(self, row, seed, compute):
@@ -181,7 +180,7 @@ class Trial:
     def judged(self, tokenizer, var, seed=0, **options):
         """n samples, compared with training images. options: of chapter 6's generate()
         -> dict as in compare(), and ms: milliseconds of the CPU per image"""
-        labels = torch.arange(self.args.n) % len(self.names)
+        labels = judge.labels_like(self.data["train"][1], self.args.n)
         generator, begin = torch.Generator().manual_seed(seed), time.process_time()
         samples = [drawing.generate(tokenizer, var, part, generator=generator, **options)
                    for part in labels.split(AT_ONCE)]

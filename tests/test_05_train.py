@@ -65,8 +65,8 @@ def test_the_imagenet_recipe_is_that_of_the_original(
         found = m5.read_settings([*words, *typed])
         assert (found.batch_size, found.epochs, found.optimizer) == (size, epochs, "adamw")
         assert found.lr == pytest.approx(rate * size / 256)
-        assert (found.weight_decay, found.final_weight_decay) == (0.05, last_decay)
-        assert (found.final_lr, found.clip, found.image_size) == (final, 2.0, side)
+    assert (found.weight_decay, found.final_weight_decay) == (0.05, last_decay)
+    assert (found.final_lr, found.clip, found.image_size) == (final, 2.0, side)
     var = m5.var_config(found, m5.tokenizer_config(found), 1000)
     assert (var.width, var.heads, var.shared_adaln) == (64 * depth, depth, depth == 36)
     assert var.drop_path == pytest.approx(0.1 * depth / 24)
@@ -81,17 +81,15 @@ def test_the_learning_rate_warms_up_stays_flat_and_falls_along_a_line(progress, 
 
 
 @pytest.mark.parametrize("options, word", [
-    ("--nonsense 3", "nonsense"), ("--step 3", "step"), ("--steps -1", "steps"),
-    ("--steps 1.5", "steps"), ("--steps 9223372036854775808", "steps"), ("--steps", "steps"),
-    ("--lr nan", "lr"), ("--lr inf", "lr"), ("--lr x", "lr"), ("--batch-size 0", "batch-size"),
-    ("--stage three", "'three'"), ("--optimizer sgd", "muon"), ("--device tpu", "'tpu'"),
+    ("--step 3", "step"), ("--steps -1", "steps"), ("--steps 1.5", "steps"),
+    ("--steps 9223372036854775808", "steps"), ("--steps", "steps"), ("--lr nan", "lr"),
+    ("--lr x", "lr"), ("--batch-size 0", "at least 1"), ("--stage three", "'three'"),
     ("--dataset nosuch", "'nosuch'"), ("--seed -1", "seed"), ("--preset nosuch", "nosuch"),
     ("--scales 1,2,x", "'x'"), ("--scales 1,2,8", "last scale"), ("--image-size 33", "last scale"),
-    ("--classes ant dog", "'dog'"), ("--classes 9", "9"), ("--channels 0", "at least 1"),
-    ("--heads 3", "heads"), ("--drop-path 1", "drop_path"), ("--accumulate 3", "multiples of 3"),
-    ("--batch-size 5 --gpus 2", "multiples of 2"), ("--quantizer x", "quantizer"),
+    ("--classes ant dog", "'dog'"), ("--classes 9", "9"), ("--heads 3", "heads"),
+    ("--drop-path 1", "drop_path"), ("--accumulate 3", "multiples of 3"),
+    ("--batch-size 5 --gpus 2", "multiples of 2"), ("--tokenizer-file nowhere.pth", "nowhere.pth"),
     ("--quantizer lfq --latent-dim 5", "latent_dim"), ("--stage transformer", "--stage tokenizer"),
-    ("--tokenizer-file nowhere.pth", "nowhere.pth"),
     ("--gpus 99 --batch-size 99 --tokenizer-batch-size 99 --device cuda", "--gpus 99"),
     pytest.param("--device cuda", "cuda", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="this machine has a GPU"))])
@@ -121,28 +119,22 @@ def test_one_command_trains_both_stages_and_draws_samples(tiny):
     assert abs(steps[0]["loss"] - np.log(16)) < 0.1
     held_out = [e for e in entries if "held_out" in e]
     assert [e["step"] for e in held_out] == 2 * [6, 12, 18, 24]
-    for key, better in (("psnr", 1), ("loss", -1)):        # both stages learn
-        values = [e["held_out"][key] for e in held_out if key in e["held_out"]]
-        assert len(values) == 4 and better * (values[-1] - values[0]) > 0
+    assert held_out[0]["held_out"]["psnr"] < held_out[3]["held_out"]["psnr"]
+    assert held_out[4]["held_out"]["loss"] > held_out[7]["held_out"]["loss"]
     # The transformer alone and plain values; classes as in the data, and the row of no class.
     state = torch.load(tiny.folder / "transformer.pt", weights_only=True)
     assert state["class_names"] == ["ant", "bee", "cat"]
     assert len(state["model"]["class_embed.weight"]) == 3 + 1
     model = m4.VAR(m4.VARConfig(**state["config"]))
     assert set(state["model"]) == set(model.state_dict())
-    groups = [group for o in state["optimizers"] for group in o["param_groups"]]
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["", "shapes.pt", "cifar10.pt"])
-def test_trained_and_shipped_models_load_frozen_and_in_eval_mode(tiny, name):
-    for load, part in ((m5.load_tokenizer, "tokenizer"), (m5.load_transformer, "transformer")):
-        own = tiny.folder / f"{part}.pt"
-        model, about = load(ROOT / "data" / "pretrained" / name if name else own)
-        assert not any(module.training for module in model.modules())
-        assert not any(p.requires_grad for p in model.parameters())
-        assert all(value.isfinite().all() for value in model.state_dict().values())
-        assert about["class_names"] and not {"model", "optimizers", "scaler"} & about.keys()
+@pytest.mark.parametrize("name", ["shapes.pt", "cifar10.pt"])
+def test_shipped_models_load_frozen_and_in_eval_mode(name):
+    for load in (m5.load_tokenizer, m5.load_transformer):
+        model, about = load(ROOT / "data" / "pretrained" / name)
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+        assert about["class_names"] and "model" not in about
 
 
 def test_a_flat_folder_makes_an_unconditional_model_and_an_export_holds_both_models(
@@ -152,8 +144,7 @@ def test_a_flat_folder_makes_an_unconditional_model_and_an_export_holds_both_mod
                  "--quantizer", "lfq", "--precision", "bfloat16", "--activation-checkpointing",
                  "--out", tmp_path / "run", "--export", tmp_path / "both.pt")
     assert result.status == 0, result.err
-    losses = [e["loss"] for e in log_of(tmp_path / "run") if "loss" in e]
-    assert len(losses) == 4 and np.isfinite(losses).all()
+    assert np.isfinite([e["loss"] for e in log_of(tmp_path / "run") if "loss" in e]).all()
     for load in (m5.load_tokenizer, m5.load_transformer):
         model, about = load(tmp_path / "both.pt")
         assert about["class_names"] == ["flat"]
@@ -173,7 +164,6 @@ def test_epochs_become_steps_and_some_classes_train_stage_2_on_the_tokenizer_of_
     assert 30 < n < 40, "without the ants, a third of 57"
     state = checkpoints.load_checkpoint(tmp_path / "run" / "transformer.pt")
     assert state["class_names"] == ["bee", "cat"] and state["config"]["num_classes"] == 2
-    assert state["step"] == state["settings"]["steps"] == 2 * n // 4
     assert f"resuming at step {2 * n // 4}" in cli(SCRIPT, *words, "Bee", "2").out
     assert "classes" in refused(SCRIPT, *words, "2")       # the first two are other classes
 
@@ -203,7 +193,7 @@ def train(stage, out, **changes):
         tokenizer.eval().requires_grad_(False)
         var = m4.VAR(m5.var_config(settings, tokenizer.config, 3))
         data = [(TOKENS, LABELS), ([TOKENS[0][:20]], LABELS[:20])]
-        m5.train_transformer(settings, var, tokenizer, *data, about, CPU)
+        m5.train_transformer(settings, var, tokenizer, lambda: data, about, CPU)
     return tokenizer, [e for e in log_of(out) if "held_out" not in e]
 
 
@@ -219,9 +209,8 @@ def spy(monkeypatch, owner, name, change=lambda result, calls: result):
     return calls
 
 
-@pytest.mark.parametrize("flip", [False, True])
 def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_all_parts(
-        monkeypatch, tmp_path, flip):
+        monkeypatch, tmp_path):
     class Lpips(torch.nn.Module):
         def forward(self, decoded, image):
             return torch.tensor([6.0, 8.0])
@@ -230,23 +219,24 @@ def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_all_parts(
     forward = spy(monkeypatch, m2.MultiScaleVQVAE, "forward")
     loaded = spy(monkeypatch, m5, "to_float")
     tokenizer, entries = train("tokenizer", tmp_path / "run", perceptual=3.0, adversarial=0.5,
-                               flip=flip, accumulate=4, quantizer="lfq")
+                               flip=True, accumulate=4, quantizer="lfq")
     assert not any(p.requires_grad for p in tokenizer.parameters()) and not tokenizer.training
     for step, entry in enumerate(entries):
-        losses, errors = [], []
-        for _, (_, _, parts) in forward[4 * step:4 * step + 4]:
+        losses, db = [], []
+        for (_, image), (decoded, _, parts) in forward[4 * step:4 * step + 4]:
             error, vq, extra = (float(x.detach()) for x in parts.values())
-            errors.append(error)
             losses.append(error + 3 * 7 + 0.25 * (vq + extra))
+            errors = (decoded.detach().clamp(-1, 1) - image).square().mean((1, 2, 3))
+            db += (10 * (4 / errors).log10()).tolist()     # of each image, not of the mean error
         late = min(max(0, (step / 10 - 0.2) / 0.2), 1)     # the critic joins after a fifth
         assert entry["loss"] == pytest.approx(np.mean(losses) + 0.5 * late * 100, rel=1e-5)
-        assert entry["psnr"] == pytest.approx(10 * np.log10(4 / np.mean(errors)), rel=1e-5)
+        assert entry["psnr"] == pytest.approx(np.mean(db), rel=1e-5)
     shown = torch.cat([image for (_, image), _ in forward])
     image = torch.cat([result for _, result in loaded])
     plain, mirrored = ((shown == x).flatten(1).all(1) for x in (image, image.flip(3)))
     assert (plain ^ mirrored).all()
-    assert 0.3 < mirrored.float().mean() < 0.7 if flip else plain.all()
-    assert len(mirrored.view(10, 8).unique(dim=0)) > 5 or not flip, "others in each step"
+    assert 0.3 < mirrored.float().mean() < 0.7
+    assert len(mirrored.view(10, 8).unique(dim=0)) > 5, "others in each step"
 
 
 @pytest.mark.parametrize("stage, changes", [
@@ -315,7 +305,6 @@ def test_a_stage_that_was_stopped_goes_on_bit_for_bit(monkeypatch, tmp_path, sta
     assert stopped["step"] == 10 and same(straight, stopped)
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "stopped")
     assert ("critic" in straight) == ("adversarial" in changes)
-    assert "float16" not in changes.values() or straight["scaler"]["_growth_tracker"] == 10
 
 
 @pytest.mark.parametrize("stage, owner, name", [
@@ -328,42 +317,45 @@ def test_ten_steps_in_a_row_with_infinite_gradients_end_the_run_and_harm_nothing
         return result
     calls = spy(monkeypatch, owner, name, spoil)
     with pytest.raises(BadInput, match="ten steps in a row.*learning rate.*--fresh"):
-        train(stage, tmp_path / "run", steps=99, tokenizer_steps=99, save_every=1)
-    assert len(calls) == 15
-    state = checkpoints.load_checkpoint(tmp_path / "run" / f"{stage}.pt")
-    assert all(weight.isfinite().all() for weight in state["model"].values())
+        train(stage, tmp_path, steps=99, tokenizer_steps=99, save_every=1)
+    weights = checkpoints.load_checkpoint(tmp_path / f"{stage}.pt")["model"].values()
+    assert len(calls) == 15 and all(weight.isfinite().all() for weight in weights)
 
 
 # -- The same run again ----------------------------------------------------------------------------
 
-def test_changed_settings_are_refused_by_name_and_nothing_is_lost(refused, cli, tiny, tmp_path):
-    run = shutil.copytree(tiny.folder, tmp_path / "run")
-    options = [*tiny.options, "--out", run]
-    for change, name in (("--lr 0.5", "lr 0.0015 -> 0.5"), ("--steps 25", "steps 24 -> 25"),
-                         ("--tokenizer-lr 0.5", "tokenizer_lr"), ("--views 3", "views"),
-                         ("--precision bfloat16", "precision")):
-        line = refused(SCRIPT, *options, *change.split())
-        assert name in line and "--fresh" in line
-    for name in ("tokenizer.pt", "transformer.pt"):
-        assert (run / name).read_bytes() == (tiny.folder / name).read_bytes()
+def test_a_refused_command_names_the_setting_encodes_nothing_and_harms_no_run(
+        refused, cli, tiny, tmp_path, monkeypatch):
+    def offline():
+        raise BadInput("could not download")
+    monkeypatch.setattr(m5.perceptual, "load_perceptual", offline)
+    run = shutil.copytree(tiny.folder, tmp_path / "run", ignore=lambda *_: ["settings.json"])
+    for path in run.glob("*.npy"):
+        path.unlink()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for change, words in (("--lr 0.5", "lr 0.0015 -> 0.5"), ("--steps 25", "steps 24 -> 25"),
+                          ("--tokenizer-lr 0.5", "tokenizer_lr"), ("--views 3", "--fresh"),
+                          ("--precision bfloat16", "precision"),
+                          ("--perceptual 1 --fresh", "download")):
+        assert words in refused(SCRIPT, *tiny.options, "--out", run, *change.split())
+        (run / "settings.json").unlink(missing_ok=True)
+        assert before == {path.name: path.read_bytes() for path in run.iterdir()}
     # The precision that was refused is not the run's, and some settings may change.
-    result = cli(SCRIPT, *options, "--precision", "auto", "--accumulate", 2, "--log-every", 7)
+    result = cli(SCRIPT, *tiny.options, "--out", run, "--precision", "auto", "--log-every", 7)
     assert result.out.count("resuming at step 24") == 2, result.err
-    assert log_of(run) == log_of(tiny.folder)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_has_its_default_and_a_damaged_one_is_refused(
+def test_a_checkpoint_that_lacks_a_setting_has_its_default_and_a_damaged_one_is_refused(
         refused, cli, tiny, tmp_path):
     run = shutil.copytree(tiny.folder, tmp_path / "run")
     options = [*tiny.options, "--out", run]
-    for name in ("tokenizer", "transformer"):
-        state = checkpoints.load_checkpoint(run / f"{name}.pt")
-        for setting in ("clip", "seed", "coarse", "label_dropout"):
-            state["settings"].pop(setting, None)
-            state["config"].pop(setting, None)
-        torch.save(state, run / f"{name}.pt")
+    state = checkpoints.load_checkpoint(run / "transformer.pt")
+    for setting in ("clip", "seed", "label_dropout"):
+        state["settings"].pop(setting)
+        state["config"].pop(setting, None)
+    torch.save(state, run / "transformer.pt")
     assert cli(SCRIPT, *options).out.count("resuming at step 24") == 2
-    assert "clip 2.0 -> 3.0" in refused(SCRIPT, *options, "--clip", 3)
+    assert "clip 2.0 -> 3.0" in refused(SCRIPT, *options, "--stage", "transformer", "--clip", 3)
     state["model"]["start"] = torch.zeros(3)               # readable, but of another shape
     torch.save(state, run / "transformer.pt")
     assert "transformer.pt is damaged" in refused(SCRIPT, *options)
@@ -376,20 +368,9 @@ def test_a_checkpoint_from_before_a_setting_existed_has_its_default_and_a_damage
 def test_fresh_trains_its_stage_anew_and_forgets_what_depends_on_it(
         cli, tiny, tmp_path, stage, left):
     run = shutil.copytree(tiny.folder, tmp_path / "run")
-    options = [*tiny.options, "--out", run, "--stage", stage, "--fresh"]
-    assert cli(SCRIPT, *options, "--steps", 2, "--tokenizer-steps", 2).status == 0
+    cli(SCRIPT, *tiny.options, "--out", run, "--stage", stage, "--fresh", "--steps", 2,
+        "--tokenizer-steps", 2)
     assert left == {p.stem: checkpoints.load_checkpoint(p)["step"] for p in run.glob("*.pt")}
-
-
-def test_a_refused_command_harms_no_run_even_with_fresh(refused, tiny, tmp_path, monkeypatch):
-    def offline():
-        raise BadInput("could not download")
-    monkeypatch.setattr(m5.perceptual, "load_perceptual", offline)
-    run = shutil.copytree(tiny.folder, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    refused(SCRIPT, *tiny.options, "--out", run, "--fresh", "--perceptual", 1)
-    refused(SCRIPT, *tiny.options, "--out", run, "--tokenizer-lr", 0.1)
-    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
 
 def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
@@ -398,20 +379,21 @@ def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
     keys = json.loads((ROOT / "tests" / "golden" / "tiny_keys.json").read_text())
     weights = {name: 0.1 * torch.randn(shape) for name, shape in keys["plain"]["vae"].items()}
     torch.save(weights, tmp_path / "vae.pth")
-    file = ["--tokenizer-file", "vae.pth"]
-    options = [*"--depth 1 --width 16 --heads 2 --batch-size 4 --workers 0 --steps 3 --image-size "
-               "64 --stage transformer --device cpu --precision float32 --out run".split(),
-               "--dataset", tiny.pictures]
+    options = [*"--depth 1 --width 16 --heads 2 --batch-size 4 --workers 0 --steps 3 --device cpu "
+               "--precision float32 --stage transformer".split(), "--dataset", tiny.pictures]
+    file = ["--image-size", 64, "--out", "run", "--tokenizer-file", "vae.pth"]
     assert "last scale" in refused(SCRIPT, *options, *file, "--image-size", 48)
     result = cli(SCRIPT, *options, *file)
     assert result.status == 0, result.err
     tokenizer, _ = m5.load_tokenizer("run/tokenizer.pt")
     assert torch.equal(tokenizer.quantizer.codebook, weights["quantize.embedding.weight"])
     assert tokenizer.config.scales == (1, 2, 3, 4)
-    for again in (options, [*options, *file]):
-        assert "resuming at step 3" in cli(SCRIPT, *again).out
-    another = ["--tokenizer-file", tiny.folder / "tokenizer.pt"]           # that of another run
-    assert "choose a new folder" in refused(SCRIPT, *options, *another)
-    assert cli(SCRIPT, *options, *another, "--out", "new").status == 0
+    assert "resuming at step 3" in cli(SCRIPT, *options, "--out", "run").out
+    state = checkpoints.load_checkpoint(tiny.folder / "tokenizer.pt")
+    torch.save(state | {"step": 7}, "half.pt")
+    another = ["--tokenizer-file", "half.pt"]
+    assert "choose a new folder" in refused(SCRIPT, *options, *another, "--out", "run")
+    result = cli(SCRIPT, *options, *another, "--out", "new")
+    assert result.status == 0 and "trained for 7 of its 24 steps" in result.out
     line = refused(SCRIPT, *tiny.options, "--out", "new")  # it was trained with settings unknown
     assert "--tokenizer-file" in line and "--stage transformer" in line
