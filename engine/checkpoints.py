@@ -15,7 +15,7 @@ from engine.distributed import agreed, barrier, rank, say, world
 
 DOWNLOADS = Path(__file__).resolve().parents[1] / "data" / "downloads"
 TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampling does not need
-# What it raises to load a file that holds other things than it should.
+# What is raised when the content of a file does not fit.
 LOADING_ERRORS = KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError
 
 
@@ -72,7 +72,7 @@ def load_model(path, part, model_class, config_class):
         model = model_class(config_class(**state["config"]))
         model.load_state_dict(state["model"])
     except LOADING_ERRORS as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = str(error).splitlines()[0]
         raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
     about = {key: state[key] for key in state if key not in ("model", *TRAINING_ONLY)}
     return model.eval().requires_grad_(False), about
@@ -124,18 +124,18 @@ def resume(path, facts, settings, modules, optimizers):
             raise BadInput(f"{path} is damaged; --fresh starts over") from None
         say(f"{path.stem}: resuming at step {start}")
     if rank() == 0:
-        text = json.dumps(vars(settings), indent=1)
-        write_atomically(text, path.with_name("settings.json"))
+        write_atomically(json.dumps(vars(settings), indent=1), path.with_name("settings.json"))
     return start
 
 
 def refuse_changes(path, settings, before, defaults):
+    """Raises BadInput if `before`, the settings in the checkpoint, differ from `settings`."""
     if not before:
         raise BadInput(f"{path} was copied from --tokenizer-file: give --stage transformer, or "
                        "choose another folder with --out")
     before = defaults | before
-    changed = [f"{name} {before.get(name)} -> {value}"
-               for name, value in settings.items() if before.get(name) != value]
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items()
+               if before.get(name) != value]
     if changed:
         raise BadInput(f"{path} was trained with other settings ({', '.join(changed)}): use the "
                        "old ones, choose another folder with --out, or start over with --fresh")

@@ -64,8 +64,7 @@ def tiny(picture_folder, tmp_path_factory):
 
 def start(*words, cwd):
     """Start Python with these words, in a process group of its own. Scripts lie below the root."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env.update(OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONWARNINGS="ignore")
+    env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONWARNINGS="ignore")
     words = [str(ROOT / word) if str(word).endswith(".py") else str(word) for word in words]
     return subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -117,8 +116,8 @@ def refused(cli):
     """refused(script, *options): exit status 2, one line on stderr, no traceback -> the line"""
     def call(script, *options):
         result = cli(script, *options)
-        assert result.status == 2, (options, result)
-        assert result.err.count("\n") == 1 and result.err.startswith(script), result.err
+        assert result.status == 2 and result.err.count("\n") == 1, (options, result)
+        assert result.err.startswith(script)
         return result.err
     return call
 

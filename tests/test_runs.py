@@ -293,9 +293,3 @@ def test_whatever_is_no_checkpoint_is_refused_and_code_in_it_never_runs(tmp_path
         with pytest.raises(BadInput, match=r"model.pt: (not a|does not hold a tokenizer)"):
             m5.load_tokenizer(path)
     assert not victim.exists(), "loading ran code from the file"
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(refused, tiny, tmp_path):
-    (tmp_path / "note.txt").write_text("no folder")
-    line = refused(SCRIPT, *tiny.options, "--out", tmp_path / "note.txt" / "run")
-    assert "note.txt" in line and (tmp_path / "note.txt").read_text() == "no folder"
