@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageOps
 
-from data.batches import stack, to_float
+from data.batches import to_float
 from data.folder import decode
 from data.registry import chosen_classes, dataset_named, find_class, load_data
 from engine import BadInput
@@ -60,16 +60,16 @@ def in_batches(args, paint, labels, image=None, seed=0, **options):
 def read_image(path, side):
     """The middle square of a file -> (1, 3, side, side) in [-1, 1]. Raises BadInput"""
     try:
-        picture = decode(path)
+        picture = np.array(ImageOps.fit(decode(path), (side, side)))
     except Exception as error:                             # damaged files raise anything
         raise BadInput(f"{path}: not a readable image ({error})") from None
-    return to_float(stack([np.array(ImageOps.fit(picture, (side, side)))]))
+    return to_float(torch.from_numpy(picture)[None])
 
 
 def images_to_edit(args, count=10):
-    """--image, of the first of --classes or of none, or up to `count` held-out images, of
-    which the classes take turns -> (n, 3, side, side) in [-1, 1], labels (n,). Raises
-    BadInput"""
+    """--image, of the first of --classes or else of no class, or up to `count` held-out
+    images whose classes take turns -> (n, 3, side, side) in [-1, 1], labels (n,). Raises
+    BadInput if there are none."""
     if args.image:
         label = min(args.labels) if args.classes else len(args.names)
         return read_image(args.image, args.side), torch.tensor([label])
@@ -85,8 +85,8 @@ def images_to_edit(args, count=10):
     turns = sorted(turns)[:count]
     if not turns:
         raise BadInput(f"{args.dataset} has no held-out images of these classes")
-    image = to_float(stack([images[row] for _, _, row in turns]))
-    return image, torch.tensor([c for _, c, _ in turns])
+    image = torch.from_numpy(np.stack([images[row] for _, _, row in turns]))
+    return to_float(image), torch.tensor([c for _, c, _ in turns])
 
 
 def kept_region(args, task):

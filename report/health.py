@@ -3,7 +3,6 @@
     side          1x1    2x2    3x3    4x4    6x6    8x8
     codes used    12%    40%    45%    64%    61%    99%   share of the codebook that occurs
     perplexity     29    130    157    231    159    418   as many codes, all equally often
-    energy left 72.0%  61.2%  51.7%  35.6%  28.0%   2.6%   of the feature map f, afterwards
     psnr, dB     15.7   16.9   17.9   20.7   22.6   30.4   of the image decoded so far
 
 A 1x1 map sees one vector per image, so few codes there are normal. Few codes at a *large*
@@ -48,22 +47,19 @@ def usage(counts):
 @torch.no_grad()
 def examine(tokenizer, batches, autocast):
     """Health over batches of images (B, 3, H, W) in [-1, 1]. autocast() makes the context
-    in which the networks run. -> dict: usage(); for each scale `left`, the share of the
-    energy of f that is still missing, and `psnr_after` in dB; and `psnr`, its last value"""
-    counts, energy, left, db = 0, 0, 0, []
+    in which the networks run. -> dict: usage(); `psnr_after` each scale in dB; and `psnr`,
+    its last value"""
+    counts, db = 0, []
     for image in batches:
         with autocast():
-            f = tokenizer.encode(image).float()                          # (B, C, h, w)
-        tokens = tokenizer.quantize(f)
-        steps = torch.stack(tokenizer.pyramid(tokens))                   # (K, B, C, h, w)
+            f = tokenizer.encode(image)                                  # (B, C, h, w)
+        tokens = tokenizer.quantize(f.float())
         counts = counts + count_codes(tokens, tokenizer.config.vocab_size)
-        energy = energy + f.square().sum().double()
-        left = left + (f - steps).square().flatten(1).sum(1).double()    # (K,)
         with autocast():
-            rebuilt = [tokenizer.decode(f_hat).float() for f_hat in steps]
+            rebuilt = [tokenizer.decode(f_hat).float() for f_hat in tokenizer.pyramid(tokens)]
         db.append(torch.stack([psnr(image, other) for other in rebuilt]))  # (K, B)
     db = torch.cat(db, 1).double().mean(1).tolist()
-    return dict(psnr=db[-1], **usage(counts), left=(left / energy).tolist(), psnr_after=db)
+    return dict(psnr=db[-1], **usage(counts), psnr_after=db)
 
 
 def check_up(tokenizer, held_out, device, autocast, path):
@@ -73,18 +69,16 @@ def check_up(tokenizer, held_out, device, autocast, path):
     save_picture(path, tokenizer, to_float(some.to(device)))
     parts = held_out.split(per_pass(held_out.shape[1]))
     health = examine(tokenizer, (to_float(part.to(device)) for part in parts), autocast)
-    used, scales, V = health["used"], tokenizer.scales, tokenizer.config.vocab_size
+    used, scales, V = health["used"][-1], tokenizer.scales, tokenizer.config.vocab_size
     lines = [f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes"
              f" | {len(held_out)} images",
              "    side        " + "".join(f"{f'{side}x{side}':>8}" for side in scales)]
-    for name, numbers, form in (("codes used", used, ".0%"),
-                                ("perplexity", health["perplexity"], ".0f"),
-                                ("energy left", health["left"], ".1%"),
-                                ("psnr, dB", health["psnr_after"], ".1f")):
-        lines.append(f"    {name:<12}" + "".join(f"{x:>8{form}}" for x in numbers))
-    if used[-1] < 0.2 and len(held_out) * scales[-1] ** 2 >= 4 * V:      # it saw enough
-        lines.append(f"warning: the last scale has collapsed, {used[-1]:.0%} of {V} codes are "
-                     "in use; try --learn ema, or a smaller --tokenizer-lr or --vocab-size")
+    for name, key, form in (("codes used", "used", ".0%"), ("perplexity", "perplexity", ".0f"),
+                            ("psnr, dB", "psnr_after", ".1f")):
+        lines.append(f"    {name:<12}" + "".join(f"{x:>8{form}}" for x in health[key]))
+    if used < 0.2 and len(held_out) * scales[-1] ** 2 >= 4 * V:          # it saw enough
+        lines.append(f"warning: the last scale has collapsed, {used:.0%} of {V} codes are in "
+                     "use; try --learn ema, or a smaller --tokenizer-lr or --vocab-size")
     return "\n".join(lines), health
 
 
@@ -106,10 +100,11 @@ def save_picture(path, tokenizer, image):
     """One sheet: the images, what is decoded after each scale, and where the last one errs.
     image (B, 3, H, W) in [-1, 1]; only the first four are shown if they are large."""
     image = image[:max(4, 640 // image.shape[-1])]
-    rows = [image.cpu(), *decoded(tokenizer, tokenizer.image_to_tokens(image))]
-    names = [f"after {side}x{side}, {psnr(rows[0], row).mean():.1f} dB"
-             for side, row in zip(tokenizer.scales, rows[1:])]
-    error = (rows[-1] - rows[0]).abs().mean(1) / 2         # 1: black in place of white
-    shown = [*((row + 1) / 2 for row in rows), plots.heat_map(error, 0, 0.2)]
-    plots.save_grid(path, torch.cat(shown), len(image),
+    rows = decoded(tokenizer, tokenizer.image_to_tokens(image))
+    image = image.cpu()
+    names = [f"after {side}x{side}, {psnr(image, row).mean():.1f} dB"
+             for side, row in zip(tokenizer.scales, rows)]
+    error = (rows[-1] - image).abs().mean(1) / 2           # 1: black in place of white
+    shown = torch.cat([image, *rows]) / 2 + 0.5
+    plots.save_grid(path, torch.cat([shown, plots.heat_map(error, 0, 0.2)]), len(image),
                     row_labels=["original", *names, "error, 0 to 20 %"])
