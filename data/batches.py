@@ -22,13 +22,8 @@ def picture_batches(images, batches, workers):
             yield torch.as_tensor(images[[i for i, seed in batch]])
     else:
         atexit.register(kill_workers)
-        yield from DataLoader(images, batch_sampler=batches, collate_fn=stack,
-                              num_workers=min(workers, cores()),
-                              worker_init_fn=ignore_signals)
-
-
-def stack(arrays):
-    return torch.from_numpy(np.stack(arrays))
+        yield from DataLoader(images, batch_sampler=batches, worker_init_fn=ignore_signals,
+                              num_workers=min(workers, cores()))
 
 
 def ignore_signals(worker):
@@ -84,7 +79,8 @@ def rows_of(n, count):
 
 def sample_of(images, count):
     """The images of these rows -> uint8 tensor (count, H, W, 3)"""
-    return stack([images[int(i)] for i in rows_of(len(images), count)])
+    chosen = [images[int(i)] for i in rows_of(len(images), count)]
+    return torch.from_numpy(np.stack(chosen))
 
 
 def image_fingerprint(images):

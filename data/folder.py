@@ -107,7 +107,7 @@ class FolderImages:
     takes its place. `unreadable` (N,), shared by all workers, marks those found so far."""
 
     def __init__(self, root, paths, labels, size):
-        self.root, self.size, self.short = str(root), size, round(1.125 * size)
+        self.root, self.size = root, size
         self.labels = np.asarray(labels, np.int64)  # (N,), rising
         # One array, because every worker process would slowly copy a list of strings.
         self.names = np.array([os.fsencode(path) for path in paths])
@@ -121,13 +121,13 @@ class FolderImages:
         return FolderImages(self.root, self.names[rows], labels, self.size)
 
     def path(self, i):
-        return os.path.join(self.root, os.fsdecode(self.names[i]))
+        return Path(self.root, os.fsdecode(self.names[i]))
 
     def __getitem__(self, index):
         """index: i or (i, seed). A seed of -1 means the centre, too."""
         i, seed = index if isinstance(index, tuple) else (index, -1)
         image = self.decoded(i)
-        side = min(image.size) * self.size / self.short     # of the crop in this image
+        side = min(image.size) * self.size / round(1.125 * self.size)     # in this image
         place = np.random.default_rng([seed, i]).random(2) if seed >= 0 else 0.5
         left, top = place * (np.array(image.size) - side)
         box = (left, top, left + side, top + side)
@@ -138,7 +138,7 @@ class FolderImages:
         for j in [*range(i, end), *range(first, i)]:
             if not self.unreadable[j]:
                 try:
-                    return decode(self.path(j), 4 * self.short)
+                    return decode(self.path(j))
                 except Exception as error:          # damaged files raise nearly anything
                     self.unreadable[j] = True
                     print(f"unreadable image no. {int(self.unreadable.sum())}: {self.path(j)} "
@@ -146,13 +146,10 @@ class FolderImages:
         raise BadInput(f"no image of the class of {self.path(i)} can be read: remove this class")
 
 
-def decode(path, enough=None):
+def decode(path):
     """An image file -> a Pillow image in RGB, upright, on white where it was transparent.
-    Where `enough` pixels a side suffice, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
-    which is faster. Raises nearly anything for damaged files and decompression bombs."""
+    Raises nearly anything for damaged files and decompression bombs."""
     with Image.open(path, formats=FORMATS) as image:
-        if enough:
-            image.draft(None, (enough, enough))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):              # 16 bits, which convert() would clip
             grey = np.minimum(np.asarray(image) // 257, 255)

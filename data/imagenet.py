@@ -17,10 +17,8 @@ DEFAULT_FOLDER = Path(__file__).with_name("imagenet")
 
 
 def load(split, *, data_dir=None, size=256):
-    """One split: (folder.FolderImages, labels int64 (N,), class names such as "tench").
-
-    split: "train" or "test" (the folder val/). data_dir: default data/imagenet/. Raises
-    BadInput if the layout is not ImageNet's"""
+    """One split, "train" or "test" (the folder val/): (folder.FolderImages, labels int64 (N,),
+    class names such as "tench"). data_dir: default data/imagenet/. Raises BadInput"""
     root = Path(data_dir or DEFAULT_FOLDER).expanduser()
     if not root.is_dir():
         raise BadInput(f"ImageNet is not in {root}: put train/<wnid>/*.JPEG and "

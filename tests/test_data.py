@@ -3,15 +3,13 @@ import hashlib
 import os
 import pickle
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, start
 from hypothesis import given, strategies as st
 from PIL import EpsImagePlugin, Image
 
@@ -101,10 +99,10 @@ def test_damaged_and_hostile_files_are_refused(tmp_path, monkeypatch):
 
 def test_transparency_16_bits_and_orientation_are_understood(tmp_path):
     path = tmp_path / "a.png"
-    for mode, colour, seen in (("RGBA", (*RGB, 51), (244, 224, 214)),
-                               ("I;16", 120 * 257, (120, 120, 120))):
-        Image.new(mode, (20, 16), colour).save(path)
-        assert folder.decode(path).getpixel((9, 9)) == seen
+    Image.new("RGBA", (20, 16), (*RGB, 51)).save(path)
+    assert folder.decode(path).getpixel((9, 9)) == (244, 224, 214)
+    Image.new("I;16", (20, 16), 120 * 257).save(path)
+    assert folder.decode(path).getpixel((9, 9)) == (120, 120, 120)
     upright, exif = Image.new("RGB", (96, 64)), Image.Exif()
     upright.paste(RGB, (0, 0, 48, 32))
     exif[0x0112] = 8
@@ -144,16 +142,14 @@ def test_classes_own_nested_images_in_natural_order_and_the_rest_is_named(tmp_pa
 
 def test_train_and_val_stay_as_they_are_and_other_layouts_are_found_or_refused(tmp_path):
     root = tree(tmp_path / "both", "train/ant/0.png train/bee/1.png val/bee/v.png doc/x.png")
-    train = {"train/ant/0.png": "ant", "train/bee/1.png": "bee"}
-    assert found(root) == (train, ["ant", "bee"])
+    assert found(root)[0] == {"train/ant/0.png": "ant", "train/bee/1.png": "bee"}
     assert found(root, "test") == ({"val/bee/v.png": "bee"}, ["ant", "bee"])
     refusal(lambda: found(tree(root, "val/yak/0.png"), "test"), "'yak'", "train")
     tree(tmp_path, "one/train/cat/0.png one/train/cat/1.png flat/0.png flat/1.png links/a.txt "
                    "rail/train/0.png rail/bus/0.png tars/train/n1.tar tars/val/x")
     (tmp_path / "links/cat").symlink_to(tmp_path / "flat")
-    for name, classes in dict(
-            one=["cat"], flat=["flat"], links=["cat"], rail=["bus", "train"]).items():
-        assert found(tmp_path / name, "test")[1] == classes
+    for name, classes in dict(one="cat", flat="flat", links="cat", rail="bus train").items():
+        assert found(tmp_path / name)[1] == classes.split()
     refusal(lambda: found(tmp_path / "tars"), "unpack", "n1.tar", "<class>/<image>")
 
 
@@ -170,15 +166,13 @@ def test_one_image_in_20_is_held_out_and_stays_so_when_images_are_added(sizes):
         assert train[name] and bool(test[name]) == (len(paths) > 1)
 
 
-def test_imagenet_has_its_official_order_and_a_default_folder(tmp_path, monkeypatch):
+def test_imagenet_has_its_official_order(tmp_path):
     names = imagenet.class_names()
     assert len(set(names)) == 1000 and [names[1], names[207]] == CLASSES
-    monkeypatch.setattr(imagenet, "DEFAULT_FOLDER", tmp_path / "imagenet")
-    refusal(lambda: imagenet.load("train"), str(tmp_path / "imagenet"), "--data-dir", "<wnid>")
-    root = tree(tmp_path / "imagenet", "val/n02099601/y.png val/n01443537/y.png "
-                                       "train/n02099601/x.JPEG train/n01443537/x.JPEG")
-    assert registry.load_data("imagenet", "test", 4)[2] == CLASSES
-    refusal(lambda: found(tree(root, "train/cats/0.png"), "train", imagenet.load), "'cats'")
+    tree(tmp_path, "train/n02099601/0.JPEG train/n01443537/0.JPEG val/n01443537/1.JPEG")
+    assert found(tmp_path, "test", imagenet.load)[1] == CLASSES
+    tree(tmp_path, "train/cats/0.png")
+    refusal(lambda: found(tmp_path, "train", imagenet.load), "'cats'")
 
 
 @pytest.mark.parametrize("inside, listed, row", [
@@ -193,8 +187,6 @@ def test_kaggle_and_tiny_imagenet_list_their_labels(tmp_path, inside, listed, ro
     (base / listed).write_text("ImageId,PredictionString\n" + "".join(rows))
     images, names = found(tmp_path, "test", imagenet.load)
     assert list(images.values()) == names == CLASSES and "v0.JPEG" in list(images)[0]
-    (base / listed).write_text(rows[0])
-    refusal(lambda: found(tmp_path, "test", imagenet.load), "outside class folders")
 
 
 def test_classes_are_found_by_name_wnid_index_or_part_and_a_name_wins():
@@ -203,7 +195,7 @@ def test_classes_are_found_by_name_wnid_index_or_part_and_a_name_wins():
                     "cardigan": 474, "crane": 517}.items():
         assert registry.find_class(names, text) == k
     refusal(lambda: registry.find_class(names, "cran"), "fits 2", "crane bird")
-    refusal(lambda: registry.find_class(names, "goldfsh"), "none of the 1000", "goldfish")
+    refusal(lambda: registry.find_class(names, "goldfsh"), "none of the 1000")
     assert registry.find_class(["n02102040", "n01440764"], "n01440764") == 1     # folder names
     names = ["beetle", "bee", "cat", "7"]
     for wanted, classes in ((["cat", "beetle"], [0, 2]), (["7"], [3]), (["2"], [0, 1])):
@@ -212,13 +204,13 @@ def test_classes_are_found_by_name_wnid_index_or_part_and_a_name_wins():
 
 
 def test_a_data_set_is_a_name_or_a_folder_and_can_be_restricted(tmp_path):
-    splits, chosen, names = registry.load_splits("shapes", 16, wanted=["ring", "heart"])
-    images, labels = chosen["test"]
-    assert names == ["heart", "ring"] and labels[:4].tolist() == [0, 1, 0, 1]
-    assert (images[:4] == splits["test"][0][[0, 3, 10, 13]]).all()
+    images, labels = registry.subset(np.arange(6), np.array([3, 0, 2, 0, 1, 3]), [0, 3])
+    assert images.tolist() == [0, 1, 3, 5] and labels.tolist() == [1, 0, 0, 1]
     tree(tmp_path, "ant/0.png ant/1.png cat/0.png cat/1.png dog/0.png")
-    images, labels = registry.load_splits(str(tmp_path), 4, wanted=["cat"])[1]["test"]
-    assert labels.tolist() == [0] and Path(images.path(0)).parent == tmp_path / "cat"
+    _, chosen, names = registry.load_splits(str(tmp_path), 4, wanted=["cat"])
+    images, labels = chosen["test"]
+    assert names == ["cat"] and labels.tolist() == [0]
+    assert Path(images.path(0)).parent == tmp_path / "cat"
     refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "held-out", "dog")
     refusal(lambda: registry.load_splits(str(tmp_path / "dog"), 4), "held-out", "dog")
     refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, ")
@@ -247,8 +239,8 @@ def test_views_of_files_are_crops(tmp_path):
     assert (images[0] == np.asarray(centre)).all()         # 16 of 18 pixels on the short side
     crops = np.stack([images[i, 0] for i in range(40)])    # view 1 has the seed 0
     assert len(np.unique(crops, axis=0)) == 40 and (crops != images[0]).any((1, 2, 3)).all()
-    seen = torch.cat([*batches.view_batches(images, 1, np.split(np.arange(40), 20), 2)])
-    assert torch.equal(seen, batches.to_float(torch.tensor(crops)))
+    seen = list(batches.view_batches(images, 1, np.split(np.arange(40), 20), 2))
+    assert torch.equal(torch.cat(seen), batches.to_float(torch.tensor(crops)))
 
 
 @pytest.mark.slow
@@ -259,9 +251,8 @@ images = folder.FolderImages({str(tree(tmp_path, "0.png"))!r}, ["0.png"] * 99, [
 loading = batches.picture_batches(images, [[(i, 0)] for i in range(99)], 2)
 next(loading)
 raise ValueError("a bug")"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
-                          capture_output=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: a bug"
+    done = start("-c", code, cwd=ROOT)
+    assert done.communicate(timeout=60)[1].endswith("\nValueError: a bug\n")
 
 
 def test_a_sample_spreads_over_the_data_set_and_images_have_a_fingerprint():
