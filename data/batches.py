@@ -84,7 +84,7 @@ def sample_of(images, count):
 
 
 def image_fingerprint(images):
-    """-> a hash of all pixels or, for files, of all names and the pixels of twenty images"""
+    """-> a hash of all pixels or, for files, of all names and the pixels of twenty"""
     if isinstance(images, np.ndarray):
         data = images.tobytes()
     else:

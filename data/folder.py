@@ -23,7 +23,7 @@ from engine import BadInput, distributed
 
 # Only these are tried, so a disguised file cannot reach a decoder that runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
 
 say_once = cache(distributed.say)
 
@@ -70,7 +70,7 @@ def classes_in(folder):
     empty = [path for path in unused if "/" not in path and path not in classes]
     empty = [path for path in empty if (folder / path).is_dir()]
     if not images:
-        raise BadInput(f"there are no images in {folder} (other files: {others[:3]}): unpack any "
+        raise BadInput(f"there are no images in {folder} (other files: {others[:3]}): unpack "
                        "archives, and sort the images as <class>/<image>.jpg")
     if others:
         say_once(f"passed over {len(others)} file(s) in {folder} (no known image format, or "
@@ -127,7 +127,7 @@ class FolderImages:
         """index: i or (i, seed). A seed of -1 means the centre, too."""
         i, seed = index if isinstance(index, tuple) else (index, -1)
         image = self.decoded(i)
-        side = min(image.size) * self.size / round(1.125 * self.size)     # in this image
+        side = min(image.size) * self.size / round(1.125 * self.size)     # before resizing
         place = np.random.default_rng([seed, i]).random(2) if seed >= 0 else 0.5
         left, top = place * (np.array(image.size) - side)
         box = (left, top, left + side, top + side)

@@ -17,8 +17,8 @@ DEFAULT_FOLDER = Path(__file__).with_name("imagenet")
 
 
 def load(split, *, data_dir=None, size=256):
-    """One split, "train" or "test" (the folder val/): (folder.FolderImages, labels int64 (N,),
-    class names such as "tench"). data_dir: default data/imagenet/. Raises BadInput"""
+    """The split "train" or "test" (the folder val/): FolderImages, labels int64 (N,), class
+    names such as "tench". data_dir: default data/imagenet/. Raises BadInput"""
     root = Path(data_dir or DEFAULT_FOLDER).expanduser()
     if not root.is_dir():
         raise BadInput(f"ImageNet is not in {root}: put train/<wnid>/*.JPEG and "
@@ -36,7 +36,8 @@ def load(split, *, data_dir=None, size=256):
 def _classes(base):
     """{wnid: image paths below `base`}, from class folders or else from a list of labels"""
     classes = folder.classes_in(base)
-    lists = [base / "val_annotations.txt", *(x / "LOC_val_solution.csv" for x in base.parents)]
+    lists = [base / "val_annotations.txt"]
+    lists += [parent / "LOC_val_solution.csv" for parent in base.parents]
     path = next((path for path in lists if path.is_file()), None)
     if not path or list(classes) not in ([""], ["images"]):
         return classes

@@ -27,8 +27,8 @@ INK, WOOD = (0, np.float32([74, 56, 52]) / 255), (0, np.float32([164, 122, 88]) 
 
 
 def load(split, *, data_dir=None, size=32):
-    """One split, "train" or "test": (images uint8 (N, size, size, 3), labels int64 (N,), class
-    names). `data_dir` is not used. Raises BadInput for a size out of range."""
+    """The split "train" or "test": images uint8 (N, size, size, 3), labels int64 (N,), class
+    names. `data_dir` is not used. Raises BadInput for a size out of range."""
     images, labels = draw(np.arange(COUNT[split]), split=split, size=size)
     return images, labels, list(CLASS_NAMES)
 
@@ -79,7 +79,7 @@ def _render(name, uniforms, size):
 
     shade = (1 - (0.04 + 0.10 * ramp) * (axis[None, :, None] + 0.5))   # darker at the ground
     light = 1 + 0.13 * np.clip(0.7 * y - 0.7 * x, -1, 1)            # lit from the upper left
-    planes = paper.T[:, :, None, None] * shade + 0 * x                      # (3, N, size, size)
+    planes = paper.T[:, :, None, None] * shade + 0 * x                  # (3, N, size, size)
     for distance, paint in _layers(name, cos * x - sin * y, sin * x + cos * y):
         cover = np.clip(0.5 - distance * (radius * size), 0, 1)
         colour = paint[0] * main + paint[1]                                 # (N, 3)

@@ -39,7 +39,7 @@ def refusal(call, *words):
 def found(root, split="train", load=folder.load):
     """-> {image path below root: class name} of one split, class names"""
     images, labels, names = load(split, data_dir=root, size=2)
-    paths = [Path(images.path(i)).relative_to(root).as_posix() for i in range(len(images))]
+    paths = [images.path(i).relative_to(root).as_posix() for i in range(len(images))]
     return {path: names[label] for path, label in zip(paths, labels, strict=True)}, names
 
 
@@ -111,21 +111,20 @@ def test_transparency_16_bits_and_orientation_are_understood(tmp_path):
 
 
 def test_unreadable_images_are_named_and_replaced(tmp_path, capfd, monkeypatch):
-    names = ["a/0.png", "a/1.jpg", "a/2.png", "a/3.jpg", "b/0.png"]
-    tree(tmp_path, " ".join(names))
+    names = ["0.png", "1.jpg", "2.png", "3.jpg", "4.png"]
     for name, grey in zip(names, (10, 0, 60, 0, 210)):
         Image.new("L", (2, 2), grey).save(tmp_path / name)
-    (tmp_path / "a/1.jpg").write_bytes(b"no image")
-    Image.new("L", (2, 2)).save(tmp_path / "a/3.jpg", format="EPS")  # a program in disguise
+    (tmp_path / "1.jpg").write_bytes(b"no image")
+    Image.new("L", (2, 2)).save(tmp_path / "3.jpg", format="EPS")  # a program in disguise
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("started"))
     images = folder.FolderImages(tmp_path, names, [0, 0, 0, 0, 1], 16)
     jobs = [[(n, -1)] for n in (0, 1, 2, 3, 4, 1, 3)]
     for workers, bad in ((1, ["1", "3"]), (0, [])):        # processes share what they found
         seen = [int(x[0, 0, 0, 0]) for x in batches.picture_batches(images, jobs, workers)]
         assert seen == [10, 60, 60, 10, 210, 60, 10]
-        assert re.findall(r"unreadable .*/a/(.)\.jpg", capfd.readouterr().err) == bad
-    (tmp_path / "b/0.png").write_bytes(b"")
-    refusal(lambda: images.subset([4], [0])[0], "b/0.png", "no image of the class")
+        assert re.findall(r"unreadable .*/(.)\.jpg", capfd.readouterr().err) == bad
+    (tmp_path / "4.png").write_bytes(b"")
+    refusal(lambda: images.subset([4], [0])[0], "4.png", "no image of the class")
 
 
 def test_classes_own_nested_images_in_natural_order_and_the_rest_is_named(tmp_path, capsys):
@@ -182,7 +181,7 @@ def test_kaggle_and_tiny_imagenet_list_their_labels(tmp_path, inside, listed, ro
     base = tmp_path if inside else tmp_path / "ILSVRC/Data/CLS-LOC"
     for i, wnid in enumerate(WNIDS):
         tree(base, f"train/{wnid}/{inside}0.JPEG val/{inside}v{i}.JPEG")
-    refusal(lambda: found(tmp_path, "test", imagenet.load), "sort its images", str(base / "train"))
+    refusal(lambda: found(tmp_path, "test", imagenet.load), "sort its images", str(base))
     rows = [row.format(f"v{i}", wnid) for i, wnid in enumerate(WNIDS)]
     (base / listed).write_text("ImageId,PredictionString\n" + "".join(rows))
     images, names = found(tmp_path, "test", imagenet.load)
@@ -195,7 +194,6 @@ def test_classes_are_found_by_name_wnid_index_or_part_and_a_name_wins():
                     "cardigan": 474, "crane": 517}.items():
         assert registry.find_class(names, text) == k
     refusal(lambda: registry.find_class(names, "cran"), "fits 2", "crane bird")
-    refusal(lambda: registry.find_class(names, "goldfsh"), "none of the 1000")
     assert registry.find_class(["n02102040", "n01440764"], "n01440764") == 1     # folder names
     names = ["beetle", "bee", "cat", "7"]
     for wanted, classes in ((["cat", "beetle"], [0, 2]), (["7"], [3]), (["2"], [0, 1])):
@@ -203,17 +201,16 @@ def test_classes_are_found_by_name_wnid_index_or_part_and_a_name_wins():
     refusal(lambda: registry.chosen_classes(names, ["5"]), "5", "4 classes")
 
 
-def test_a_data_set_is_a_name_or_a_folder_and_can_be_restricted(tmp_path):
+def test_a_data_set_can_be_restricted_to_classes_that_have_held_out_images(tmp_path):
     images, labels = registry.subset(np.arange(6), np.array([3, 0, 2, 0, 1, 3]), [0, 3])
     assert images.tolist() == [0, 1, 3, 5] and labels.tolist() == [1, 0, 0, 1]
     tree(tmp_path, "ant/0.png ant/1.png cat/0.png cat/1.png dog/0.png")
     _, chosen, names = registry.load_splits(str(tmp_path), 4, wanted=["cat"])
     images, labels = chosen["test"]
     assert names == ["cat"] and labels.tolist() == [0]
-    assert Path(images.path(0)).parent == tmp_path / "cat"
+    assert images.path(0).parent == tmp_path / "cat"
     refusal(lambda: registry.load_splits(str(tmp_path), 4, wanted=["dog"]), "held-out", "dog")
     refusal(lambda: registry.load_splits(str(tmp_path / "dog"), 4), "held-out", "dog")
-    refusal(lambda: registry.load_data("toy", "train", 16), "'toy'", "shapes, cifar10, ")
 
 
 @given(view=st.integers(0, 5), side=st.sampled_from([8, 16, 40]), part=st.integers(1, 6))
