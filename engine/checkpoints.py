@@ -97,12 +97,12 @@ def save(path, facts, modules, optimizers, step):
 
 
 def resume(path, facts, settings, modules, optimizers):
-    """Load the checkpoint of a stage, if there is one, and write the settings to settings.json.
-    -> the steps it was trained for
+    """Load the checkpoint of a stage, if there is one, and write the settings to
+    settings.json. -> the steps it was trained for
 
-    With settings.fresh the checkpoint is removed, and with a tokenizer all that was made with it.
-    Raises BadInput if the file is damaged or its settings differ from facts["settings"]; a
-    setting that an older checkpoint lacks has its default."""
+    With settings.fresh the checkpoint is removed, and with a tokenizer all that was made from
+    it. Raises BadInput if the file is damaged or its settings differ from facts["settings"];
+    a setting that an older checkpoint lacks has its default."""
     if rank() == 0 and settings.fresh:
         path.unlink(missing_ok=True)
         if path.stem == "tokenizer":
@@ -124,15 +124,16 @@ def resume(path, facts, settings, modules, optimizers):
             raise BadInput(f"{path} is damaged; --fresh starts over") from None
         say(f"{path.stem}: resuming at step {start}")
     if rank() == 0:
-        write_atomically(json.dumps(vars(settings), indent=1), path.with_name("settings.json"))
+        text = json.dumps(vars(settings), indent=1)
+        write_atomically(text, path.with_name("settings.json"))
     return start
 
 
 def refuse_changes(path, settings, before, defaults):
-    """Raises BadInput if `before`, the settings in the checkpoint, differ from `settings`."""
+    """Raises BadInput if the settings in the checkpoint, `before`, are others."""
     if not before:
-        raise BadInput(f"{path} was copied from --tokenizer-file: give --stage transformer, or "
-                       "choose another folder with --out")
+        raise BadInput(f"{path} was copied from --tokenizer-file: give --stage transformer, "
+                       "or choose another folder with --out")
     before = defaults | before
     changed = [f"{name} {before.get(name)} -> {value}" for name, value in settings.items()
                if before.get(name) != value]

@@ -20,9 +20,9 @@ def pick_device(name):
 
 
 def best_precision(device):
-    """What "auto" stands for: bfloat16 where it is fast, float16 on older GPUs, else float32.
-    Some CPUs have units for bfloat16, others emulate it ten times slower, so a CPU is judged by
-    timing one small product of each kind."""
+    """What "auto" stands for: bfloat16 where it is fast, float16 on older GPUs, else
+    float32. Some CPUs have units for bfloat16, others emulate it ten times slower, so a CPU
+    is judged by timing one small product of each kind."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float16"

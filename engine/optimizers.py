@@ -63,14 +63,14 @@ def take_step(optimizers, norm, skipped, scaler=None):
 
 
 class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum whose update is made nearly orthogonal: the singular values
-    that matter become about equal, so a few directions cannot dominate the change of a matrix.
+    """Gradient descent with momentum whose update is made nearly orthogonal: the singular
+    values that matter become about equal, so a few directions cannot dominate the update.
 
     torch.optim.Muon is the same algorithm, but it takes no convolutions and always multiplies in
     bfloat16, which some CPUs only emulate. This one treats a convolution (out, in, h, w) as a
     matrix (out, in*h*w). dtype: the precision of the products."""
 
-    def __init__(self, params, weight_decay=0.0, dtype=torch.float32, lr=0.02, momentum=0.95):
+    def __init__(self, params, weight_decay, dtype=torch.float32, lr=0.02, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
 
@@ -98,8 +98,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(g, dtype=torch.float32):
     """Five Newton-Schulz steps with the coefficients of Jordan et al. They keep the singular
     vectors and move every singular value above about 0.0016 of the Frobenius norm to between
-    roughly 0.68 and 1.2; smaller ones grow, but stay small. (n, rows, columns) -> the same shape
-    """
+    roughly 0.68 and 1.2; smaller ones stay small. (n, rows, columns) -> the same shape"""
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)

@@ -42,15 +42,15 @@ def renamed(state):
 
 
 def level_name(name):
-    """ "encoder.down.4.attn.1.x" -> "encoder.levels.4.3.x": a level is one sequence of layers here.
-    Levels count from fine to coarse there; in our decoder they follow the data."""
-    found = re.match(r"(encoder|decoder)\.(?:down|up)\.(\d+)\.([a-z]+)\.(?:(\d+)\.)?(.*)", name)
+    """ "encoder.down.4.attn.1.x" -> "encoder.levels.4.3.x": a level is one sequence of layers
+    here. Levels count from fine to coarse there; in our decoder they follow the data."""
+    found = re.match(r"(\w+coder)\.(?:down|up)\.(\d+)\.([a-z]+)\.(?:(\d+)\.)?(.*)", name)
     if not found:
         return name
     half, level, part, j, rest = found.groups()
     level = int(level)
-    blocks = 2 if half == "encoder" else 3                 # downsample or upsample follows them
-    step = 2 if level == 4 else 1                          # attention follows each block there
+    blocks = 2 if half == "encoder" else 3           # downsample or upsample follows them
+    step = 2 if level == 4 else 1                    # attention follows each block there
     place = step * int(j or blocks) + (part == "attn")
     level = level if half == "encoder" else 4 - level
     return f"{half}.levels.{level}.{place}.{rest}"
@@ -66,8 +66,8 @@ def read_tokenizer(state, scales=None):
         channels = len(state["encoder.conv_in.weight"])
     except LOADING_ERRORS as error:
         raise BadInput(f"not a released VAR tokenizer: {error}") from None
-    sizes = dict(TOKENIZER, image_size=16 * scales[-1], scales=scales, vocab_size=vocab_size,
-                 latent_dim=latent_dim, channels=channels)
+    sizes = dict(TOKENIZER, image_size=16 * scales[-1], scales=scales,
+                 vocab_size=vocab_size, latent_dim=latent_dim, channels=channels)
     return sizes, renamed({level_name(name): value for name, value in state.items()})
 
 
@@ -89,8 +89,8 @@ def read_transformer(state, scales=None, heads=None):
     except LOADING_ERRORS as error:
         raise BadInput(f"not a released VAR transformer: {error}") from None
     if sum(side * side for side in scales) != length:
-        raise BadInput(f"the transformer has {length} positions, but the scales {scales} have "
-                       f"{sum(side * side for side in scales)}: give those it was trained with")
+        raise BadInput(f"the transformer has {length} positions, which do not fit the scales "
+                       f"{scales}: give those it was trained with")
     return sizes, renamed(state)
 
 

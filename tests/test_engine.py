@@ -57,7 +57,7 @@ def test_the_shares_of_all_processes_are_the_batch_and_means_are_over_all(n, wor
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("part", [0, 1])
-def test_matrices_decay_those_inside_blocks_go_to_muon_and_the_schedule_moves_all(kind, part):
+def test_matrices_decay_those_inside_blocks_go_to_muon_all_are_scheduled(kind, part):
     model = random_models()[part]
     made = optimizers.make_optimizers(model, 1e-3, 0.05, kind)
     owner = {id(p): (optimizer, group) for optimizer in made for group in optimizer.param_groups
@@ -129,7 +129,7 @@ def pictures(n, *size, seed=0):
     return torch.rand(n, 3, *size, generator=seeded(seed)) * 2 - 1
 
 
-def test_lpips_reads_its_weights_and_is_equation_1_with_finite_gradients(monkeypatch, tmp_path):
+def test_lpips_is_equation_1_with_finite_gradients(monkeypatch, tmp_path):
     monkeypatch.setattr(perceptual, "GROUPS", NARROW)
     monkeypatch.setattr(perceptual, "DOWNLOADS", tmp_path)
     convs = perceptual.Perceptual().features.named_parameters()       # with random weights
