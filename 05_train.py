@@ -12,8 +12,8 @@
     python 05_train.py --dataset imagenet --gpus 8   data/imagenet/, or give --data-dir
     python 05_train.py --dataset /path/to/folder     class folders of your own images
 
-The same command resumes, --fresh starts over, --help lists all settings. Read `train_tokenizer`,
-`encode_once` and `train_transformer` first; the rest serves them.
+The same command resumes, --fresh starts over, --help lists all settings. Read first
+`train_tokenizer`, `encode_once` and `train_transformer`; the rest serves them.
 
 Shapes: image (B, 3, H, W) in [-1, 1]; tokens (B, L) int64; logits (B, L, V).
 Sources: VAR (Tian et al. 2024), section 4, and its released code for the ImageNet recipe;
@@ -29,8 +29,8 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
-# Threads that spin while they wait make a step forty times slower beside another busy process.
-# Spinning less costs a few per cent; torch reads this when it is imported.
+# Threads that spin while they wait slow each other down forty times on a busy machine. Spinning
+# less costs a few per cent; torch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -61,14 +61,14 @@ class Settings:
     preset: str = option("", "settings to start from; default: those of the data set")
     stage: str = option("all", "train the tokenizer (stage 1), the transformer (2) or both",
                         choices=("all", "tokenizer", "transformer"))
-    tokenizer_file: str = option("", "use this tokenizer in stage 2, trained here or released")
+    tokenizer_file: str = option("", "tokenizer for stage 2, trained here or released")
     data_dir: str = option("", "folder of the data, if not the usual one")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     gpus: int = option(1, "number of processes on this machine, one per GPU")
     compile: bool = option(False, "use torch.compile, which pays off in long runs")
-    workers: int = option(-1, "processes per GPU that decode files; -1: as cores allow", low=-1)
-    accumulate: int = option(1, "parts of a batch, to save memory; codes learn once per part")
-    activation_checkpointing: bool = option(False, "recompute in stage 2: less memory, more time")
+    workers: int = option(-1, "processes per GPU that decode files; -1: auto", low=-1)
+    accumulate: int = option(1, "parts of a batch, to save memory")
+    activation_checkpointing: bool = option(False, "save memory in stage 2, for time")
     save_every: int = option(500, "steps between checkpoints")
     log_every: int = option(50, "steps between log lines")
     fresh: bool = option(False, "train again what --stage names instead of resuming")
@@ -104,7 +104,7 @@ class Settings:
     quantizer: str = option("vq", "how features become codes", choices=("vq", "lfq"))
     learn: str = option("ema", "how codes learn", choices=("ema", "gradient"))
     # Stage 2: the transformer.
-    classes: tuple = option((), "train on these classes (names or wnids), or on the first N",
+    classes: tuple = option((), "train on these classes (names, wnids), or the first N",
                             nargs="+", metavar="NAME")
     views: int = option(1, "versions of each image (mirrored, shifted) in the token cache")
     steps: int = option(1200, "steps of stage 2", low=0)
@@ -132,16 +132,18 @@ PRESETS = {
     "shapes": dict(),
     "cifar10": dict(
         dataset="cifar10", vocab_size=1024, channels=96, flip=True, adversarial=0.2,
-        tokenizer_steps=25_000, tokenizer_batch_size=128, views=16, steps=30_000, batch_size=256,
-        depth=6, width=256, shared_adaln=True, drop_path=0.1, cfg=2.0, top_p=0.9, log_every=200,
-        save_every=1000),
+        tokenizer_steps=25_000, tokenizer_batch_size=128, views=16, steps=30_000,
+        batch_size=256, depth=6, width=256, shared_adaln=True, drop_path=0.1, cfg=2.0,
+        top_p=0.9, log_every=200, save_every=1000),
     "cifar10-cpu": dict(
-        dataset="cifar10", classes=("automobile", "horse", "ship"), flip=True, adversarial=0.2,
-        tokenizer_steps=12_000, views=4, steps=14_000, batch_size=24, depth=6, width=192, heads=3,
-        shared_adaln=True, drop_path=0.05, cfg=3.0, top_p=0.8, log_every=200),
+        dataset="cifar10", classes=("automobile", "horse", "ship"), flip=True,
+        adversarial=0.2, tokenizer_steps=12_000, views=4, steps=14_000, batch_size=24, depth=6,
+        width=192, heads=3, shared_adaln=True, drop_path=0.05, cfg=3.0, top_p=0.8,
+        log_every=200),
     "folder": dict(
-        image_size=64, vocab_size=1024, tokenizer_steps=20_000, tokenizer_batch_size=32, views=4,
-        steps=30_000, batch_size=64, depth=8, width=384, heads=6, drop_path=0.03, cfg=1.5),
+        image_size=64, vocab_size=1024, tokenizer_steps=20_000, tokenizer_batch_size=32,
+        views=4, steps=30_000, batch_size=64, depth=8, width=384, heads=6, drop_path=0.03,
+        cfg=1.5),
     "imagenet": dict(
         released.TOKENIZER, dataset="imagenet", learn="ema", perceptual=1.0, adversarial=0.5,
         tokenizer_steps=250_000, tokenizer_batch_size=256, tokenizer_lr=1e-4, views=8,
@@ -164,7 +166,7 @@ MULTIPLIERS = {64: (1, 2), 128: (1, 2), 256: (1, 2, 2), 512: (1, 2, 2)}
 
 
 def read_settings(argv=None):
-    """Command line -> Settings. A typed option wins over the preset, and the preset over the
+    """Command line -> Settings. A typed option wins over the preset, the preset over the
     defaults. Raises BadInput for settings that do not fit together."""
     typed = read_options(argv, __doc__.splitlines()[0], Settings)
     name = typed.get("preset") or typed.get("dataset", "shapes")
@@ -195,12 +197,11 @@ def read_settings(argv=None):
     if settings.perceptual and settings.image_size < 16:
         raise BadInput("--perceptual needs images of at least 16 pixels")
     if settings.tokenizer_file and settings.stage != "transformer":
-        raise BadInput("--tokenizer-file is for stage 2: leave out --stage, or give transformer")
+        raise BadInput("--tokenizer-file needs --stage transformer, which is then the default")
     parts = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate
     if settings.tokenizer_batch_size % parts or settings.batch_size % parts:
-        raise BadInput(f"--tokenizer-batch-size {settings.tokenizer_batch_size} and --batch-size "
-                       f"{settings.batch_size} must be multiples of {parts}, the number of "
-                       "processes times --accumulate")
+        raise BadInput("--tokenizer-batch-size and --batch-size must be multiples of "
+                       f"{parts}, the number of processes times --accumulate")
     try:
         var_config(settings, tokenizer_config(settings), num_classes=1)
     except ValueError as error:
@@ -227,8 +228,8 @@ def var_config(settings, tokenizer, num_classes):
 # -- Schedule, order and randomness --------------------------------------------------------
 
 def learning_rate(progress, final):
-    """Share of the peak learning rate: a warm-up over the first 2 % of the run, flat up to 5 %,
-    then a straight line down to `final`."""
+    """Share of the peak learning rate: a warm-up over the first 2 % of the run, flat up to
+    5 %, then a straight line down to `final`."""
     if progress < 0.02:
         return 0.005 + 0.995 * progress / 0.02
     return 1 - (1 - final) * max(0.0, progress - 0.05) / 0.95
@@ -241,8 +242,8 @@ def epoch_order(n, seed, epoch):
 
 def batch_indices(step, n, batch, seed):
     """Which of n images a step (counted from 0) sees: every epoch is a new shuffle, and epochs
-    are laid end to end. They depend on step and seed alone, so a run can resume at any step and
-    on any number of GPUs. -> (batch,) int64"""
+    are laid end to end. This depends on step and seed alone, so a run can resume at any step
+    and on any number of GPUs. -> (batch,) int64"""
     # Exercise 05_2
     places = np.arange(step * batch, (step + 1) * batch)
     epochs = places // n
@@ -252,7 +253,7 @@ def batch_indices(step, n, batch, seed):
 
 
 def crops_to_load(start, n, settings):
-    """What this process sees of each batch of stage 1, from step `start` on: a list of (index of
+    """This process's part of each batch of stage 1, from step `start` on: a list of (index of
     an image, seed of its random crop)."""
     for step in range(start, settings.tokenizer_steps):
         indices = batch_indices(step, n, settings.tokenizer_batch_size, settings.seed)
@@ -260,7 +261,7 @@ def crops_to_load(start, n, settings):
 
 
 def seed_step(settings, stage, step):
-    """Derive all random numbers of a step from (seed, stage, step, process). A run therefore
+    """Derive all random numbers of a step from (seed, stage, step, process). A run thus
     resumes bit for bit, although no random state is saved. stage: 1 or 2"""
     words = [settings.seed, stage - 1, step, distributed.rank()]
     torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
@@ -269,7 +270,7 @@ def seed_step(settings, stage, step):
 # -- What the two loops share --------------------------------------------------------------
 
 def facts_of(settings, model, about, of_other_stage):
-    """What a checkpoint holds besides weights. A run that resumes has the same "settings"."""
+    """What a checkpoint holds besides weights. A resumed run has the same "settings"."""
     free = OF_THE_RUN + of_other_stage
     same = {name: getattr(settings, name) for name in NAMES if name not in free}
     same |= asdict(model.config)
@@ -281,14 +282,13 @@ def report(path, step, steps, batch_size, seconds, text, numbers):
     if distributed.rank() == 0:
         eta = clock((steps - step) * seconds)
         print(f"{path.stem} {step}/{steps} ({100 * step // steps}%) | "
-              f"loss {numbers['loss']:.4g} | {text} | lr {numbers['lr']:.1e} | "
-              f"grad {numbers['grad']:.2f} | {batch_size / seconds:.0f} img/s | eta {eta}",
-              flush=True)
+              f"{text} | lr {numbers['lr']:.1e} | grad {numbers['grad']:.2f} | "
+              f"{batch_size / seconds:.0f} img/s | eta {eta}", flush=True)
         checkpoints.log(path.parent, stage=path.stem, step=step, **numbers)
 
 
 def save_or_stop(settings, path, facts, modules, optimizers, step, steps):
-    """Save the stage when that is due. If a signal asked this run to stop, save and exit."""
+    """Save the stage when it is due. If a signal asked this run to stop, save and exit."""
     stopping = distributed.stop_requested(step)
     if step % settings.save_every == 0 or step == steps or stopping:
         checkpoints.save(path, facts, modules, optimizers, step)
@@ -298,9 +298,8 @@ def save_or_stop(settings, path, facts, modules, optimizers, step, steps):
 # -- Stage 1: the tokenizer ----------------------------------------------------------------
 
 def train_tokenizer(settings, tokenizer, images, held_out, about, device):
-    """Train a MultiScaleVQVAE from its last checkpoint to settings.tokenizer_steps.
-
-    images: uint8 (N, H, W, 3), in memory or read on demand; held_out: a uint8 tensor; about: the
+    """Train a MultiScaleVQVAE from its last checkpoint to settings.tokenizer_steps. images:
+    uint8 (N, H, W, 3), in memory or read on demand; held_out: a uint8 tensor; about: the
     class_names and the dataset. Raises BadInput if the checkpoint is of another run."""
     path, steps = Path(settings.out) / "tokenizer.pt", settings.tokenizer_steps
     # Stage 1 has no loss scale, without which gradients vanish in float16.
@@ -313,13 +312,15 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     if settings.perceptual:
         lpips = perceptual.load_perceptual().to(device)
     if settings.adversarial:
-        modules["critic"] = critic = perceptual.Discriminator(settings.image_size).to(device)
+        critic = perceptual.Discriminator(settings.image_size).to(device)
+        modules["critic"] = critic
         critic_lr = min(settings.tokenizer_lr, 3e-4)
         optimizers.append(torch.optim.AdamW(critic.parameters(), critic_lr, (0.5, 0.9),
                                             fused=True))
     start = checkpoints.resume(path, facts, settings, modules, optimizers)
-    # The adversarial weight needs gradients from inside the graph; a compiled graph hides them.
-    model = distributed.data_parallel(tokenizer, settings.compile and not settings.adversarial)
+    # The adversarial weight needs gradients from inside the graph, which compiling hides.
+    compiled = settings.compile and not settings.adversarial
+    model = distributed.data_parallel(tokenizer, compiled)
 
     crops = crops_to_load(start, len(images), settings)
     batches = picture_batches(images, crops, settings.workers)
@@ -341,10 +342,12 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
                 decoded, tokens, terms = model(part)         # here the codes learn, too
                 image_loss = terms["reconstruction"]
                 if settings.perceptual:
-                    image_loss = image_loss + settings.perceptual * lpips(decoded, part).mean()
+                    distance = lpips(decoded, part).mean()
+                    image_loss = image_loss + settings.perceptual * distance
                 if share:
+                    last = tokenizer.decoder.conv_out.weight
                     adversarial, critic_loss = perceptual.adversarial_losses(
-                        critic, part, decoded, image_loss, tokenizer.decoder.conv_out.weight)
+                        critic, part, decoded, image_loss, last)
             loss = image_loss + 0.25 * (terms["vq"] + terms["extra"]) + share * adversarial
             ((loss + critic_loss) / settings.accumulate).backward()
             losses.append(loss.detach())
@@ -363,7 +366,8 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
                            grad=float(norm), lr=optimizers[0].param_groups[0]["lr"],
                            **health.usage(distributed.total(counts)))
             seconds = (time.monotonic() - began) / (step - start)
-            text = f"psnr {numbers['psnr']:.1f} dB | {health.short(tokenizer.scales, numbers)}"
+            text = (f"loss {numbers['loss']:.4g} | psnr {numbers['psnr']:.1f} dB | "
+                    f"{health.short(tokenizer.scales, numbers)}")
             report(path, step, steps, settings.tokenizer_batch_size, seconds, text, numbers)
             losses, db, counts = [], [], 0
         if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
@@ -379,13 +383,14 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
 
 @torch.no_grad()
 def encode_once(settings, tokenizer, images, split, device):
-    """Encode all images of a split with the frozen tokenizer. -> a list of arrays (N, L), one per
-    view, memory-mapped from files. The name of a file holds a hash of images and tokenizer, so a
-    complete file is used again, and never for other images or by another tokenizer."""
+    """Encode all images of a split with the frozen tokenizer. -> a list of arrays (N, L), one
+    per view, memory-mapped from files. The name of a file holds a hash of images and
+    tokenizer, so a complete file is used again, but never for others."""
     facts = f"{image_fingerprint(images)} {checkpoints.model_fingerprint(tokenizer)}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:12]
     count = settings.views if split == "train" else 1
-    paths = [Path(settings.out) / f"tokens_{split}_{key}_{view}.npy" for view in range(count)]
+    folder = Path(settings.out)
+    paths = [folder / f"tokens_{split}_{key}_{view}.npy" for view in range(count)]
     shape = (len(images), sum(side * side for side in tokenizer.scales))
     dtype = np.uint16 if tokenizer.config.vocab_size <= 2 ** 16 else np.int32
     mine = np.array_split(np.arange(len(images)), distributed.world())[distributed.rank()]
@@ -426,8 +431,8 @@ def cached_rows(views, labels, indices, device):
 # -- Stage 2: the transformer --------------------------------------------------------------
 
 def token_losses(model, tokenizer, tokens, labels):
-    """Teacher forcing: the inputs are made from the real coarser maps. Output i predicts token i,
-    of its own map; unlike in a language model, nothing is shifted by one.
+    """Teacher forcing: the inputs are made from the real coarser maps. Output i predicts
+    token i, of its own map; unlike in a language model, nothing is shifted by one.
     tokens (B, L), labels (B,) -> cross-entropy in nats (B, L), right (B, L) bool"""
     # Exercise 05_1
     sizes = [side * side for side in tokenizer.scales]
@@ -439,11 +444,9 @@ def token_losses(model, tokenizer, tokens, labels):
 
 
 def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
-    """Train a VAR from its last checkpoint to settings.steps.
-
-    cached_tokens: a function that returns two pairs (list of views (N, L), labels (N,)), to train
-    on and held out, see encode_once. about: the class_names and the dataset. Raises BadInput if
-    the checkpoint is of another run."""
+    """Train a VAR from its last checkpoint to settings.steps. cached_tokens() returns two
+    pairs (list of views (N, L), labels (N,)), to train on and held out; about: the class_names
+    and the dataset. Raises BadInput if the checkpoint is of another run."""
     path, steps = Path(settings.out) / "transformer.pt", settings.steps
     compute = partial(autocast, device, settings.precision)
     facts = facts_of(settings, var, about, OF_STAGE_1)
@@ -453,13 +456,13 @@ def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
     half = settings.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 11, enabled=half)
     modules = {"model": var.to(device), "scaler": scaler}
-    optimizers = make_optimizers(var, settings.lr, settings.weight_decay, settings.optimizer,
-                                 settings.precision)
+    optimizers = make_optimizers(var, settings.lr, settings.weight_decay,
+                                 settings.optimizer, settings.precision)
     start = checkpoints.resume(path, facts, settings, modules, optimizers)
     var.activation_checkpointing = settings.activation_checkpointing
     model = distributed.data_parallel(var, settings.compile)
 
-    train, test = cached_tokens()         # only now: a refused command must not cost hours
+    train, test = cached_tokens()         # not before: a refused command should cost nothing
     images = len(train[0]) * len(train[1])                   # in all views
     began, skipped, losses, hits = time.monotonic(), 0, [], []
     for step in range(start + 1, steps + 1):
@@ -493,7 +496,7 @@ def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
             losses, hits = [], []
         if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
             text, numbers = evaluate(var.eval(), tokenizer, test, device, compute)
-            distributed.say(f"  held out at step {step}: loss {numbers['loss']:.3f} | {text}")
+            distributed.say(f"  held out at step {step}: {text}")
             checkpoints.log(path.parent, stage="transformer", step=step, held_out=numbers)
         save_or_stop(settings, path, facts, modules, optimizers, step, steps)
     var.eval().requires_grad_(False)
@@ -501,8 +504,10 @@ def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
 
 def describe(loss, right, scales):
     """loss (L,) in nats, right () in [0, 1] -> text and numbers for the log"""
-    per_scale = [float(part.mean()) for part in loss.split([side * side for side in scales])]
-    text = f"per-scale {' '.join(f'{x:.2f}' for x in per_scale)} | right {right:.1%}"
+    sizes = [side * side for side in scales]
+    per_scale = [float(part.mean()) for part in loss.split(sizes)]
+    text = (f"loss {loss.mean():.4g} | per-scale {' '.join(f'{x:.2f}' for x in per_scale)} | "
+            f"right {right:.1%}")
     return text, dict(loss=float(loss.mean()), per_scale=per_scale, right=float(right))
 
 
@@ -510,42 +515,40 @@ def describe(loss, right, scales):
 def evaluate(var, tokenizer, test, device, compute):
     """The loss on up to 2,000 held-out images. -> as describe()"""
     chosen = rows_of(len(test[1]), 2000)
-    losses, hits = [], []
-    for rows in np.split(chosen, range(100, len(chosen), 100)):
-        with compute():
-            loss, right = token_losses(var, tokenizer, *cached_rows(*test, rows, device))
-        losses.append(loss)
-        hits.append(right.float())
-    return describe(torch.cat(losses).mean(0), torch.cat(hits).mean(), tokenizer.scales)
+    with compute():
+        found = [token_losses(var, tokenizer, *cached_rows(*test, rows, device))
+                 for rows in np.split(chosen, range(100, len(chosen), 100))]
+    losses, hits = map(torch.cat, zip(*found))
+    return describe(losses.mean(0), hits.float().mean(), tokenizer.scales)
 
 
 # -- Models from files ---------------------------------------------------------------------
 
 def load_tokenizer(path):
-    """-> (frozen MultiScaleVQVAE in eval mode, the rest of its checkpoint). Raises BadInput"""
+    """-> (frozen MultiScaleVQVAE in eval mode, the rest of its file). Raises BadInput"""
     return checkpoints.load_model(path, "tokenizer", vqvae.MultiScaleVQVAE,
                                   vqvae.TokenizerConfig)
 
 
 def load_transformer(path):
-    """-> (frozen VAR in eval mode, the rest of its checkpoint). Raises BadInput"""
+    """-> (frozen VAR in eval mode, the rest of its file). Raises BadInput"""
     return checkpoints.load_model(path, "transformer", transformer.VAR,
                                   transformer.VARConfig)
 
 
 def tokenizer_for_stage_2(settings):
-    """The run's own tokenizer or that of --tokenizer-file, trained here or released. Its sizes
-    become those of the settings. Raises BadInput"""
+    """The run's own tokenizer or that of --tokenizer-file, trained here or released. Its
+    sizes become those of the settings. Raises BadInput"""
     own = Path(settings.out) / "tokenizer.pt"
     given = Path(settings.tokenizer_file or own)
     if not given.exists():
-        raise BadInput(f"there is no {given}: train a tokenizer first, with --stage tokenizer")
+        raise BadInput(f"there is no {given}: first train one with --stage tokenizer")
     state = checkpoints.load_checkpoint(given)
     if "config" in state or "tokenizer" in state:
         tokenizer, about = load_tokenizer(given)
         steps = about["settings"].get("tokenizer_steps", 0)
         if about["step"] < steps:
-            distributed.say(f"{given} was trained for {about['step']} of its {steps} steps only")
+            distributed.say(f"{given} was trained for {about['step']} of {steps} steps only")
     else:
         sizes, weights = released.read_tokenizer(state, settings.scales)
         tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
@@ -580,21 +583,20 @@ def main():
         settings.steps = max(1, settings.epochs * n // settings.batch_size)
     lock = checkpoints.open_run(settings, device)          # held until the images are drawn
     distributed.listen_for_signals()
-    distributed.say(
-        f"{settings}\n{settings.dataset}: {n:,} images to train on, {len(chosen['test'][1]):,} "
-        f"held out, {len(class_names)} classes; {distributed.world()} process(es) on "
-        f"{device.type} in {settings.precision}")
+    distributed.say(f"{n:,} images to train on, {len(chosen['test'][1]):,} held out, "
+                    f"{len(class_names)} classes; {distributed.world()} process(es) on "
+                    f"{device.type} in {settings.precision}")
 
     about = dict(class_names=class_names, dataset=settings.dataset)
+    own = Path(settings.out) / "tokenizer.pt"
     torch.manual_seed(settings.seed)
     if settings.stage != "transformer":
         tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config(settings))
         held_out = sample_of(splits["test"][0], 1000)
         train_tokenizer(settings, tokenizer, splits["train"][0], held_out, about, device)
-    elif distributed.rank() == 0 and not (Path(settings.out) / "tokenizer.pt").exists():
-        copy = dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(), settings={},
-                    step=0)
-        checkpoints.save_atomically(copy, Path(settings.out) / "tokenizer.pt")
+    elif not distributed.agreed(own.exists()):             # given by --tokenizer-file
+        facts = dict(config=asdict(tokenizer.config), settings={})
+        checkpoints.save(own, facts, {"model": tokenizer}, [], step=0)
     if settings.stage != "tokenizer":
         tokenizer.to(device)
         torch.manual_seed(settings.seed)

@@ -394,6 +394,6 @@ def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
     another = ["--tokenizer-file", "half.pt"]
     assert "choose a new folder" in refused(SCRIPT, *options, *another, "--out", "run")
     result = cli(SCRIPT, *options, *another, "--out", "new")
-    assert result.status == 0 and "trained for 7 of its 24 steps" in result.out
+    assert result.status == 0 and "trained for 7 of 24 steps" in result.out
     line = refused(SCRIPT, *tiny.options, "--out", "new")  # it was trained with settings unknown
     assert "--tokenizer-file" in line and "--stage transformer" in line
