@@ -22,8 +22,8 @@ from engine.progress import progress
 def density(tokenizer, log_likelihood, image, labels, classes, no_class):
     """Print bits per scale of images (N, 3, H, W) in [-1, 1], and judge their class.
 
-    log_likelihood(tokens, labels (B,)) -> nats (B, K); labels (N,): the class of each image;
-    classes: those to compare; no_class: the label of none"""
+    log_likelihood(tokens, labels (B,)) -> nats (B, K); labels (N,): the class of each
+    image; classes: those to compare; no_class: the label of none"""
     device, scales, parts = next(tokenizer.parameters()).device, tokenizer.scales, []
     for part in progress(image.split(per_pass(image.shape[-1])), len(image)):
         tokens = tokenizer.image_to_tokens(part.to(device))

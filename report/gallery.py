@@ -3,8 +3,8 @@
 args: the options of chapter 6, and facts about the model: names (of all classes), labels
     ({number: text} of the classes to show), dataset, side (of its images)
 model: .tokenizer, .cfg (the guidance), and functions of chapter 6 for its two networks:
-    .draw_tokens(labels), .log_likelihood(tokens, labels), and for any number of images
-    .sample(labels, seed=0, ...), .repaint(labels, image, keep=...) -> (n, 3, H, W) in [0, 1]
+    .draw_tokens(labels), .log_likelihood(tokens, labels), and for any number of images,
+    (n, 3, H, W) in [0, 1], .sample(labels, seed=0, ...), .repaint(labels, image, keep=...)
 """
 import math
 from functools import partial
@@ -99,18 +99,19 @@ def kept_region(args, task):
         inside = torch.zeros(args.side, args.side, dtype=torch.bool)
         inside[y0:y1, x0:x1] = True
     if inside.all() or not inside.any():
-        raise BadInput(f"--task {task}: --mask, or --box X0 Y0 X1 Y1 in fractions of the side, "
-                       "must leave a part to repaint and a part to keep")
+        raise BadInput(f"--task {task}: --mask, or --box X0 Y0 X1 Y1 in fractions of the "
+                       "side, must leave a part to repaint and a part to keep")
     return inside if task == "outpaint" else ~inside
 
 
 # -- Tasks ---------------------------------------------------------------------------------
 
-def save(args, name, rows, **labels):
-    """One sheet. rows: {text: images (n, 3, H, W) in [0, 1]}; labels: see save_grid()"""
+def save(args, name, rows, footer="", **options):
+    """One sheet. rows: {text: images (n, 3, H, W) in [0, 1]}; options: of save_grid()"""
     path = args.out / f"{name}.png"
     images = torch.cat(list(rows.values()))
-    plots.save_grid(path, images, len(images) // len(rows), row_labels=list(rows), **labels)
+    plots.save_grid(path, images, len(images) // len(rows), row_labels=list(rows),
+                    footer=footer and plots.legend(footer), **options)
     print(f"wrote {path}")
 
 
@@ -124,13 +125,14 @@ def show_samples(args, model):
         rows[text] = model.sample(torch.full((n,), c), seed=i * n)
     save(args, "samples", rows)
     rows, names = {}, list(args.labels.values())[:5]
-    for side, maps, image in zip(tokenizer.scales, tokens, health.decoded(tokenizer, tokens)):
+    images = health.decoded(tokenizer, tokens)
+    for side, maps, image in zip(tokenizer.scales, tokens, images):
         colours = plots.token_colours(maps, side, tokenizer.config.vocab_size)
         rows[f"{side}x{side}"] = torch.cat([F.interpolate(x, size=max(96, args.side))
                                             for x in (colours, (image + 1) / 2)])
-    save(args, "coarse_to_fine", rows, column_labels=names * 2, scale=1, footer=plots.legend(
-        "Left: the token map of each scale. A colour stands for the number of a code.\n"
-        "Right: the image decoded from all maps so far."))
+    footer = ("Left: the token map of each scale. A colour stands for the number of a code.\n"
+              "Right: the image decoded from all maps so far.")
+    save(args, "coarse_to_fine", rows, footer, column_labels=names * 2, scale=1)
 
 
 def show_guidance(args, model):
@@ -139,8 +141,8 @@ def show_guidance(args, model):
     for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, model.cfg}):
         text = f"{args.labels[c]}, cfg {cfg:g}" + " (default)" * (cfg == model.cfg)
         rows[text] = model.sample(torch.full((8,), c), cfg=cfg)
-    save(args, "guidance", rows, footer=plots.legend(
-        "cfg: guidance at the last scale. The images of a column share their random numbers."))
+    save(args, "guidance", rows, "cfg: guidance at the last scale. The images of a column "
+         "share their random numbers.")
 
 
 def show_reconstructions(args, model):
@@ -153,17 +155,17 @@ def show_reconstructions(args, model):
 
 @torch.no_grad()
 def show_edits(args, model, task):
-    """Repaint images without a class, which is the paper's task, then as their own class; or
-    as other classes. Print the PSNR of the kept part, and the bits of the whole result under
-    the model: given no class, and given the class (without one: that of the original)."""
+    """Repaint images without a class, which is the paper's task, then as their own class;
+    or as other classes. Print the PSNR of the kept part, and the bits of the whole result:
+    given no class, and given its class (in the row "no class": that of the original)."""
     image, labels = images_to_edit(args, 5 if task == "edit" else 10)
     keep, no_class = kept_region(args, task), torch.full_like(labels, len(args.names))
     if task == "inpaint":
         check_no_leak(model.repaint, image[:1], keep, labels[:1])
     wanted = {"no class": no_class}
     if task == "edit":
-        wanted = {f"as {text}": torch.full_like(labels, c) for c, text in args.labels.items()}
-    elif not labels.equal(no_class):                       # of an image without --classes
+        wanted = {f"as {text}": labels * 0 + c for c, text in args.labels.items()}
+    elif not labels.equal(no_class):                       # as an --image without --classes is
         wanted["own class"] = labels
     tokens = model.tokenizer.image_to_tokens(image.to(args.device))
     results = {"tokenizer alone": (model.tokenizer.tokens_to_image(tokens).cpu() + 1) / 2}
@@ -180,9 +182,8 @@ def show_edits(args, model, task):
                        for known in (no_class, meant))
         print(f"    {text:<16}{db:>6.1f} dB{free:>22.0f}{given:>23.0f}")
         rows[f"{text}\n{db:.1f} dB, {given:.0f} bits"] = result
-    save(args, task, rows, footer=plots.legend(
-        "dB: PSNR of the kept part. Bits: what the tokens of the whole result cost under the\n"
-        "model, given the class of the row (no class: that of the original)."))
+    save(args, task, rows, "dB: PSNR of the kept part. Bits: what the tokens of the whole "
+         "result cost under the\nmodel, given the class (no class: that of the original).")
 
 
 def check_no_leak(repaint, image, keep, labels):
@@ -198,10 +199,12 @@ def show_density(args, model):
     if args.image and not args.classes:
         raise BadInput("--task density --image: name the class of the image with --classes")
     image, labels = images_to_edit(args, args.n or 500)
-    density(model.tokenizer, model.log_likelihood, image, labels, args.labels, len(args.names))
+    density(model.tokenizer, model.log_likelihood, image, labels, args.labels,
+            len(args.names))
 
 
-TASKS = {"sample": show_samples, "guidance": show_guidance, "reconstruct": show_reconstructions,
+TASKS = {"sample": show_samples, "guidance": show_guidance,
+         "reconstruct": show_reconstructions,
          **{task: partial(show_edits, task=task) for task in BOXES},
          "density": show_density, "evaluate": evaluate}
 

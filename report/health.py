@@ -56,8 +56,8 @@ def examine(tokenizer, batches, autocast):
         tokens = tokenizer.quantize(f.float())
         counts = counts + count_codes(tokens, tokenizer.config.vocab_size)
         with autocast():
-            rebuilt = [tokenizer.decode(f_hat).float() for f_hat in tokenizer.pyramid(tokens)]
-        db.append(torch.stack([psnr(image, other) for other in rebuilt]))  # (K, B)
+            db.append(torch.stack([psnr(image, tokenizer.decode(f_hat).float())
+                                   for f_hat in tokenizer.pyramid(tokens)]))     # (K, B)
     db = torch.cat(db, 1).double().mean(1).tolist()
     return dict(psnr=db[-1], **usage(counts), psnr_after=db)
 
@@ -73,12 +73,13 @@ def check_up(tokenizer, held_out, device, autocast, path):
     lines = [f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes"
              f" | {len(held_out)} images",
              "    side        " + "".join(f"{f'{side}x{side}':>8}" for side in scales)]
-    for name, key, form in (("codes used", "used", ".0%"), ("perplexity", "perplexity", ".0f"),
+    for name, key, form in (("codes used", "used", ".0%"),
+                            ("perplexity", "perplexity", ".0f"),
                             ("psnr, dB", "psnr_after", ".1f")):
         lines.append(f"    {name:<12}" + "".join(f"{x:>8{form}}" for x in health[key]))
     if used < 0.2 and len(held_out) * scales[-1] ** 2 >= 4 * V:          # it saw enough
-        lines.append(f"warning: the last scale has collapsed, {used:.0%} of {V} codes are in "
-                     "use; try --learn ema, or a smaller --tokenizer-lr or --vocab-size")
+        lines.append(f"warning: the last scale has collapsed, {used:.0%} of {V} codes are "
+                     "in use; try --learn ema, or a smaller --tokenizer-lr or --vocab-size")
     return "\n".join(lines), health
 
 

@@ -55,12 +55,12 @@ def judge_of(dataset, images, labels, num_classes, device="cpu", augment=True):
 
 
 @torch.random.fork_rng(devices=[])
-def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False, device="cpu",
-                augment=True):
+def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
+                device="cpu", augment=True):
     """Train a judge on images, uint8 (N, H, W, 3) or read on demand, and labels (N,).
-    augment: vary the images, see varied(); a judge trained without this is strict, because
-    it has never seen blur, dimming or shifts. -> judge in eval mode. The shapes need 100
-    steps, about 15 s on one CPU core."""
+    augment: vary the images, see varied(); a judge trained without it is stricter, because
+    it never saw blur, dimming or shifts. -> judge in eval mode. The shapes need 100 steps,
+    about 15 s on one CPU core."""
     labels, generator = torch.as_tensor(labels), torch.Generator().manual_seed(0)
     torch.default_generator.manual_seed(0)
     judge = Judge(num_classes, width).to(device).train()
@@ -170,13 +170,14 @@ def precision_recall(features_real, features_fake, k=3):
 
 
 def labels_like(labels, count):
-    """`count` labels in the class shares of labels (N,). Equally common classes take turns: 0,
-    1, 2, ..., 0, 1, ... With other shares, a Fréchet distance would measure the mix."""
+    """`count` labels in the class shares of labels (N,). Equally common classes take turns:
+    0, 1, 2, ..., 0, 1, ... In other shares, a Fréchet distance would measure the mix."""
     share = torch.bincount(torch.as_tensor(labels)).double() / len(labels)
     given, drawn = torch.zeros_like(share), []
-    for i in range(count):
-        drawn.append(int((share * (i + 1) - given).argmax()))            # the first, if tied
-        given[drawn[-1]] += 1
+    for i in range(1, count + 1):
+        c = int((share * i - given).argmax())              # the first of equals
+        given[c] += 1
+        drawn.append(c)
     return torch.tensor(drawn)
 
 

@@ -95,8 +95,8 @@ def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=N
 # -- Colours -------------------------------------------------------------------------------
 
 def heat_map(matrix, low=None, high=None):
-    """Tensor (..., H, W) -> floats (..., 3, H, W), from dark blue for `low` (None: the least
-    value) to yellow for `high` (None: the largest)."""
+    """Tensor (..., H, W) -> floats (..., 3, H, W), from dark blue for `low` (None: the
+    least value) to yellow for `high` (None: the largest)."""
     matrix = matrix.detach().cpu().double().numpy()
     low = matrix.min() if low is None else low
     high = matrix.max() if high is None else high

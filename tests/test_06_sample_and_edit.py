@@ -187,8 +187,8 @@ def test_editing_equals_the_slow_loop(models, keep, paint, settle):
 def sheets(monkeypatch):
     """name -> the rows of the sheet that was last saved under it, {text: images}"""
     found, save = {}, gallery.save
-    monkeypatch.setattr(gallery, "save", lambda args, name, rows, **labels: found.update(
-        {name: rows}) or save(args, name, rows, **labels))
+    monkeypatch.setattr(gallery, "save", lambda args, name, rows, *more, **options: found.update(
+        {name: rows}) or save(args, name, rows, *more, **options))
     return found
 
 
