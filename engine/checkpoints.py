@@ -1,5 +1,4 @@
 """Files of a run: checkpoints and logs, each written whole or not at all, and downloads."""
-import contextlib
 import hashlib
 import http.client
 import json
@@ -19,15 +18,17 @@ TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampli
 LOADING_ERRORS = KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file that replaces `path` only when it is complete: a reader sees the old bytes
-    or all of the new ones. Raises OSError that names `path`"""
+def save_atomically(value, path):
+    """Write a file that replaces `path` only when it is complete: a text as it is, other values
+    for torch.load. Raises OSError that names `path`"""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            yield file
+            if isinstance(value, str):
+                file.write(value.encode())
+            else:
+                torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())       # the bytes must reach the disk before the name does
         os.replace(temporary, path)
@@ -35,16 +36,6 @@ def replacing(path):
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_atomically(value, path):
-    with replacing(path) as file:
-        torch.save(value, file)
-
-
-def write_atomically(text, path):
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 # -- Checkpoints -----------------------------------------------------------------------------------
@@ -125,7 +116,7 @@ def resume(path, facts, settings, modules, optimizers):
         say(f"{path.stem}: resuming at step {start}")
     if rank() == 0:
         text = json.dumps(vars(settings), indent=1)
-        write_atomically(text, path.with_name("settings.json"))
+        save_atomically(text, path.with_name("settings.json"))
     return start
 
 

@@ -59,13 +59,10 @@ def level_name(name):
 def read_tokenizer(state, scales=None):
     """A released tokenizer's state dict -> (fields of TokenizerConfig, state dict with our names).
     scales: sides of the token maps, which no shape reveals. Raises BadInput for other layouts."""
-    state = unwrap(state, "quantize.embedding.weight")
+    state = unwrap(state, "quantize.embedding.weight", "encoder.conv_in.weight")
     scales = tuple(scales or SCALES[680])
-    try:
-        vocab_size, latent_dim = state["quantize.embedding.weight"].shape
-        channels = len(state["encoder.conv_in.weight"])
-    except LOADING_ERRORS as error:
-        raise BadInput(f"not a released VAR tokenizer: {error}") from None
+    vocab_size, latent_dim = state["quantize.embedding.weight"].shape
+    channels = len(state["encoder.conv_in.weight"])
     sizes = dict(TOKENIZER, image_size=16 * scales[-1], scales=scales,
                  vocab_size=vocab_size, latent_dim=latent_dim, channels=channels)
     return sizes, renamed({level_name(name): value for name, value in state.items()})
@@ -94,17 +91,16 @@ def read_transformer(state, scales=None, heads=None):
     return sizes, renamed(state)
 
 
-def unwrap(state, entry):
-    """The state dict inside a training checkpoint, without the prefixes that DDP and torch.compile
-    add to its names. Raises BadInput unless it holds tensors only, `entry` among them."""
+def unwrap(state, *entries):
+    """The state dict inside a training checkpoint, without the prefixes that DDP and
+    torch.compile add to its names. Raises BadInput unless it holds tensors only, and these."""
     for key in ("trainer", "vae_local", "var_wo_ddp", "state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise BadInput("not a released model of VAR: it should hold names and tensors only")
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): v for name, v in state.items()}
-    if entry not in state:
-        raise BadInput(f"not a released model of VAR: it has no entry {entry!r}")
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(k)): v for k, v in state.items()}
+    if not (state.keys() >= set(entries) and all(map(torch.is_tensor, state.values()))):
+        raise BadInput("not a released model of VAR, which holds tensors only, among them "
+                       f"{' and '.join(entries)}")
     return state
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data.batches import rows_of, sample_of, to_float
 from data.registry import load_splits
-from engine.checkpoints import write_atomically
+from engine.checkpoints import save_atomically
 from engine.device import autocast, best_precision
 from engine.options import Parser, number, run_main
 from report import health, judge, plots
@@ -70,7 +70,7 @@ class Trial:
         self.shipped = ROOT / "data" / "pretrained" / f"{args.dataset}.pt"
         chosen = self.folder / "precision"                 # the same when it resumes
         if not chosen.exists():
-            write_atomically(best_precision(CPU), chosen)
+            save_atomically(best_precision(CPU), chosen)
         self.settings = training.Settings(**BASES[args.dataset] | dict(
             steps=args.steps, tokenizer_steps=args.tokenizer_steps,
             precision=chosen.read_text()))
@@ -116,7 +116,7 @@ class Trial:
         """compute() -> dict of numbers, which is kept in the folder of the row"""
         path = self.folder / row / f"{seed}-{self.args.n}.json"
         if not path.exists():
-            write_atomically(json.dumps(compute()), path)
+            save_atomically(json.dumps(compute()), path)
         return json.loads(path.read_text())
 
     def held_out(self, tokenizer, precision="float32"):

@@ -266,7 +266,7 @@ def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match=f"cannot write {path}.*No space left"):
-        checkpoints.write_atomically("new", path)
+        checkpoints.save_atomically("new", path)
     assert checkpoints.load_checkpoint(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
 
 
