@@ -7,7 +7,6 @@
 A class owns all images below its folder, at any depth. Without a test folder, a hash of its path
 decides whether an image is held out; frames of one video are better sorted by hand.
 """
-import glob
 import hashlib
 import os
 import re
@@ -58,17 +57,20 @@ def load(split, *, data_dir, size=256, classes_of=None):
 def classes_in(folder):
     """{class folder: sorted image paths below `folder`}, or {"": paths} for a flat folder.
     Prints what it passes over. Raises BadInput if there are no images."""
-    paths = glob.glob("**", root_dir=folder, recursive=True)     # those that are not hidden
-    paths = sorted(path.replace(os.sep, "/") for path in paths)
+    paths = []
+    for base, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(base).relative_to(folder).parts
+        paths += ["/".join((*below, name)) for name in files if not name.startswith(".")]
+    paths.sort()
     images = [path for path in paths if path.lower().endswith(EXTENSIONS)]
     nested = [path for path in images if "/" in path]
     classes = {}
     for path in nested or images:
         classes.setdefault(path.split("/")[0] if nested else "", []).append(path)
-    unused = sorted(set(paths) - set(nested or images))
-    others = [path for path in unused if (folder / path).is_file()]
-    empty = [path for path in unused if "/" not in path and path not in classes]
-    empty = [path for path in empty if (folder / path).is_dir()]
+    others = sorted(set(paths) - set(nested or images))
+    visible = sorted(folder.glob("[!.]*"))
+    empty = [path.name for path in visible if path.is_dir() and path.name not in classes]
     if not images:
         raise BadInput(f"there are no images in {folder} (other files: {others[:3]}): unpack "
                        "archives, and sort the images as <class>/<image>.jpg")
