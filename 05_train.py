@@ -29,7 +29,7 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
-# Threads that spin while they wait slow each other down forty times on a busy machine. Spinning
+# Threads that spin while they wait make steps forty times slower on a busy machine. To spin
 # less costs a few per cent; torch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -65,7 +65,7 @@ class Settings:
     data_dir: str = option("", "folder of the data, if not the usual one")
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     gpus: int = option(1, "number of processes on this machine, one per GPU")
-    compile: bool = option(False, "use torch.compile, which pays off in long runs")
+    compile: bool = option(False, "use torch.compile in stage 2; pays off in long runs")
     workers: int = option(-1, "processes per GPU that decode files; -1: auto", low=-1)
     accumulate: int = option(1, "parts of a batch, to save memory")
     activation_checkpointing: bool = option(False, "save memory in stage 2, for time")
@@ -115,8 +115,8 @@ class Settings:
     weight_decay: float = option(0.05, "weight decay of matrices in stage 2")
     final_weight_decay: float = option(0.05, "its value at the end of the run")
     depth: int = option(4, "number of transformer blocks")
-    width: int = option(128, "D, width of the transformer; 0: 64 * depth", low=0)
-    heads: int = option(4, "attention heads; 0: depth", low=0)
+    width: int = option(128, "D, width of the transformer")
+    heads: int = option(4, "attention heads")
     shared_adaln: bool = option(False, "one AdaLN layer for all blocks")
     drop_path: float = option(0.0, "drop-path rate of the last block")
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance")
@@ -134,20 +134,19 @@ PRESETS = {
         dataset="cifar10", vocab_size=1024, channels=96, flip=True, adversarial=0.2,
         tokenizer_steps=25_000, tokenizer_batch_size=128, views=16, steps=30_000,
         batch_size=256, depth=6, width=256, shared_adaln=True, drop_path=0.1, cfg=2.0,
-        top_p=0.9, log_every=200, save_every=1000),
+        top_p=0.9),
     "cifar10-cpu": dict(
         dataset="cifar10", classes=("automobile", "horse", "ship"), flip=True,
-        adversarial=0.2, tokenizer_steps=12_000, views=4, steps=14_000, batch_size=24, depth=6,
-        width=192, heads=3, shared_adaln=True, drop_path=0.05, cfg=3.0, top_p=0.8,
-        log_every=200),
+        adversarial=0.2, tokenizer_steps=12_000, views=4, steps=14_000, batch_size=24,
+        depth=6, width=192, heads=3, shared_adaln=True, drop_path=0.05, cfg=3.0, top_p=0.8),
     "folder": dict(
         image_size=64, vocab_size=1024, tokenizer_steps=20_000, tokenizer_batch_size=32,
         views=4, steps=30_000, batch_size=64, depth=8, width=384, heads=6, drop_path=0.03,
         cfg=1.5),
     "imagenet": dict(
-        released.TOKENIZER, dataset="imagenet", learn="ema", perceptual=1.0, adversarial=0.5,
-        tokenizer_steps=250_000, tokenizer_batch_size=256, tokenizer_lr=1e-4, views=8,
-        optimizer="adamw", depth=16, width=0, heads=0, epochs=200, batch_size=768, lr=1e-4,
+        released.TOKENIZER, dataset="imagenet", learn="ema", views=8, perceptual=1.0,
+        adversarial=0.5, tokenizer_steps=250_000, tokenizer_batch_size=256,
+        tokenizer_lr=1e-4, optimizer="adamw", depth=16, epochs=200, batch_size=768, lr=1e-4,
         final_lr=0.1, cfg=1.5, top_k=900, top_p=0.96, save_every=1000),
 }
 # How the original code trains on ImageNet: what changes from this depth on. Here and in the
@@ -177,7 +176,7 @@ def read_settings(argv=None):
         preset = preset | released.TOKENIZER | dict(stage="transformer")
     if name == "imagenet":
         depth = typed.get("depth", preset["depth"])
-        preset = preset | dict(drop_path=0.1 * depth / 24)
+        preset = preset | dict(width=64 * depth, heads=depth, drop_path=0.1 * depth / 24)
         for smallest, changes in RECIPES.items():
             if depth >= smallest:
                 preset = preset | changes
@@ -194,10 +193,8 @@ def read_settings(argv=None):
         side = settings.image_size // settings.unshuffle // 2 ** halvings
         settings.scales = SCALES.get(side, settings.scales)
 
-    if settings.perceptual and settings.image_size < 16:
-        raise BadInput("--perceptual needs images of at least 16 pixels")
     if settings.tokenizer_file and settings.stage != "transformer":
-        raise BadInput("--tokenizer-file needs --stage transformer, which is then the default")
+        raise BadInput(f"--tokenizer-file is for stage 2, not for --stage {settings.stage}")
     parts = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate
     if settings.tokenizer_batch_size % parts or settings.batch_size % parts:
         raise BadInput("--tokenizer-batch-size and --batch-size must be multiples of "
@@ -220,8 +217,8 @@ def var_config(settings, tokenizer, num_classes):
     -> VARConfig"""
     return transformer.VARConfig(
         num_classes=num_classes, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
-        latent_dim=tokenizer.latent_dim, depth=settings.depth, width=settings.width or None,
-        heads=settings.heads or None, shared_adaln=settings.shared_adaln,
+        latent_dim=tokenizer.latent_dim, depth=settings.depth, width=settings.width,
+        heads=settings.heads, shared_adaln=settings.shared_adaln,
         drop_path=settings.drop_path, label_dropout=settings.label_dropout)
 
 
@@ -241,9 +238,9 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(step, n, batch, seed):
-    """Which of n images a step (counted from 0) sees: every epoch is a new shuffle, and epochs
-    are laid end to end. This depends on step and seed alone, so a run can resume at any step
-    and on any number of GPUs. -> (batch,) int64"""
+    """Which of n images a step (counted from 0) sees: every epoch is a new shuffle, and
+    epochs are laid end to end. This depends on step and seed alone, so a run can resume at
+    any step and on any number of GPUs. -> (batch,) int64"""
     # Exercise 05_2
     places = np.arange(step * batch, (step + 1) * batch)
     epochs = places // n
@@ -253,8 +250,8 @@ def batch_indices(step, n, batch, seed):
 
 
 def crops_to_load(start, n, settings):
-    """This process's part of each batch of stage 1, from step `start` on: a list of (index of
-    an image, seed of its random crop)."""
+    """This process's part of each batch of stage 1, from step `start` on: a list of (index
+    of an image, seed of its random crop)."""
     for step in range(start, settings.tokenizer_steps):
         indices = batch_indices(step, n, settings.tokenizer_batch_size, settings.seed)
         yield [(int(i), settings.seed * 10 ** 9 + step) for i in distributed.share(indices)]
@@ -318,9 +315,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
         optimizers.append(torch.optim.AdamW(critic.parameters(), critic_lr, (0.5, 0.9),
                                             fused=True))
     start = checkpoints.resume(path, facts, settings, modules, optimizers)
-    # The adversarial weight needs gradients from inside the graph, which compiling hides.
-    compiled = settings.compile and not settings.adversarial
-    model = distributed.data_parallel(tokenizer, compiled)
+    model = distributed.data_parallel(tokenizer)
 
     crops = crops_to_load(start, len(images), settings)
     batches = picture_batches(images, crops, settings.workers)
@@ -383,9 +378,9 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
 
 @torch.no_grad()
 def encode_once(settings, tokenizer, images, split, device):
-    """Encode all images of a split with the frozen tokenizer. -> a list of arrays (N, L), one
-    per view, memory-mapped from files. The name of a file holds a hash of images and
-    tokenizer, so a complete file is used again, but never for others."""
+    """Encode all images of a split with the frozen tokenizer. -> an array (N, L) for each
+    view, memory-mapped from files. The name of a file holds a hash of images and tokenizer,
+    so a complete file is used again, but never for others."""
     facts = f"{image_fingerprint(images)} {checkpoints.model_fingerprint(tokenizer)}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:12]
     count = settings.views if split == "train" else 1
@@ -445,8 +440,8 @@ def token_losses(model, tokenizer, tokens, labels):
 
 def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
     """Train a VAR from its last checkpoint to settings.steps. cached_tokens() returns two
-    pairs (list of views (N, L), labels (N,)), to train on and held out; about: the class_names
-    and the dataset. Raises BadInput if the checkpoint is of another run."""
+    pairs (list of views (N, L), labels (N,)), to train on and held out; about: class_names
+    and dataset. Raises BadInput if the checkpoint is of another run."""
     path, steps = Path(settings.out) / "transformer.pt", settings.steps
     compute = partial(autocast, device, settings.precision)
     facts = facts_of(settings, var, about, OF_STAGE_1)
@@ -462,7 +457,7 @@ def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
     var.activation_checkpointing = settings.activation_checkpointing
     model = distributed.data_parallel(var, settings.compile)
 
-    train, test = cached_tokens()         # not before: a refused command should cost nothing
+    train, test = cached_tokens()         # not before: a refused command costs nothing
     images = len(train[0]) * len(train[1])                   # in all views
     began, skipped, losses, hits = time.monotonic(), 0, [], []
     for step in range(start + 1, steps + 1):
@@ -506,8 +501,8 @@ def describe(loss, right, scales):
     """loss (L,) in nats, right () in [0, 1] -> text and numbers for the log"""
     sizes = [side * side for side in scales]
     per_scale = [float(part.mean()) for part in loss.split(sizes)]
-    text = (f"loss {loss.mean():.4g} | per-scale {' '.join(f'{x:.2f}' for x in per_scale)} | "
-            f"right {right:.1%}")
+    each = " ".join(f"{x:.2f}" for x in per_scale)
+    text = f"loss {loss.mean():.4g} | per-scale {each} | right {right:.1%}"
     return text, dict(loss=float(loss.mean()), per_scale=per_scale, right=float(right))
 
 
@@ -547,8 +542,9 @@ def tokenizer_for_stage_2(settings):
     if "config" in state or "tokenizer" in state:
         tokenizer, about = load_tokenizer(given)
         steps = about["settings"].get("tokenizer_steps", 0)
-        if about["step"] < steps:
-            distributed.say(f"{given} was trained for {about['step']} of {steps} steps only")
+        if about["step"] < steps and not settings.tokenizer_file:
+            raise BadInput(f"{own} was trained for {about['step']} of {steps} steps: "
+                           "finish it with --stage tokenizer")
     else:
         sizes, weights = released.read_tokenizer(state, settings.scales)
         tokenizer = vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes))
@@ -565,20 +561,18 @@ def tokenizer_for_stage_2(settings):
 
 def main():
     settings = read_settings()
-    if settings.gpus > 1 and "RANK" not in os.environ:
-        # One process downloads what is missing and reports mistakes, rather than all of them.
-        load_splits(settings.dataset, settings.image_size, settings.data_dir, settings.classes)
-        if settings.perceptual and settings.stage != "transformer":
-            perceptual.load_perceptual()
-        distributed.launch(settings.gpus, settings.device)
     device = distributed.start(settings.device)
     if settings.stage == "transformer":
         tokenizer = tokenizer_for_stage_2(settings)
     splits, chosen, class_names = load_splits(settings.dataset, settings.image_size,
                                               settings.data_dir, settings.classes)
+    if settings.gpus > 1 and "RANK" not in os.environ:
+        # So far one process has loaded the data and reported mistakes, not all of them.
+        if settings.perceptual and settings.stage != "transformer":
+            perceptual.load_perceptual()
+        distributed.launch(settings.gpus, settings.device)
     n = len(chosen["train"][1])
-    if settings.classes:
-        settings.classes = tuple(class_names)
+    settings.classes = tuple(class_names) if settings.classes else ()
     if settings.epochs:
         settings.steps = max(1, settings.epochs * n // settings.batch_size)
     lock = checkpoints.open_run(settings, device)          # held until the images are drawn
@@ -615,8 +609,8 @@ def main():
         checkpoints.export(settings.out, settings.export)
     script = str(Path(__file__).with_name("06_sample_and_edit.py"))
     print(f"more images: python {Path(script).name} --run {settings.out}", flush=True)
-    return subprocess.call([sys.executable, script, "--run", settings.out, "--out", settings.out,
-                            "--task", "sample", "--device", settings.device])
+    return subprocess.call([sys.executable, script, "--run", settings.out, "--device",
+                            settings.device, "--task", "sample", "--out", settings.out])
 
 
 if __name__ == "__main__":
