@@ -12,9 +12,9 @@ Shapes: labels (B,); logits (B, n, V), n = h_k*w_k; tokens: list of K (B, n); im
 (B, 3, H, W), in [-1, 1] coming in, [0, 1] going out; keep (H, W), True = leave as it is.
 
 Sources: VAR (Tian et al. 2024), section 3 and appendix B; guidance (Ho and Salimans 2022);
-top-p (Holtzman et al. 2020). Unlike in the original code, hidden pixels are replaced before
-encoding (there they leak), kept tokens are computed anew as f_hat grows instead of replayed,
-and an edit takes several passes.
+top-p (Holtzman et al. 2020). Unlike in the original code, hidden pixels, which leak there,
+are replaced before encoding, kept tokens are computed anew as f_hat grows instead of
+replayed, and an edit takes several passes.
 
     python 06_sample_and_edit.py                  newest run in out/, else the shipped model
     python 06_sample_and_edit.py --task inpaint --box 0.3 0.3 0.7 0.7
@@ -163,8 +163,8 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
 
 @torch.no_grad()
 def generate(tokenizer, var, labels, *, cfg=1.5, tokens=None, keep=None, **sampling):
-    """Sample images of the classes in labels (B,). sampling: top_k, top_p, temperature,
-    smooth and generator, as in sample_tokens() -> (B, 3, H, W) in [0, 1]
+    """Sample images of the classes in labels (B,). cfg (the script passes that of the run),
+    top_k, top_p, temperature, smooth, generator: see sample_tokens() -> (B, 3, H, W) in [0, 1]
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given
     token is replayed instead of drawn."""
@@ -336,7 +336,7 @@ def read_arguments():
     add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="by the paper")
     add("--tokenizer-file", help="with --released: this file instead of a download")
     add("--var-file", help="with --released: this file instead of a download")
-    add("--task", default="all", choices=("all", *gallery.TASKS), help="all: except the last two")
+    add("--task", default="all", choices=("all", *gallery.TASKS), help="all but the last two")
     add("--classes", nargs="+", default=[], metavar="NAME", help="or the first N [10]")
     add("--n", type=number(int, 1), help="number of images, per class if they are samples")
     add("--cfg", type=number(float), help="guidance at the last scale; 0: none [the run's]")

