@@ -10,38 +10,13 @@ as many images, so all rows except "larger" and the last one take equal arithmet
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.order import Reordered, one_by_one
 from experiments.trial import (Trial, cells, drawing, parameters, run_main, training,
                                transformer, trial_parser)
-
-
-class Raster(torch.nn.Module):
-    """Makes a tokenizer of one 8x8 map look like one of 64 maps of a single token each, so
-    that chapters 4 to 6 work as they are. A token's input is the code of the one before."""
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.tokenizer, self.decode = tokenizer, tokenizer.decode
-        self.K = tokenizer.scales[0] ** 2
-        self.scales = (1,) * self.K
-        self.config = SimpleNamespace(**vars(tokenizer.config) | dict(scales=self.scales))
-
-    def image_to_tokens(self, image):
-        return list(self.tokenizer.image_to_tokens(image)[0].split(1, 1))    # 64 of (B, 1)
-
-    def features(self, tokens):
-        return self.tokenizer.features([torch.cat(tokens, 1)])
-
-    def teacher_inputs(self, tokens):
-        return self.tokenizer.quantizer.lookup(torch.cat(tokens[:-1], 1))    # (B, 63, C)
-
-    def next_input(self, k, f_hat, tokens_k):
-        """There is no f_hat. -> 0, the code just drawn (B, 1, C); None after the last"""
-        return 0, self.tokenizer.quantizer.lookup(tokens_k) if k + 1 < self.K else None
 
 
 class ClassToken(transformer.VAR):
@@ -87,7 +62,8 @@ def main():
     parser = trial_parser(__doc__, steps=3000, tokenizer_steps=12_000, n=3000, seeds=2)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     trial = Trial("ablation", parser.parse_args())
-    tokenizers = {"raster": Raster(trial.train_tokenizer("raster", 0, scales=(8,))),
+    one_map = trial.train_tokenizer("raster", 0, scales=(8,))
+    tokenizers = {"raster": Reordered(one_map, one_by_one((8,)), by_map=False),
                   "next scale": training.load_tokenizer(trial.shipped)[0]}
     labels, lines, images = torch.arange(12) % len(trial.names), [], []
     digits = dict(bits=1, frechet=2, precision=2, recall=2, in_class=0, ms=1, alone=0)
@@ -109,7 +85,7 @@ def main():
         images.append(drawing.generate(tokenizer, var, labels, **sampling,
                                        generator=torch.Generator().manual_seed(0)))
     lines.append(["held-out images", "", *cells([trial.floor()], digits)])
-    for order, tokenizer in tokenizers.items():
+    for order, tokenizer in dict(tokenizers, raster=one_map).items():
         rebuilt = trial.reconstructed(order, tokenizer)
         name = f"reconstructions, {order}, {rebuilt['psnr']:.1f} dB"
         lines.append([name, "", *cells([rebuilt], digits)])

@@ -64,7 +64,7 @@ def main():
             with compute():
                 if model is tokenizer:
                     parts = tokenizer(image)[2]
-                    loss = parts["reconstruction"] + 0.25 * (parts["vq"] + parts["extra"])
+                    loss = parts["reconstruction"] + 0.25 * parts["vq"] + parts["extra"]
                 else:
                     loss = training.token_losses(var, tokenizer, tokens, labels)[0].mean()
             loss.backward()

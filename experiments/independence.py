@@ -1,10 +1,12 @@
-"""The tokens of one map are drawn independently: why do the two halves of a fish match?
+"""Which map spoils a sample? The first m maps are real, the shipped model draws the rest.
 
-    python experiments/independence.py       a table, and out/independence.png
+    python experiments/independence.py                                     shapes
+    python experiments/independence.py --dataset cifar10 --data-dir DIR    three classes
 
-Because the coarser maps have settled what both halves must agree on. Here the first m token
-maps are those of a held-out shape, and the shipped model draws the rest. PSNR compares the
-result with the image that all real maps decode to.
+The tokens of a map are drawn independently, given the coarser maps. If the halves of an image
+match all the same, the coarser maps have settled what they must agree on. The more maps are
+real, the nearer the result is to the image that all real maps decode to (PSNR), and a bad map
+shows where the Fréchet distance falls most.
 """
 import sys
 from pathlib import Path
@@ -12,32 +14,44 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.editing import held_out_shapes
-from experiments.trial import drawing, quick_parser, run_main, show
-from report import health, plots
+from experiments.trial import Trial, cells, drawing, run_main, training, trial_parser
+from report import health
 
 
-@torch.no_grad()
 def main():
-    quick = quick_parser(__doc__).parse_args().quick
-    tokenizer, var, image, labels = held_out_shapes(10 if quick else 200)
-    tokens = tokenizer.image_to_tokens(image)
-    all_real = tokenizer.tokens_to_image(tokens)
-    lines, rows = [], {"original": image, "all maps real": all_real}
+    args = trial_parser(__doc__, "shapes", n=2000).parse_args()
+    trial = Trial("independence", args)
+    tokenizer, _ = training.load_tokenizer(trial.shipped)
+    var, about = training.load_transformer(trial.shipped)
+    ways = {"plain": dict(cfg=0.0), "default": about["sampling"]}
+    real = list(trial.held_out(tokenizer))[:max(1, args.n // 100)]
+    all_real = [tokenizer.tokens_to_image(tokens) for tokens, _ in real]
+    lines, rows = [], {"all maps real": (all_real[0][:10] + 1) / 2}
     for m in reversed(range(tokenizer.K)):
-        keep = [torch.full(map_k.shape[1:], k < m) for k, map_k in enumerate(tokens)]
-        painted = drawing.generate(tokenizer, var, labels, cfg=0.0, tokens=tokens,
-                                   keep=keep, generator=torch.Generator().manual_seed(0))
-        db = float(health.psnr(2 * painted - 1, all_real).mean())
         side = tokenizer.scales[m - 1]
         name = f"up to {side}x{side}" if m else "none"
-        drawn = sum(side * side for side in tokenizer.scales[m:])
-        lines.append([name, f"{drawn}", f"{db:.1f}"])
-        rows[f"{name} real, {db:.1f} dB"] = 2 * painted - 1
-    show(["maps that are real", "tokens drawn", "PSNR, dB"], lines)
-    images = torch.cat([row[::20] for row in rows.values()])
-    plots.save_grid("out/independence.png", (images + 1) / 2, len(images) // len(rows),
-                    row_labels=list(rows))
+        drawn, found = {}, {}
+        for way, sampling in ways.items():
+            generator = torch.Generator().manual_seed(0)
+            drawn[way] = []
+            for tokens, labels in real:
+                keep = [torch.full(map_k.shape[1:], k < m) for k, map_k in enumerate(tokens)]
+                drawn[way].append(drawing.generate(tokenizer, var, labels, tokens=tokens,
+                                                   keep=keep, generator=generator, **sampling))
+            for measure, value in trial.compare(drawn[way]).items():
+                found[f"{measure}, {way}"] = value
+        db = [health.psnr(2 * image - 1, target) for image, target in zip(drawn["plain"], all_real)]
+        found["psnr"] = float(torch.cat(db).mean())
+        rows[f"{name} real, {found['psnr']:.1f} dB"] = drawn["plain"][0][:10]
+        digits = {"psnr": 1, "frechet, plain": 3, "precision, plain": 2, "frechet, default": 3,
+                  "precision, default": 2}
+        lines.append([name, f"{var.L - sum(s * s for s in tokenizer.scales[:m])}",
+                      *cells([found], digits)])
+    rebuilt = trial.compare([(image + 1) / 2 for image in all_real])
+    lines.insert(0, ["all (reconstructions)", "0", "", *2 * cells([rebuilt], dict(frechet=3, precision=2))])
+    trial.show(["maps that are real", "tokens drawn", "PSNR, dB", "Fréchet, cfg 0", "precision",
+                "Fréchet, default", "precision"], lines)
+    trial.draw(list(rows.values()), list(rows))
 
 
 if __name__ == "__main__":

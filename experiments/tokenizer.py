@@ -51,6 +51,7 @@ ROWS = {
     "gradient + data start": (dict(quantizer="no revival", learn="gradient"), {}),
     "EMA + data start": (dict(quantizer="no revival"), {}),
     "EMA + revival": ({}, {}),
+    "gradient + revival": (dict(learn="gradient"), {}),
     "L2-normalised": (dict(quantizer="direction"), {}),
     "LFQ": (dict(quantizer="lfq"), {}),
     "independent scales": ({}, dict(residual=False)),
@@ -63,7 +64,7 @@ ROWS = {
 
 def main():
     parser = trial_parser(__doc__, "shapes", tokenizer_steps=2000)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:7])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:8])
     parser.add_argument("--vocab-size", type=int, choices=(512, 1024, 4096), default=512)
     args = parser.parse_args()
     trial, lines, V = Trial("tokenizer", args), [], args.vocab_size

@@ -104,7 +104,8 @@ class Trial:
         model: a class like VAR; config: fields of VARConfig; changes: of Settings"""
         settings, tokens = self.begin(row, seed, **changes), {}
         cache = replace(settings, out=str(self.folder))    # shared by all rows
-        for split, (images, labels) in self.data.items():
+        for split in ("train", "test"):
+            images, labels = self.data[split]
             views = training.encode_once(cache, tokenizer, images, split, CPU)
             tokens[split] = views, labels
         sizes = training.var_config(settings, tokenizer.config, len(self.names))
@@ -119,18 +120,19 @@ class Trial:
             save_atomically(json.dumps(compute()), path)
         return json.loads(path.read_text())
 
-    def held_out(self, tokenizer, precision="float32"):
-        """Batches of held-out images -> their tokens, K maps (B, n), and labels (B,)"""
-        images, labels = (torch.from_numpy(part) for part in self.data["test"])
+    def held_out(self, tokenizer, precision="float32", data=None):
+        """Batches of held-out images, or of other data -> tokens, K maps (B, n), labels (B,)"""
+        images, labels = (torch.from_numpy(part) for part in data or self.data["test"])
         for batch, classes in zip(images.split(AT_ONCE), labels.split(AT_ONCE)):
             with autocast(CPU, precision):
                 tokens = tokenizer.image_to_tokens(to_float(batch))
             yield tokens, classes
 
-    def bits(self, tokenizer, var):
-        """What a held-out image costs given its class: the exact likelihood in bits."""
+    def bits(self, tokenizer, var, data=None):
+        """What an image, held out or of other data, costs given its class: the exact
+        likelihood in bits."""
         nats = [-drawing.log_likelihood(tokenizer, var, *batch).sum(1)
-                for batch in self.held_out(tokenizer)]
+                for batch in self.held_out(tokenizer, data=data)]
         return float(torch.cat(nats).mean()) / math.log(2)
 
     def some(self, split):
@@ -141,17 +143,25 @@ class Trial:
     @cached_property
     def judge(self):
         """-> the judge of these classes, and its features of n training images"""
+        return self.make_judge()
+
+    @cached_property
+    def second_judge(self):
+        """A judge that was not taught to overlook blur, dimming and shifts."""
+        return self.make_judge(augment=False)
+
+    def make_judge(self, **how):
         facts = *self.data["train"], len(self.names)
         if self.args.quick:
-            network = judge.train_judge(*facts, steps=3)
+            network = judge.train_judge(*facts, steps=3, **how)
         else:
-            network = judge.judge_of(self.args.dataset, *facts)
+            network = judge.judge_of(self.args.dataset, *facts, **how)
         return network, judge.extract(network, self.some("train"))[0]
 
-    def compare(self, batches, labels=None):
+    def compare(self, batches, labels=None, judge_and_real=None):
         """Images against training images. labels: the classes that were meant -> dict with
         frechet, precision, recall, and with labels in_class, in %"""
-        network, real = self.judge
+        network, real = judge_and_real or self.judge
         features, logits = judge.extract(network, batches)
         precision, recall = judge.precision_recall(real, features)
         distance = judge.frechet_distance(real, features)
@@ -167,15 +177,16 @@ class Trial:
     def reconstructed(self, name, tokenizer, seed=0):
         """Reconstructions of held-out images, compared like samples, and their PSNR."""
         def compute():
-            psnr, rebuilt = [], []
-            for batch in self.some("test"):
-                image = to_float(batch)                                # (B, 3, H, W)
-                tokens = tokenizer.image_to_tokens(image)
-                other = tokenizer.decode(tokenizer.features(tokens)).clamp(-1, 1)
-                psnr.append(health.psnr(image, other))
-                rebuilt.append((other + 1) / 2)
+            rebuilt = list(self.rebuilt(tokenizer, "test"))
+            psnr = [health.psnr(to_float(batch), 2 * other - 1)
+                    for batch, other in zip(self.some("test"), rebuilt)]
             return dict(self.compare(rebuilt), psnr=float(torch.cat(psnr).mean()))
         return self.measure(f"tokenizers/{name}", seed, compute)
+
+    def rebuilt(self, tokenizer, split):
+        """Reconstructions of up to n images, a few at a time -> (B, 3, H, W) in [0, 1]"""
+        images = self.data[split][0]
+        return judge.rebuilt(tokenizer, images, rows_of(len(images), self.args.n))
 
     def judged(self, tokenizer, var, seed=0, **options):
         """n samples, compared with training images. options: of chapter 6's generate()

@@ -41,21 +41,37 @@ def test_cells_are_means_and_half_ranges():
     assert trial.cells(found[:1], dict(a=1)) == ["1.5"]
 
 
-def test_raster_order_gets_the_code_before_in_training_as_in_sampling():
-    """And the image is that of the one map."""
-    ablation = import_module("experiments.ablation")
+@pytest.mark.parametrize("order, scales, by_map", [
+    ("one_by_one", (4,), False), ("coarse_to_fine", (8,), False), ("one_by_one", (1, 2, 4), True),
+    ("halves", (1, 2, 3, 4), True), ("cell_by_cell", (4, 4), False)])
+@torch.no_grad()
+def test_tokens_in_another_order_are_the_same_image_and_no_step_sees_itself(order, scales, by_map):
+    experiment = import_module("experiments.order")
     torch.manual_seed(0)
     tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
-        image_size=16, scales=(4,), vocab_size=16, latent_dim=4, channels=8, groups=4)).eval()
-    raster, image = ablation.Raster(tokenizer), torch.rand(2, 3, 16, 16) * 2 - 1
-    tokens, whole = raster.image_to_tokens(image), tokenizer.image_to_tokens(image)
-    assert torch.equal(torch.cat(tokens, 1), whole[0]) and raster.scales == (1,) * 16
-    inputs, f_hat = raster.teacher_inputs(tokens), 0
-    for k, token in enumerate(tokens):
-        f_hat, after = raster.next_input(k, f_hat, token)
-        assert after is None if k == 15 else torch.equal(after[:, 0], inputs[:, k])
-    assert torch.equal(inputs[1, 6], tokenizer.quantizer.codebook[whole[0][1, 6]])
-    assert torch.equal(raster.features(tokens), tokenizer.features(whole))
+        image_size=4 * scales[-1], scales=scales, vocab_size=16, latent_dim=4, channels=8,
+        groups=4)).eval()
+    other = experiment.Reordered(tokenizer, getattr(experiment, order)(scales), by_map)
+    var = experiment.StepwiseVAR(m4.VARConfig(
+        num_classes=2, scales=other.scales, vocab_size=16, latent_dim=8, depth=2, width=16,
+        heads=2), other.sizes).eval()
+    for p in var.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    image, labels = torch.rand(2, 3, *[4 * scales[-1]] * 2) * 2 - 1, torch.tensor([0, 2])
+    tokens = other.image_to_tokens(image)
+    assert torch.equal(other.features(tokens), tokenizer.features(tokenizer.image_to_tokens(image)))
+    assert sorted(other.order.tolist()) == list(range(var.L))
+    logits = var(labels, other.teacher_inputs(tokens))                 # (2, L, V)
+    conditioning, cache, drawn, inputs = var.conditioning(labels), var.new_cache(), 0, None
+    for k, part in enumerate(logits.split(other.sizes, 1)):
+        assert torch.allclose(var.step(k, inputs, conditioning, cache), part, atol=1e-5)
+        drawn, inputs = other.next_input(k, drawn, tokens[k])
+    step = torch.repeat_interleave(torch.arange(other.K), torch.tensor(other.sizes))
+    for k in range(0, other.K, 3):
+        changed = [part + 1 if i == k else part for i, part in enumerate(tokens)]
+        changed = [part % 16 for part in changed]
+        moved = (var(labels, other.teacher_inputs(changed)) - logits).abs().amax((0, 2))
+        assert moved[step <= k].max() == 0 and (k == other.K - 1 or moved[step > k].max() > 1e-3)
 
 
 def test_a_class_token_reaches_later_tokens_by_attention_alone():

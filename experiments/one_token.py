@@ -1,0 +1,67 @@
+"""What does one token do? Change one token of map k, keep all others, and look.
+
+    python experiments/one_token.py                                        shapes
+
+The token in the middle of map k becomes its nearest other code, or a code chosen at random.
+In the last row the finer maps are quantized again after the change: they see what is missing
+now and correct it, as far as they can.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.batches import sample_of, to_float
+from experiments.trial import Trial, run_main, training, trial_parser
+from report import plots
+
+
+def changed(tokenizer, f, tokens, k, code, again):
+    """tokens with the middle one of map k replaced by `code` (B,); again: quantize the finer
+    maps of f (B, C, h, w) anew. -> image (B, 3, H, W) in [-1, 1]"""
+    side = tokenizer.scales[k]
+    tokens = [map_k.clone() for map_k in tokens]
+    tokens[k][:, (side // 2) * side + side // 2] = code
+    f_hat = tokenizer.pyramid(tokens)[k]
+    for finer in range(k + 1, tokenizer.K if again else 0):
+        rest = tokenizer.downsample_to(f - f_hat, finer)               # (B, n, C)
+        tokens[finer] = tokenizer.quantizer.nearest(rest)
+        f_hat = f_hat + tokenizer.embed(finer, tokens[finer])
+    return tokenizer.tokens_to_image(tokens)
+
+
+@torch.no_grad()
+def main():
+    trial = Trial("one_token", trial_parser(__doc__, "shapes", n=500).parse_args())
+    tokenizer, _ = training.load_tokenizer(trial.shipped)
+    image = to_float(sample_of(trial.data["test"][0], trial.args.n))   # (B, 3, H, W)
+    f, generator = tokenizer.encode(image), torch.Generator().manual_seed(0)
+    tokens = tokenizer.quantize(f)
+    before = tokenizer.tokens_to_image(tokens)
+    codes = tokenizer.quantizer.codebook                               # (V, C)
+    neighbour = torch.cdist(codes, codes).fill_diagonal_(torch.inf).argmin(1)
+    heat, lines = [], []
+    for way in ("nearest code", "random code", "random code, finer maps again"):
+        line = [way]
+        for k, side in enumerate(tokenizer.scales):
+            old = tokens[k][:, (side // 2) * side + side // 2]         # (B,)
+            new = neighbour[old] if way == "nearest code" else torch.randint(
+                len(codes), old.shape, generator=generator)
+            after = changed(tokenizer, f, tokens, k, new, "again" in way)
+            heat.append((after - before).abs().mean((0, 1)) / 2)       # (H, W)
+            line.append(f"{heat[-1].mean():.2%}")
+        lines.append(line)
+    sides = [f"{side}x{side}" for side in tokenizer.scales]
+    trial.show(["mean change of a pixel, of the range", *sides], lines)
+    heat = plots.heat_maps((torch.stack(heat) + 0.001).log10(), -3, -1)
+    plots.save_grid(trial.folder / "one_token.png", heat, len(sides), scale=3,
+                    row_labels=[line[0] for line in lines], column_labels=sides,
+                    footer=plots.legend(
+                        "How much each pixel changes, on average, if the middle token of one\n"
+                        "map changes. Dark: 0.1 % of the range, green: 1 %, yellow: 10 %."))
+    print(f"wrote {trial.folder}/one_token.png")
+
+
+if __name__ == "__main__":
+    run_main(main)
