@@ -400,9 +400,9 @@ def encode_once(settings, tokenizer, images, split, device):
                 np.save(file, np.zeros(shape, dtype))
         distributed.barrier()
         cache = np.load(unfinished, mmap_mode="r+")
-        batches = zip(rows, view_batches(images, view, rows, settings.workers))
+        batches = view_batches(images, view, rows, settings.workers)
         text = f"tokenized for {split}, view {view + 1} of {count}"
-        for part, image in progress(batches, len(mine), text, lambda pair: len(pair[0])):
+        for part, image in zip(progress(rows, len(mine), text), batches):
             with autocast(device, settings.precision):
                 tokens = tokenizer.image_to_tokens(image.to(device))   # K maps (B, n)
             cache[part] = torch.cat(tokens, 1).cpu().numpy()           # (B, L)
