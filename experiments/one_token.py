@@ -54,7 +54,7 @@ def main():
         lines.append(line)
     sides = [f"{side}x{side}" for side in tokenizer.scales]
     trial.show(["mean change of a pixel, of the range", *sides], lines)
-    heat = plots.heat_maps((torch.stack(heat) + 0.001).log10(), -3, -1)
+    heat = plots.heat_map((torch.stack(heat) + 0.001).log10(), -3, -1)
     plots.save_grid(trial.folder / "one_token.png", heat, len(sides), scale=3,
                     row_labels=[line[0] for line in lines], column_labels=sides,
                     footer=plots.legend(
