@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageOps
 
-from data.batches import to_float
+from data.batches import per_pass, to_float
 from data.folder import decode
 from data.registry import chosen_classes, dataset_named, find_class, load_data
 from engine import BadInput
 from engine.progress import progress
 from report import health, plots
-from report.density import density
 from report.judge import evaluate
 
 # What to repaint (outpaint: to keep) without --box and --mask, in fractions of the side.
@@ -194,13 +193,41 @@ def check_no_leak(repaint, image, keep, labels):
     assert torch.equal(one, two)
 
 
+@torch.no_grad()
 def show_density(args, model):
-    """Bits of --image or of held-out images, and what Bayes' rule makes of them."""
+    """The other half of a generative model: how probable is an image? The exact probability
+    of the tokens of --image or of held-out images gives a measure, -log2 p in bits, and a
+    classifier, by Bayes' rule with equally common classes:
+
+        p(class | tokens) = p(tokens | class) / the same summed over the classes
+
+    Many images share the same tokens, so do not compare these bits with the bits per
+    dimension of models of pixels."""
     if args.image and not args.classes:
         raise BadInput("--task density --image: name the class of the image with --classes")
     image, labels = images_to_edit(args, args.n or 500)
-    density(model.tokenizer, model.log_likelihood, image, labels, args.labels,
-            len(args.names))
+    classes, scales, parts = list(args.labels), model.tokenizer.scales, []
+    for part in progress(image.split(per_pass(args.side)), len(image)):
+        tokens = model.tokenizer.image_to_tokens(part.to(args.device))
+        nats = [model.log_likelihood(tokens, [c] * len(part)).cpu()
+                for c in [*classes, len(args.names)]]
+        parts.append(torch.stack(nats, 1).double())
+    nats = torch.cat(parts)                                # (N, classes + 1, K)
+    bits = -torch.cat([nats, nats.sum(2, keepdim=True)], 2) / math.log(2)   # K + 1: a sum
+    right = torch.tensor([classes.index(c) for c in labels.tolist()])       # (N,)
+    known = bits[torch.arange(len(bits)), right].mean(0)   # (K + 1,)
+    found = nats[:, :-1].cumsum(2).argmax(1) == right[:, None]   # (N, K), of scales 1..k
+    sizes = torch.tensor([s * s for s in scales] + [sum(s * s for s in scales)])
+    print(f"{len(image)} images; without a model a token costs log2 V, "
+          f"{math.log2(model.tokenizer.config.vocab_size):g} bits")
+    for name, values, form in (("side", [*scales, "all"], ""),
+                               ("bits given no class", bits[:, -1].mean(0), ".1f"),
+                               ("bits given the class", known, ".1f"),
+                               ("    per token", known / sizes, ".2f"),
+                               ("class found so far", found.double().mean(0), ".0%")):
+        print(f"    {name:<22}" + "".join(f"{x:>9{form}}" for x in values))
+    print("found by Bayes' rule from this scale and the coarser ones; by chance: "
+          f"{1 / len(classes):.0%}")
 
 
 TASKS = {"sample": show_samples, "guidance": show_guidance,

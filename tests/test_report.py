@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import shapes
 from data.registry import Dataset
-from report import density, health, judge, plots
+from report import gallery, health, judge, plots
 
 
 # -- Figures -------------------------------------------------------------------------------
@@ -173,17 +173,20 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, m
 
 # -- Bits and Bayes' rule ------------------------------------------------------------------
 
-def test_bits_and_bayes_of_a_case_worked_by_hand():
+def test_bits_and_bayes_of_a_case_worked_by_hand(monkeypatch, capsys):
     """Two images of classes 7 and 4, scales of 1 and 4 tokens. Class 7: 2 + 6 and 4 + 10 bits,
-    class 4: 3 + 4 and 1 + 7 bits, no class: 5 + 8 bits. So scale 1x1 finds the right class both
-    times, and both scales together do so for the second image alone."""
+    class 4: 3 + 4 and 1 + 7 bits, no class: 5 + 8 bits. So scale 1x1 finds the right class
+    both times, and both scales together do so for the second image alone."""
     bits = {7: [[2.0, 6], [4, 10]], 4: [[3.0, 4], [1, 7]], 9: [[5.0, 8], [5, 8]]}
-    tokenizer = SimpleNamespace(
-        scales=(1, 2), config=SimpleNamespace(vocab_size=16), image_to_tokens=lambda image: None,
-        parameters=lambda: iter([torch.zeros(1)]))
-    out = printed(density.density, tokenizer,
-                  lambda tokens, labels: -torch.tensor(bits[labels[0]]) * math.log(2),
-                  torch.zeros(2, 3, 4, 4), torch.tensor([7, 4]), {7: "x", 4: "y"}, 9)
+    tokenizer = SimpleNamespace(scales=(1, 2), config=SimpleNamespace(vocab_size=16),
+                                image_to_tokens=lambda image: None)
+    model = SimpleNamespace(tokenizer=tokenizer, log_likelihood=lambda tokens, labels: (
+        -torch.tensor(bits[labels[0]]) * math.log(2)))
+    monkeypatch.setattr(gallery, "images_to_edit", lambda args, count: (
+        torch.zeros(2, 3, 4, 4), torch.tensor([7, 4])))
+    gallery.show_density(SimpleNamespace(image=None, n=2, labels={7: "x", 4: "y"}, side=4,
+                                         names=9 * ["z"], device="cpu"), model)
+    out = capsys.readouterr().out
     for row in (r"given no class +5\.0 +8\.0 +13\.0", r"given the class +1\.5 +6\.5 +8\.0",
                 r"per token +1\.50 +1\.6[23] +1\.60", r"class found so far +100% +50%",
                 r"costs log2 V, 4 bits", r"by chance: 50%"):
