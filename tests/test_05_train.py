@@ -37,9 +37,9 @@ def test_the_options_that_other_people_use_exist():
 def test_a_typed_option_wins_over_the_preset_and_the_preset_over_the_default(name, typed):
     words = [(f"--{key}", str(value)) for key, value in typed.items()]
     settings = m5.read_settings(["--preset", name, *sum(words, ())])
+    wanted = vars(m5.Settings()) | m5.PRESETS[name] | typed
     for key in ("seed", "cfg", "views"):
-        default = getattr(m5.Settings(), key)
-        assert getattr(settings, key) == typed.get(key, m5.PRESETS[name].get(key, default)), key
+        assert getattr(settings, key) == wanted[key], key
     assert settings.out == os.path.join("out", name)
 
 
@@ -145,9 +145,9 @@ def test_a_flat_folder_makes_an_unconditional_model_and_an_export_holds_both_mod
                  "--out", tmp_path / "run", "--export", tmp_path / "both.pt")
     assert result.status == 0, result.err
     assert np.isfinite([e["loss"] for e in log_of(tmp_path / "run") if "loss" in e]).all()
-    for load in (m5.load_tokenizer, m5.load_transformer):
-        model, about = load(tmp_path / "both.pt")
-        assert about["class_names"] == ["flat"]
+    m5.load_tokenizer(tmp_path / "both.pt")
+    model, about = m5.load_transformer(tmp_path / "both.pt")
+    assert about["class_names"] == ["flat"]
     assert model.config.num_classes == 1
 
 
@@ -260,9 +260,8 @@ def test_stage_2_is_shown_shuffled_rows_of_the_cache_and_leaves_the_tokenizer_al
     monkeypatch.setattr(m2.MultiScaleVQVAE, "encode", lambda *_: pytest.fail("encoded again"))
     calls = spy(monkeypatch, m5, "token_losses")
     tokenizer, _ = train("transformer", tmp_path / "run", steps=16)
-    held_out = log_of(tmp_path / "run")[-1]["held_out"]
-    (_, _, _, labels), (loss, _) = calls[-1]
-    assert held_out["loss"] == pytest.approx(float(loss.mean()), rel=1e-5) and len(labels) == 20
+    held_out, (loss, _) = log_of(tmp_path / "run")[-1]["held_out"], calls[-1][1]
+    assert held_out["loss"] == pytest.approx(float(loss.mean()), rel=1e-5) and len(loss) == 20
     rows = {tuple(row): i for i, row in enumerate(np.concatenate(TOKENS).tolist())}
     seen = []
     for (_, _, tokens, labels), _ in calls:
@@ -359,8 +358,6 @@ def test_a_checkpoint_that_lacks_a_setting_has_its_default_and_a_damaged_one_is_
     state["model"]["start"] = torch.zeros(3)               # readable, but of another shape
     torch.save(state, run / "transformer.pt")
     assert "transformer.pt is damaged" in refused(SCRIPT, *options)
-    (run / "tokenizer.pt").write_bytes((run / "tokenizer.pt").read_bytes()[:5000])
-    assert "tokenizer.pt: not a readable checkpoint" in refused(SCRIPT, *options)
 
 
 @pytest.mark.parametrize("stage, left", [("tokenizer", dict(tokenizer=2)),
