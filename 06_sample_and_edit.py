@@ -94,7 +94,7 @@ def strengths(cfg, K):
         cfg = [cfg * (k / (K - 1)) for k in range(K)] if K > 1 else [cfg]
         # End of exercise
     if len(cfg) != K or not all(0 <= t < torch.inf for t in cfg):
-        raise BadInput(f"cfg {cfg}: give a number of at least 0, or one per scale, {K} in all")
+        raise BadInput(f"cfg {cfg}: give a number of at least 0, or {K}, one per scale")
     return cfg
 
 
@@ -163,8 +163,8 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
 
 @torch.no_grad()
 def generate(tokenizer, var, labels, *, cfg=1.5, tokens=None, keep=None, **sampling):
-    """Sample images of the classes in labels (B,). cfg (the script passes that of the run),
-    top_k, top_p, temperature, smooth, generator: see sample_tokens() -> (B, 3, H, W) in [0, 1]
+    """Sample images of the classes in labels (B,) -> (B, 3, H, W) in [0, 1]. cfg (the
+    script passes that of the run) and sampling: the options of sample_tokens().
 
     tokens (list of K (B, n)) and keep (list of K (n,) bool): where keep is True the given
     token is replayed instead of drawn."""
@@ -218,16 +218,17 @@ def hide(image, keep):
 @torch.no_grad()
 def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_passes=6,
          settle_passes=2, **sampling):
-    """Repaint the part of an image where keep is False, as the classes labels (B,). sampling:
-    top_k, top_p and temperature, as in sample_tokens().
+    """Repaint the part of an image where keep is False, as the classes labels (B,).
+    sampling: top_k, top_p and temperature, as in sample_tokens().
 
-    image (B, 3, S, S) in [-1, 1], keep (S, S), 1 or True = keep -> (B, 3, S, S) in [0, 1]; it
-    shows the kept part as the tokenizer renders it. Nothing reads the hidden pixels.
+    image (B, 3, S, S) in [-1, 1], keep (S, S), 1 or True = keep -> (B, 3, S, S) in [0, 1],
+    with the kept part as the tokenizer renders it. Nothing reads the hidden pixels.
     paint_passes: how often the hidden part is drawn, at least once
     settle_passes: how often the tokenizer alone then encodes and decodes the result"""
     S, keep = tokenizer.config.image_size, torch.as_tensor(keep).to(image.device)
     if image.shape[2:] != (S, S) or keep.shape != (S, S):
-        raise BadInput(f"image and mask must be {S}x{S}, not {[*image.shape]}, {[*keep.shape]}")
+        raise BadInput(f"image and mask must be {S}x{S}, not {list(image.shape)} and "
+                       f"{list(keep.shape)}")
     if not ((keep == 0) | (keep == 1)).all():
         raise BadInput("the mask must hold True and False, or 1 and 0, and nothing else")
     keep = keep.bool()
@@ -240,10 +241,10 @@ def edit(tokenizer, var, image, keep, labels, *, cfg=1.5, generator=None, paint_
     share = F.adaptive_avg_pool2d(keep.float()[None, None], tokenizer.scales[-1])
     kept_cells = trusted_cells = (share >= 0.5).to(image.dtype)          # (1, 1, h, w)
     composite = hide(image, keep)                          # (B, 3, S, S): kept, and a guess
-    # Why repeat? In pass 1 a coarse token on the border is computed from its kept half only.
-    # In pass 2 its other half has been drawn, so it is computed from the mean of the whole
-    # cell. Pass by pass, the kept and the drawn part come to agree. With the same noise, a pass
-    # refines the figure of the pass before; new noise would draw another figure.
+    # Why repeat? In pass 1 a coarse token on the border is computed from its kept half
+    # only. In pass 2 its other half has been drawn, so it is computed from the mean of the
+    # whole cell. Pass by pass, the kept and the drawn part come to agree. With the same
+    # noise, a pass refines the figure of the pass before; new noise would draw another one.
     generators = generator if isinstance(generator, list) else [generator]
     noise = [one.get_state() for one in generators]
     for _ in range(paint_passes):
@@ -283,7 +284,7 @@ def paint(tokenizer, var, composite, kept_cells, trusted_cells, labels, **sampli
 # -- Models --------------------------------------------------------------------------------
 
 def load_released(tokenizer_state, var_state, scales=None, heads=None):
-    """State dicts in the released layout -> (tokenizer, var). Sizes are read off the shapes.
+    """State dicts in the released layout -> (tokenizer, var). Sizes come from the shapes.
     `scales` is needed only for schedules other than the paper's two, `heads` only without
     query/key normalisation. Raises BadInput for another layout."""
     sizes, weights = read_transformer(var_state, scales, heads)
@@ -336,12 +337,12 @@ def read_arguments():
     add("--released", choices=("d16", "d20", "d24", "d30", "d36"), help="by the paper")
     add("--tokenizer-file", help="with --released: this file instead of a download")
     add("--var-file", help="with --released: this file instead of a download")
-    add("--task", default="all", choices=("all", *gallery.TASKS), help="all but the last two")
+    add("--task", default="all", choices=("all", *gallery.TASKS), help="all: the first six")
     add("--classes", nargs="+", default=[], metavar="NAME", help="or the first N [10]")
     add("--n", type=number(int, 1), help="number of images, per class if they are samples")
     add("--cfg", type=number(float), help="guidance at the last scale; 0: none [the run's]")
     add("--top-k", type=number(int), help="draw from the k likeliest tokens; 0: from all")
-    add("--top-p", type=number(float), help="... the fewest that hold probability p; 0: all")
+    add("--top-p", type=number(float), help="from the fewest that hold share p; 0: all")
     add("--smooth", action="store_true", help="sample mixtures of codes")
     add("--image", help="image to work on [held-out images]")
     add("--box", nargs=4, type=number(float), metavar=("X0", "Y0", "X1", "Y1"),

@@ -129,9 +129,9 @@ def show_samples(args, model):
         colours = plots.token_colours(maps, side, tokenizer.config.vocab_size)
         rows[f"{side}x{side}"] = torch.cat([F.interpolate(x, size=max(96, args.side))
                                             for x in (colours, (image + 1) / 2)])
-    footer = ("Left: the token map of each scale. A colour stands for the number of a code.\n"
-              "Right: the image decoded from all maps so far.")
-    save(args, "coarse_to_fine", rows, footer, column_labels=names * 2, scale=1)
+    save(args, "coarse_to_fine", rows, "Left: the token map of each scale. A colour stands "
+         "for the number of a code.\nRight: the image decoded from all maps so far.",
+         column_labels=names * 2, scale=1)
 
 
 def show_guidance(args, model):
@@ -164,7 +164,7 @@ def show_edits(args, model, task):
     wanted = {"no class": no_class}
     if task == "edit":
         wanted = {f"as {text}": labels * 0 + c for c, text in args.labels.items()}
-    elif not labels.equal(no_class):                       # as an --image without --classes is
+    elif not labels.equal(no_class):                       # no --image without --classes
         wanted["own class"] = labels
     tokens = model.tokenizer.image_to_tokens(image.to(args.device))
     results = {"tokenizer alone": (model.tokenizer.tokens_to_image(tokens).cpu() + 1) / 2}

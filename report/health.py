@@ -70,8 +70,8 @@ def check_up(tokenizer, held_out, device, autocast, path):
     parts = held_out.split(per_pass(held_out.shape[1]))
     health = examine(tokenizer, (to_float(part.to(device)) for part in parts), autocast)
     used, scales, V = health["used"][-1], tokenizer.scales, tokenizer.config.vocab_size
-    lines = [f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the codes"
-             f" | {len(held_out)} images",
+    lines = [f"psnr {health['psnr']:.2f} dB | used {health['used_overall']:.0%} of the "
+             f"codes | {len(held_out)} images",
              "    side        " + "".join(f"{f'{side}x{side}':>8}" for side in scales)]
     for name, key, form in (("codes used", "used", ".0%"),
                             ("perplexity", "perplexity", ".0f"),

@@ -30,7 +30,8 @@ class Judge(nn.Module):
         for c_in, c in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
             layers += [nn.Conv2d(c_in, c, 3, stride=2, padding=1, bias=False),
                        nn.BatchNorm2d(c), nn.SiLU(),
-                       nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.SiLU()]
+                       nn.Conv2d(c, c, 3, padding=1, bias=False),
+                       nn.BatchNorm2d(c), nn.SiLU()]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(4 * width, num_classes)
 
     def features(self, images):
@@ -74,7 +75,8 @@ def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
             yield [(row, -1) for row in drawn[-1].tolist()]
 
     batches = picture_batches(images, crops(), cores())
-    for step, batch in enumerate(progress(batches, steps, "steps of the judge", lambda _: 1)):
+    batches = progress(batches, steps, "steps of the judge", lambda batch: 1)
+    for step, batch in enumerate(batches):
         image = (to_float(batch) + 1) / 2                                # (128, 3, H, W)
         if augment:
             image = varied(image, generator, mirrored)
@@ -146,7 +148,7 @@ def accuracy(logits, labels):
 
 def frechet_distance(features_a, features_b):
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) of features (N, F) and (M, F) with
-    covariances A and B. A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric."""
+    covariances A and B. A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2)."""
     a, b = features_a.double(), features_b.double()
     A, B = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(A)
@@ -160,11 +162,12 @@ def precision_recall(features_real, features_fake, k=3):
     et al. 2019). A point is inside a set if it is no farther from some member than that
     member's k-th nearest neighbour. Both sets need more than k rows."""
     def share_inside(points, members):
-        # The member itself comes first at distance 0, so its k-th neighbour is the (k+1)-th.
+        # The member itself comes first, at distance 0: its k-th neighbour is the (k+1)-th.
         radius = torch.cat([torch.cdist(part, members).kthvalue(k + 1).values
                             for part in members.split(500)])
-        inside = [(torch.cdist(part, members) <= radius).any(1) for part in points.split(500)]
-        return torch.cat(inside).double().mean().item()
+        inside = torch.cat([(torch.cdist(part, members) <= radius).any(1)
+                            for part in points.split(500)])
+        return inside.double().mean().item()
     real, fake = features_real.double(), features_fake.double()    # float32 would blur
     return share_inside(fake, real), share_inside(real, fake)
 
@@ -188,12 +191,12 @@ def evaluate(args, model):
     (real, labels), (test, test_labels) = splits["train"], splits["test"]
     count = min(args.n or 1000, len(real), len(test))
     if count < 4 or names != args.names:
-        raise BadInput(f"--task evaluate needs 4 training and 4 held-out images of the model's "
-                       f"classes; {args.dataset} has {len(real)} and {len(test)}")
+        raise BadInput(f"--task evaluate needs 4 training and 4 held-out images of the "
+                       f"model's classes; {args.dataset} has {len(real)} and {len(test)}")
     judge = judge_of(args.dataset, real, labels, len(names), args.device)
     rows, meant = rows_of(len(test), count), labels_like(labels, count)
     known, _ = extract(judge, batches_of(real, rows_of(len(real), count)))
-    print(f"{count} images per row, compared with as many training images; no Inception FID")
+    print(f"{count} images per row, compared with as many training images")
     print(f"{'':<20}{'in class':>9}{'Fréchet':>9}{'precision':>11}{'recall':>8}")
     for text, batches, wanted in (
             ("held-out images", batches_of(test, rows), test_labels[rows]),
