@@ -196,7 +196,7 @@ def evaluate(args, model):
     judge = judge_of(args.dataset, real, labels, len(names), args.device)
     rows, meant = rows_of(len(test), count), labels_like(labels, count)
     known, _ = extract(judge, batches_of(real, rows_of(len(real), count)))
-    print(f"{count} images per row, compared with as many training images")
+    print(f"{count} images per row, compared with as many of training; no Inception FID")
     print(f"{'':<20}{'in class':>9}{'Fréchet':>9}{'precision':>11}{'recall':>8}")
     for text, batches, wanted in (
             ("held-out images", batches_of(test, rows), test_labels[rows]),
