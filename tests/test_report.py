@@ -52,13 +52,6 @@ def test_names_of_classes_are_short_and_in_a_font_that_has_them_or_are_numbers(n
     assert all(bytes(plots.font_for(label).getmask(c)) != missing for c in label if c != " ")
 
 
-def test_colours_rise_and_those_of_tokens_are_far_apart():
-    ramp = plots.heat_map(torch.linspace(0, 1, 64)[None])[:, 0]
-    assert (torch.tensor([0.299, 0.587, 0.114]) @ ramp).diff().min() > 0
-    colours = plots.token_colours(torch.arange(64)[None], 8, 64)
-    assert torch.pdist(colours[0].reshape(3, -1).T).min() > 0.08
-
-
 def test_a_chart_draws_a_power_as_a_straight_line(tmp_path):
     plots.save_curve(tmp_path / "c.png", {"": [(x, x ** 3) for x in range(1, 100)]})
     chart = (np.array(Image.open(tmp_path / "c.png")) == plots.LINES[0]).all(2)
