@@ -3,7 +3,7 @@
     images --(stage 1)--> tokenizer --(once)--> tokens --(stage 2)--> transformer
               out/NAME/tokenizer.pt      tokens_train_*.npy           transformer.pt
 
-    stage 1   L2 + 0.25 (vq + extra) of chapter 2 + lambda_P LPIPS + lambda_G w adversarial
+    stage 1   L2 + 0.25 vq + extra (chapter 2) + lambda_P LPIPS + lambda_G w adversarial
               (the last two: engine/perceptual.py; the shapes use neither)
     stage 2   cross-entropy of each token given all coarser maps, all tokens weighted alike
 
@@ -343,7 +343,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
                     last = tokenizer.decoder.conv_out.weight
                     adversarial, critic_loss = perceptual.adversarial_losses(
                         critic, part, decoded, image_loss, last)
-            loss = image_loss + 0.25 * (terms["vq"] + terms["extra"]) + share * adversarial
+            loss = image_loss + 0.25 * terms["vq"] + terms["extra"] + share * adversarial
             ((loss + critic_loss) / settings.accumulate).backward()
             losses.append(loss.detach())
             db.append(health.psnr(decoded.detach(), part).mean())

@@ -225,7 +225,7 @@ def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_all_parts(
         losses, db = [], []
         for (_, image), (decoded, _, parts) in forward[4 * step:4 * step + 4]:
             error, vq, extra = (float(x.detach()) for x in parts.values())
-            losses.append(error + 3 * 7 + 0.25 * (vq + extra))
+            losses.append(error + 3 * 7 + 0.25 * vq + extra)
             errors = (decoded.detach().clamp(-1, 1) - image).square().mean((1, 2, 3))
             db += (10 * (4 / errors).log10()).tolist()     # of each image, not of the mean error
         late = min(max(0, (step / 10 - 0.2) / 0.2), 1)     # the critic joins after a fifth
