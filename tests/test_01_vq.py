@@ -33,9 +33,11 @@ def test_worked_examples_of_levels():
 
 
 @given(n=st.integers(1, 9), vocab_size=st.integers(1, 9), seed=seeds)
-def test_codes_start_on_different_vectors_if_there_are_enough(n, vocab_size, seed):
+def test_codes_start_once_on_different_finite_vectors_if_there_are_enough(n, vocab_size, seed):
     torch.manual_seed(seed)
     quantizer, x = vq.VectorQuantizer(vocab_size, 4), 5 + torch.randn(n, 4)
+    quantizer.start_on_data([x * torch.nan])
+    assert not quantizer.initialised
     quantizer.start_on_data([x])
     distance, chosen = torch.cdist(quantizer.codebook, x).min(1)
     assert (distance < 0.06 * x.norm(dim=1).max()).all()             # noise of 1 %
@@ -43,18 +45,9 @@ def test_codes_start_on_different_vectors_if_there_are_enough(n, vocab_size, see
         assert len(chosen.unique()) == vocab_size
     assert len(quantizer.codebook.unique(dim=0)) == vocab_size
     assert torch.equal(quantizer.sums, quantizer.codebook)
-
-
-def test_codes_start_once_on_finite_data():
-    quantizer, loaded = vq.VectorQuantizer(4, 3), vq.VectorQuantizer(4, 3)
     before = deepcopy(quantizer.state_dict())
-    quantizer.start_on_data([torch.full((9, 3), math.nan)])
+    quantizer.start_on_data([x + 50])
     assert same(quantizer.state_dict(), before)
-    quantizer.start_on_data([torch.ones(9, 3)])
-    assert quantizer.initialised and (quantizer.codebook - 1).abs().max() < 0.06
-    loaded.load_state_dict(quantizer.state_dict())
-    loaded.start_on_data([torch.full((9, 3), 50.)])
-    assert same(loaded.state_dict(), quantizer.state_dict())
 
 
 def test_small_groups_get_as_many_codes_as_large_ones():
@@ -65,13 +58,10 @@ def test_small_groups_get_as_many_codes_as_large_ones():
 
 
 def test_worked_example_of_learning_from_two_groups():
-    quantizer = placed([[0.], [8.], [5.]], decay=0.5, revive=False)
-    quantizer.hits[2] = 0.0                                          # nothing uses it
+    quantizer = placed([[0.], [8.]], decay=0.5, revive=False)
     groups = [torch.tensor([[2.]]), torch.tensor([[[1.], [6.]]])]
     quantizer.learn(groups, [torch.tensor([0]), torch.tensor([[0, 1]])])
-    assert quantizer.hits.tolist() == [1.5, 1, 0]                     # (1 + 2) / 2, ...
-    assert quantizer.sums.tolist() == [[1.5], [7], [2.5]]            # (0 + 2 + 1) / 2, ...
-    assert quantizer.codebook.tolist() == [[1], [7], [5]]
+    assert quantizer.codebook.tolist() == [[1], [7]]       # (0 + 2 + 1) / 3, (8 + 6) / 2
 
 
 @pytest.mark.parametrize("way", ["ema", "gradient"])
