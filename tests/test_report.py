@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import printed, random_models, seeded
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from data import shapes
@@ -42,23 +41,12 @@ def test_labels_and_legends_are_never_cut_off(tmp_path):
     assert sheet.min() < 100 and edge.min() == 255         # there is ink, none on the border
 
 
-@pytest.mark.parametrize("name", [
-    "cat", "black-and-gold garden spider", "über", "猫", "العربية", "🚗", "\U0010fffd"])
-def test_names_of_classes_are_short_and_in_a_font_that_has_them_or_are_numbers(name):
+@pytest.mark.parametrize("name", ["über", "猫", "\U0010fffd"])      # no font has the last
+def test_names_of_classes_are_in_a_font_that_has_them_or_are_numbers(name):
     label = plots.class_label(name, 3)
-    assert label in (name, "class 3", "black-and-go... spider") and len(label) <= 22
-    assert (name, label) != ("\U0010fffd", name), "no font has this"
+    assert label == "class 3" if name == "\U0010fffd" else label in (name, "class 3")
     missing = bytes(plots.font_for(label).getmask("\U0010ffff"))
     assert all(bytes(plots.font_for(label).getmask(c)) != missing for c in label if c != " ")
-
-
-def test_a_chart_draws_a_power_as_a_straight_line(tmp_path):
-    plots.save_curve(tmp_path / "c.png", {"": [(x, x ** 3) for x in range(1, 100)]})
-    chart = (np.array(Image.open(tmp_path / "c.png")) == plots.LINES[0]).all(2)
-    heights = np.array([np.flatnonzero(column).mean() for column in chart.T if column.any()])
-    x = np.arange(len(heights))
-    assert len(heights) > 100 and heights[-1] < heights[0] - 100
-    assert abs(heights - np.polyval(np.polyfit(x, heights, 1), x)).max() < 3
 
 
 # -- The tokenizer's health ----------------------------------------------------------------
@@ -122,14 +110,6 @@ def test_precision_and_recall_match_the_slow_loop(seed, k):
     assert judge.precision_recall(real, real[:1].repeat(20, 1), k) == (1, 1 / 8)
 
 
-def test_equally_common_classes_take_turns_and_others_come_in_their_shares():
-    real = np.arange(300) % 3
-    assert torch.equal(judge.labels_like(real, 100), torch.arange(100) % 3)
-    for count in (10, 100, 1000):
-        given = torch.bincount(judge.labels_like([2] * 7 + [0] * 2 + [1], count))
-        assert given.tolist() == [count // 5, count // 10, count * 7 // 10]
-
-
 def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, monkeypatch):
     """Two classes; three images of ten are dark. The "samples" are held-out images."""
     images, labels = shapes.draw(range(500), size=16)
@@ -148,13 +128,9 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, m
                             sample=lambda labels: meant.append(labels) or samples)
     out = printed(judge.evaluate, args, model)
     assert torch.bincount(meant[0]).tolist() == [70, 30], "in the shares of the real images"
-    monkeypatch.setattr(judge, "varied", None)             # a strict judge does without it
-    judge.judge_of("any", *splits["train"], 2, augment=False)
-    monkeypatch.setattr(judge, "train_judge", None)        # both were kept in out/
-    network = judge.judge_of("any", *splits["train"], 2)
-    strict = judge.judge_of("any", *splits["train"], 2, augment=False)
-    assert not torch.equal(network.head.weight, strict.head.weight)
     assert torch.equal(before, torch.get_rng_state())
+    monkeypatch.setattr(judge, "train_judge", None)        # it was kept in out/
+    network = judge.judge_of("any", *splits["train"], 2)
     known, _ = judge.extract(network, judge.batches_of(images, judge.rows_of(400, 100)))
     features, logits = judge.extract(network, [samples])
     row = re.search(r"samples +([\d.]+)% +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.M)
