@@ -2,7 +2,8 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import Phase, settings
+import torch
+from hypothesis import settings
 
 from exercises import make
 
@@ -18,18 +19,15 @@ def pytest_configure(config):
     student = config.getoption("--student")
     if not student.is_dir():
         raise pytest.UsageError(f"--student {student} is not a folder")
-    # For a property that does without `check`.
-    settings.register_profile("grading", deadline=None, derandomize=True, database=None,
-                              phases=(Phase.explicit, Phase.generate, Phase.shrink))
+    # A property that does without `check` tries the same examples each time, too.
+    settings.register_profile("grading", deadline=None, derandomize=True)
     settings.load_profile("grading")
+    torch.set_num_threads(1)                 # inputs are small
     config.option.reportchars, config.option.durations = "", None    # the table says it all
 
 
 def pytest_terminal_summary(terminalreporter):
     tasks, write = make.read_tasks(), terminalreporter.write_line
-    if not RESULTS:
-        write(f"no task was graded; -k takes one of {', '.join(make.graded_tasks())}")
-        return
     write(f"\n{'task':<13}{'title':<40}{'minutes':>7}  {'result':<9} why")
     for task, (status, why) in RESULTS.items():
         title, minutes, _ = tasks[task]

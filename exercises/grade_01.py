@@ -73,18 +73,18 @@ def grade_01_3(chapter):
 
 
 def grade_01_4(chapter):
-    for depth, given, shape in ((1, 2, (3, 2)), (2, 3, (3, 2)), (3, 3, (2, 5, 3)),
-                                (3, None, (2, 5, 3)), (3, 2, (3, 2)), (0, 0, (3, 2))):
-        # One quantizer for each round and one more, one too few, or one for all rounds.
-        books = [chapter.VectorQuantizer(4, shape[-1]) for _ in range(given or 1)][:given]
-        used = books[:depth] if given is not None else books * depth
+    two, three = ([chapter.VectorQuantizer(4, dim) for _ in range(3)] for dim in (2, 3))
+    # One quantizer for each round, more, one too few, none, or one for all rounds.
+    for depth, quantizer, used, shape in (
+            (1, two, two[:1], (3, 2)), (2, two, two[:2], (3, 2)), (4, two, two[:], (3, 2)),
+            (0, [], [], (3, 2)), (3, three, three[:], (2, 5, 3)),
+            (3, three[0], three[:1] * 3, (2, 5, 3))):
         x = torch.randn(shape)
         rest, indices = x.clone(), []
         for book in used:
             distances = (rest[..., None, :] - book.codebook).square().sum(-1)
             indices.append(distances.argmin(-1))
             rest = rest - book.codebook[indices[-1]]
-        quantizer = books if given is not None else books[0]
         result = call(chapter.residual_quantize, x, quantizer, depth)
         x_hat, found = unpack("residual_quantize", result, "x_hat", "the list of indices")
         expect("the list of indices", found, indices,

@@ -101,13 +101,14 @@ def main(arguments=None):
     parser.add_argument("--solutions", action="store_true", help="leave the solutions in")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
-    if any(parent.is_file() for parent in (folder, *folder.parents)):
-        parser.error(f"{folder} is a file or lies below one: name a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        parser.error(f"{folder} is not empty; nothing was written")
     if any(folder.is_relative_to(ROOT / name) for name in COPIED):
         parser.error(f"{folder} lies in a folder that is copied: choose one outside")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot make the folder: {error}")
+    if any(folder.iterdir()):
+        parser.error(f"{folder} is not empty; nothing was written")
     write_copy(folder, options.solutions)
     print(f"wrote {folder}")
 

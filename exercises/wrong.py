@@ -35,7 +35,8 @@ WRONG = {
     },
     "01_4": {
         "quantizes x at every round": ("one.nearest(x - x_hat)", "one.nearest(x)"),
-        "returns the last code only": ("x_hat = x_hat + one", "x_hat = one"),
+        "returns the last code only":
+            ("return x_hat, indices", "return one.lookup(indices[-1]), indices"),
         "uses one quantizer only": ("quantizers[:depth]", "quantizers[:1] * depth"),
         "changes x": ("return x_hat", "x -= x_hat\n    return x_hat"),
     },
@@ -146,12 +147,15 @@ WRONG = {
     "05_2": {
         "never shuffles": "return np.arange(step * batch, (step + 1) * batch) % n",
         "shuffles every epoch alike": ("(n, seed, epoch)", "(n, seed, 0)"),
-        "drops the tail of an epoch": """
-            epoch, place = divmod(step, n // batch or 1)
-            return epoch_order(n, seed, epoch)[place * batch:(place + 1) * batch]
+        "drops the images that fill no batch":
+            ("    epochs =", "    n = n // batch * batch or n\n    epochs ="),
+        "gives other images when a step is repeated": """
+            asked = globals().setdefault("asked", [])
+            asked.append((step, n, batch, seed))
+            again = asked.count(asked[-1])
+            places = np.arange(step * batch, (step + 1) * batch)
+            return np.array([epoch_order(n, seed + again, p // n)[p % n] for p in places])
             """,
-        "uses a running random state": "return np.random.permutation(n)[:batch]",
-        "shuffles anew at every step": "return epoch_order(n, seed, step)[:batch]",
     },
     "05_3": {
         "inverts the ratio": ("return", "long, short = short, long\n    return"),
@@ -170,6 +174,10 @@ WRONG = {
             ("return torch.full_like(logits, -torch.inf).scatter(-1, order, value)",
              "least = value.nan_to_num(neginf=9).amin(-1, True)\n"
              "    return logits.where(logits >= least, -torch.inf)"),
+        "keeps one token too many": ("tail <= 1", "tail.roll(1, -1) <= 1"),
+        "cuts every row where the first is cut":
+            ("drop[..., 0]", "drop[:] = drop[:1].clone()\n        drop[..., 0]"),
+        "returns probabilities": ("value.masked_fill(", "value.softmax(-1).masked_fill("),
         "ignores top_k without top_p": ("if k >= V and not", "if not"),
         "changes the caller's tensor": ("torch.full_like(logits, ", "logits.fill_("),
     },
