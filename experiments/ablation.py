@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import (Trial, cells, drawing, parameters, run_main, training,
+from experiments.trial import (JUDGED, Trial, drawing, parameters, run_main, training,
                                transformer, trial_parser)
 
 
@@ -44,29 +44,28 @@ ROWS = {
 def main():
     parser = trial_parser(__doc__, steps=3000, n=3000, seeds=2)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    trial = Trial("ablation", parser.parse_args())
+    trial, rows, images = Trial("ablation", parser.parse_args()), {}, {}
     tokenizer, _ = training.load_tokenizer(trial.shipped)
-    labels, lines, images = torch.arange(12) % len(trial.names), [], []
-    digits = dict(bits=1, frechet=2, precision=2, recall=2, in_class=0, ms=1)
+    labels = torch.arange(12) % len(trial.names)
     for row in trial.args.rows:
         folder, model, qk_norm, sampling = ROWS[row]
         changes = dict(depth=6, width=160, heads=5) if row == "larger" else {}
-        found = []
+        rows[row] = []
         for seed in trial.seeds:
             var = trial.train(folder, seed, tokenizer, model, dict(qk_norm=qk_norm),
                               shared_adaln=True, **changes)
-            found.append(trial.measure(f"{folder}/{row}", seed, lambda: dict(
+            found = trial.measure(f"{folder}/{row}", seed, lambda: dict(
                 trial.judged(tokenizer, var, seed, **sampling),
-                bits=trial.bits(tokenizer, var))))
-        lines.append([row, f"{parameters(var):.2f}", *cells(found, digits)])
-        images.append(drawing.generate(tokenizer, var, labels, **sampling,
-                                       generator=torch.Generator().manual_seed(0)))
-    rebuilt = trial.reconstructed("shipped", tokenizer)
-    for name, found in ("held-out images", trial.floor()), ("reconstructions", rebuilt):
-        lines.append([name, "", *cells([found], digits)])
-    trial.show(["", "parameters, M", "bits per image", "Fréchet", "precision", "recall",
-                "in class, %", "CPU ms per image, 100 at once"], lines)
-    trial.draw(images, trial.args.rows, [trial.names[c] for c in labels])
+                bits=trial.bits(tokenizer, var)))
+            rows[row].append(dict(found, parameters=parameters(var)))
+        images[row] = drawing.generate(tokenizer, var, labels, **sampling,
+                                       generator=torch.Generator().manual_seed(0))
+    rows["held-out images"] = [trial.floor()]
+    rows["reconstructions"] = [trial.reconstructed("shipped", tokenizer)]
+    trial.show("", {"parameters, M": ("parameters", 2), "bits per image": ("bits", 1),
+                    **JUDGED}, rows)
+    trial.draw(images, [trial.names[c] for c in labels],
+               "Each row has all that the rows above it have.")
 
 
 if __name__ == "__main__":

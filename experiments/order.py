@@ -3,20 +3,11 @@
     python experiments/order.py                                        shapes
     python experiments/order.py --dataset cifar10 --data-dir DIR       three classes
 
-Raster order and next scale differ in more than order: in the number of tokens, in what the
-tokens say, and in whether those of one step are drawn independently. Here rows that follow
-each other differ in one of these:
-
-    8x8, raster            64 tokens in 64 steps, row by row
-    8x8, coarse to fine    the same in another order: every 8th cell, every 4th, 2nd, the rest
-    six maps, by map       130 tokens in 6 steps, as in VAR
-    six maps, in halves    the same in 11 steps: a map's black squares, then its white ones
-    six maps, one by one   the same in 130 steps: map by map, row by row
-    8x8 twice, raster      two maps of 8x8 (residual quantization), both tokens of a cell in turn
-
-Where tokens come one by one or in halves, an input also holds the code of a token of the step
-before. All rows take equal arithmetic (tokens times steps), except "equal images". Images
-held back from training choose the learning rate of each row and how it is sampled.
+Raster order and next scale differ in the number of tokens, in what they say, in their order,
+and in whether those of one step are drawn independently. ROWS differ in one of these at a
+time. Where tokens come one by one or in halves, an input also holds the code of a token of
+the step before. All rows take equal arithmetic (tokens times steps), except "equal images".
+Images held back from training choose each row's learning rate and sampling.
 """
 import math
 import sys
@@ -29,40 +20,40 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import Trial, cells, drawing, run_main, transformer, trial_parser
+from experiments.trial import Trial, drawing, run_main, transformer, trial_parser
 from report import judge
 
 
 class Reordered(torch.nn.Module):
-    """Makes a tokenizer look as if its tokens came in other steps, so that chapters 4 to 6 work
-    as they are. steps: lists of positions among the L tokens of all maps; by_map: whether a map
-    begins only when the coarser ones are complete, so that f_hat can be an input."""
+    """Makes a tokenizer look as if its tokens came in other steps, for chapters 4 to 6.
+    steps: lists of positions among the L tokens of all maps; by_map: whether a map begins
+    only when the coarser ones are complete, so that f_hat can be an input."""
 
     def __init__(self, tokenizer, steps, by_map):
         super().__init__()
         self.tokenizer, self.decode, self.by_map = tokenizer, tokenizer.decode, by_map
         self.sizes, self.K = [len(step) for step in steps], len(steps)
         # A buffer, so that the cached tokens of one order are not taken for another's.
-        self.register_buffer("order", torch.tensor(sum(steps, [])))              # (L,)
-        self.scales = (1,) * len(self.order)               # for chapter 5: maps of one token
+        self.register_buffer("order", torch.tensor(sum(steps, [])))          # (L,)
+        self.scales = (1,) * len(self.order)              # for chapter 5: maps of one token
         self.config = SimpleNamespace(**vars(tokenizer.config) | dict(
             scales=self.scales, latent_dim=2 * tokenizer.config.latent_dim))
-        self.map_of = transformer.masking.scale_of_token(tokenizer.scales)[self.order]       # (L,)
+        map_of = transformer.masking.scale_of_token(tokenizer.scales)[self.order]
         self.previous, last, done = [], [], 0              # -1: at the start of a map
         for size in self.sizes:
-            if by_map and done and self.map_of[done] != self.map_of[done - 1]:
+            if by_map and done and map_of[done] != map_of[done - 1]:
                 last = []
             self.previous += [last[i % len(last)] if last else -1 for i in range(size)]
             last = list(range(done, done + size))
             done += size
 
     def image_to_tokens(self, image):                      # -> K steps (B, n)
-        tokens = torch.cat(self.tokenizer.image_to_tokens(image), 1)             # (B, L)
+        tokens = torch.cat(self.tokenizer.image_to_tokens(image), 1)         # (B, L)
         return list(tokens[:, self.order].split(self.sizes, 1))
 
     def maps(self, tokens):
         """The first tokens in this order (B, n) -> all maps, 0 where a token is missing"""
-        flat = tokens.new_zeros(len(tokens), len(self.order))                    # (B, L)
+        flat = tokens.new_zeros(len(tokens), len(self.order))                # (B, L)
         flat[:, self.order[:tokens.shape[1]]] = tokens
         return list(flat.split([side * side for side in self.tokenizer.scales], 1))
 
@@ -70,17 +61,17 @@ class Reordered(torch.nn.Module):
         return self.tokenizer.features(self.maps(torch.cat(tokens, 1)))
 
     def inputs(self, tokens, begin, end):
-        """The first tokens (B, n) -> inputs of the tokens begin..end (B, end - begin, 2C)"""
-        codes = self.tokenizer.quantizer.lookup(tokens)                          # (B, n, C)
+        """The first tokens (B, n) -> inputs of tokens begin..end (B, end - begin, 2C)"""
+        codes = self.tokenizer.quantizer.lookup(tokens)                      # (B, n, C)
         codes = F.pad(codes, (0, 0, 0, 1))[:, self.previous[begin:end]]
         f_hats = torch.zeros_like(codes)
         if self.by_map:
-            later = self.tokenizer.teacher_inputs(self.maps(tokens))             # (B, L - 1, C)
+            later = self.tokenizer.teacher_inputs(self.maps(tokens))         # (B, L - 1, C)
             f_hats = F.pad(later, (0, 0, 1, 0))[:, self.order[begin:end]]
         return torch.cat([f_hats, codes], 2)
 
-    def teacher_inputs(self, tokens):
-        return self.inputs(torch.cat(tokens, 1), 1, len(self.order))             # (B, L - 1, 2C)
+    def teacher_inputs(self, tokens):                      # -> (B, L - 1, 2C)
+        return self.inputs(torch.cat(tokens, 1), 1, len(self.order))
 
     def next_input(self, k, tokens, tokens_k):
         """In place of f_hat, chapter 6 keeps the tokens drawn so far (B, n), 0 at first."""
@@ -98,12 +89,12 @@ class StepwiseVAR(transformer.VAR):
         super().__init__(config)
         self.ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
         step = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        self.mask = step[:, None] >= step[None, :]                               # (L, L)
+        self.mask = step[:, None] >= step[None, :]                           # (L, L)
 
     def step(self, k, inputs, conditioning, cache):
         begin, end = self.ends[k], self.ends[k + 1]
         x = conditioning.row + self.start if k == 0 else self.word_embed(inputs)
-        x = x + self.scale_embed.weight[begin:end] + self.position[:, begin:end]  # (B, n, D)
+        x = x + self.scale_embed.weight[begin:end] + self.position[:, begin:end]
         for block, adaln, block_cache in zip(self.blocks, conditioning.blocks, cache):
             x = block(x, adaln, cache=block_cache)
         return self.predict(x, conditioning)
@@ -114,7 +105,7 @@ def one_by_one(scales):
 
 
 def coarse_to_fine(scales):
-    """Cells of the one map: those on a grid of step 8, then 4, 2 and 1."""
+    """Cells on a grid of step 8, then of 4, 2 and 1."""
     side, cells = scales[0], []
     for stride in (8, 4, 2, 1):
         cells += [row * side + column for row in range(0, side, stride)
@@ -123,7 +114,7 @@ def coarse_to_fine(scales):
 
 
 def halves(scales):
-    """The squares of a chessboard on each map: the black ones in one step, then the white."""
+    """On each map the black squares of a chessboard in one step, then the white ones."""
     steps, begin = [], 0
     for side in scales:
         for colour in (1, 0):
@@ -137,7 +128,7 @@ def cell_by_cell(scales):
     return [[i + half] for i in range(scales[0] ** 2) for half in (0, scales[0] ** 2)]
 
 
-# Row -> sides of the maps, V, the steps (None: by map), whether maps come one after the other
+# Row -> sides of the maps, V, the steps (None: by map), whether maps come one by one
 SIX = (1, 2, 3, 4, 6, 8)
 ROWS = {
     "A  8x8, raster": ((8,), 512, one_by_one, False),
@@ -153,7 +144,8 @@ ROWS = {
     "C, equal images": ((1, 2, 4, 8), 512, None, True),
 }
 RATES = (1.5e-3, 3e-3, 6e-3)
-SAMPLING = {f"cfg {t:g}, top-p {p:g}": (t, p) for t in (0, 0.75, 1.5) for p in (1, 0.9, 0.8)}
+SAMPLING = {f"cfg {t:g}, top-p {p:g}": (t, p)
+            for t in (0, 0.75, 1.5) for p in (1, 0.9, 0.8)}
 
 
 def generate(tokenizer, var, labels, seed, how):
@@ -178,7 +170,7 @@ def choose_sampling(trial, row, tokenizer, var, held_back):
     """-> the name in SAMPLING whose samples are nearest to images held back"""
     def distances():
         images, labels = held_back
-        network, _ = trial.judge
+        network, _ = trial.judge()
         real, _ = judge.extract(network, judge.batches_of(images, range(len(images))))
         found = {}
         for how in SAMPLING:
@@ -191,16 +183,16 @@ def choose_sampling(trial, row, tokenizer, var, held_back):
 
 def numbers(trial, tokenizer, trained, var, seed, how):
     """What a row is measured by -> dict"""
-    network, real = trial.judge
+    network, _ = trial.judge()
     labels = torch.arange(trial.args.n) % len(trial.names)
     plain = generate(tokenizer, var, labels, seed, "cfg 0, top-p 1")
     best = generate(tokenizer, var, labels, seed, how)
-    rebuilt = judge.extract(network, trial.rebuilt(trained, "train"))[0]
+    rebuilt, _ = judge.extract(network, trial.rebuilt(trained, "train"))
     found = dict(trial.compare(best, labels), plain=trial.compare(plain)["frechet"])
-    found["second"] = trial.compare(best, judge_and_real=trial.second_judge)["frechet"]
+    found["second"] = trial.compare(best, augment=False)["frechet"]
     found["to_rebuilt"] = judge.frechet_distance(rebuilt, judge.extract(network, best)[0])
     nats = torch.cat([-drawing.log_likelihood(tokenizer, var, *batch)
-                      for batch in trial.held_out(tokenizer)]).mean(0)           # (K,)
+                      for batch in trial.held_out(tokenizer)]).mean(0)       # (K,)
     found["per_step"] = (nats / math.log(2)).tolist()
     found["bits"] = sum(found["per_step"])
     times = []
@@ -212,18 +204,17 @@ def numbers(trial, tokenizer, trained, var, seed, how):
 
 
 def main():
-    parser = trial_parser(__doc__, "shapes", steps=500, tokenizer_steps=600, n=2000, seeds=3)
+    parser = trial_parser(__doc__, "shapes", steps=500, tokenizer_steps=600, n=2000,
+                          seeds=3)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    trial, lines, images = Trial("order", parser.parse_args()), [], []
+    trial, rows, images = Trial("order", parser.parse_args()), {}, {}
     pictures, labels = trial.data["train"]
     count = min(600, len(labels) // 3)
     held_back = pictures[-count:], labels[-count:]
     trial.data["train"] = pictures[:-count], labels[:-count]
-    digits = dict(psnr=1, bits=0, plain=2, frechet=2, second=2, to_rebuilt=2, precision=2,
-                  recall=2, alone=0)
     for row in trial.args.rows:
         scales, V, order, by_map = ROWS[row]
-        L, name, found = sum(side * side for side in scales), f"{scales}, {V}", []
+        L, name, rows[row] = sum(side * side for side in scales), f"{scales}, {V}", []
         steps = trial.args.steps * 130 // (130 if "equal images" in row else L)
         for seed in trial.seeds:
             trained = trial.train_tokenizer(name, seed, scales=scales, vocab_size=V)
@@ -237,18 +228,21 @@ def main():
             if seed == 0:
                 best = choose_sampling(trial, row, tokenizer, var, held_back)
                 classes = torch.arange(10) % len(trial.names)
-                images.append(torch.cat(generate(tokenizer, var, classes, 0, best)))
-            found.append(dict(
-                trial.measure(row, seed, lambda: numbers(trial, tokenizer, trained, var, seed, best)),
-                psnr=trial.reconstructed(name, trained, seed)["psnr"]))
-        lines.append([row, f"{L}", f"{tokenizer.K}", f"{rate:g}", best,
-                      f"{L * math.log2(V):.0f}", *cells(found, digits)])
-    floor = dict(trial.floor(), plain=trial.floor()["frechet"])
-    lines.append(["held-out images", *[""] * 5, *cells([floor], digits)])
-    trial.show(["", "tokens", "steps", "learning rate", "best sampling", "bits possible",
-                "PSNR, dB", "bits", "Fréchet, cfg 0", "Fréchet, best", "second judge",
-                "to reconstructions", "precision", "recall", "CPU ms alone"], lines)
-    trial.draw(images, trial.args.rows)
+                images[row] = torch.cat(generate(tokenizer, var, classes, 0, best))
+            found = trial.measure(row, seed, lambda: numbers(
+                trial, tokenizer, trained, var, seed, best))
+            psnr = trial.reconstructed(name, trained, seed)["psnr"]
+            rows[row].append(dict(found, tokens=L, steps=tokenizer.K, rate=rate, how=best,
+                                  possible=L * math.log2(V), psnr=psnr))
+    rows["held-out images"] = [dict(trial.floor(), plain=trial.floor()["frechet"])]
+    trial.show("", {
+        "tokens": ("tokens", 0), "steps": ("steps", 0), "learning rate": ("rate", 4),
+        "best sampling": ("how", None), "bits possible": ("possible", 0),
+        "PSNR, dB": ("psnr", 1), "bits": ("bits", 0), "Fréchet, cfg 0": ("plain", 2),
+        "Fréchet, best": ("frechet", 2), "second judge": ("second", 2),
+        "to reconstructions": ("to_rebuilt", 2), "precision": ("precision", 2),
+        "recall": ("recall", 2), "CPU ms alone": ("alone", 0)}, rows)
+    trial.draw(images, footer="Each row with its best learning rate and sampling.")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,11 @@
 
     python experiments/scales.py                               shapes
 
-All rows end in an 8x8 map:
-
-    K            the number of maps; all tokens of K = 1, a plain VQ-VAE, are drawn at once
-    independent  each map quantizes f itself, not what coarser maps left over
-    Markov       the tokenizer of the row K = 6, but a map attends to itself alone. All it
-                 knows of coarser maps is their sum f_hat, which its inputs are:
+All rows end in an 8x8 map. LEGEND explains them; the mask of the row "Markov" is
 
          1  2  2  2  2                   1  2  2  2  2
     1    x  .  .  .  .              1    x  .  .  .  .
-    2    x  x  x  x  x   -> Markov  2    .  x  x  x  x       the mask becomes block-diagonal
+    2    x  x  x  x  x   -> Markov  2    .  x  x  x  x       block-diagonal
     2    x  x  x  x  x              2    .  x  x  x  x
 
 Sources: MVAR (Zhang et al. 2025); Kumar et al. (2025).
@@ -23,7 +18,12 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import Trial, cells, drawing, run_main, transformer, trial_parser
+from experiments.trial import JUDGED, Trial, drawing, run_main, transformer, trial_parser
+
+LEGEND = """K: number of token maps. If K = 1, all 64 tokens are drawn at once.
+Independent: each map quantizes f itself, not what coarser maps left over.
+Markov: the tokenizer of K = 6, but a map attends to itself alone. All it knows of coarser
+maps is their sum f_hat, its input. (No other rows share a tokenizer and can be alike.)"""
 
 
 class MarkovVAR(transformer.VAR):
@@ -54,31 +54,28 @@ ROWS = {
 def main():
     parser = trial_parser(__doc__, "shapes", steps=1000, tokenizer_steps=1000, n=4000,
                           seeds=2)
-    trial = Trial("scales", parser.parse_args())
-    labels, lines, images = torch.arange(len(trial.names)), [], []
-    digits = dict(psnr=2, rebuilt=3, bits=1, frechet=3, precision=3, recall=3, in_class=1,
-                  ms=1)
+    trial, rows, images = Trial("scales", parser.parse_args()), {}, {}
+    labels = torch.arange(len(trial.names))
     for row, (scales, residual, model) in ROWS.items():
-        kind, found = row.removesuffix(", Markov"), []
+        kind, rows[row] = row.removesuffix(", Markov"), []
         for seed in trial.seeds:
             tokenizer = trial.train_tokenizer(kind, seed, scales=scales,
                                               config=dict(residual=residual))
             rebuilt = trial.reconstructed(kind, tokenizer, seed)
             var = trial.train(row, seed, tokenizer, model)
-            samples = trial.measure(row, seed, lambda: dict(
+            found = trial.measure(row, seed, lambda: dict(
                 trial.judged(tokenizer, var, seed, cfg=0.0),
                 bits=trial.bits(tokenizer, var)))
-            found.append(dict(samples, psnr=rebuilt["psnr"], rebuilt=rebuilt["frechet"]))
+            rows[row].append(dict(found, tokens=var.L, psnr=rebuilt["psnr"],
+                                  rebuilt=rebuilt["frechet"]))
             if seed == 0:                 # with the same random numbers in every row
-                images.append(drawing.generate(tokenizer, var, labels, cfg=0.0,
-                                               generator=torch.Generator().manual_seed(0)))
-        lines.append([row, f"{var.L}", *cells(found, digits)])
-    floor = dict(trial.floor(), rebuilt=trial.floor()["frechet"])
-    lines.append(["held-out images", "", *cells([floor], digits)])
-    trial.show(["scales", "tokens", "PSNR, dB", "Fréchet of reconstructions",
-                "bits per image", "Fréchet of samples", "precision", "recall",
-                "in class, %", "CPU ms per image"], lines)
-    trial.draw(images, list(ROWS), trial.names)
+                images[row] = drawing.generate(tokenizer, var, labels, cfg=0.0,
+                                               generator=torch.Generator().manual_seed(0))
+    rows["held-out images"] = [dict(trial.floor(), rebuilt=trial.floor()["frechet"])]
+    trial.show("scales", {
+        "tokens": ("tokens", 0), "PSNR, dB": ("psnr", 2), "Fréchet, rebuilt": ("rebuilt", 3),
+        "bits per image": ("bits", 1), **JUDGED}, rows)
+    trial.draw(images, trial.names, LEGEND)
 
 
 if __name__ == "__main__":

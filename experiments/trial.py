@@ -1,15 +1,14 @@
 """What the experiments share: data, tokens, a training run per row, the judge, the table.
 
-A row is a short training run with the loops of chapter 5, then measurements on held-out
-images and samples. Both are kept in out/experiments/, so the same command resumes where it
-was stopped. After a change of the code use another --out. Numbers of --quick mean nothing.
+Training runs and measurements are kept in out/experiments/, so the same command resumes
+where it was stopped. After a change of the code use another --out.
 """
 import json
 import math
 import sys
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -31,6 +30,9 @@ drawing = import_module("06_sample_and_edit")
 
 CPU = torch.device("cpu")
 AT_ONCE = 100                             # images drawn or scored together
+# Columns of a table, see Trial.show()
+JUDGED = {"Fréchet": ("frechet", 3), "precision": ("precision", 2), "recall": ("recall", 2),
+          "in class, %": ("in_class", 1), "CPU ms per image": ("ms", 1)}
 # Data set -> settings of chapter 5 to start from. "cifar10" is three of its classes.
 BASES = {"shapes": {}, "cifar10": training.PRESETS["cifar10-cpu"] | dict(
     depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
@@ -41,7 +43,8 @@ HELP = {"steps": "steps of each transformer", "tokenizer_steps": "steps of each 
 def quick_parser(doc):
     """doc: the docstring of a script -> Parser with --quick"""
     parser = Parser(doc.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few images and small models")
+    parser.add_argument("--quick", action="store_true", help="try the script in seconds; "
+                        "the numbers mean nothing")
     return parser
 
 
@@ -140,28 +143,21 @@ class Trial:
         images = self.data[split][0]
         return judge.batches_of(images, rows_of(len(images), self.args.n))
 
-    @cached_property
-    def judge(self):
-        """-> the judge of these classes, and its features of n training images"""
-        return self.make_judge()
-
-    @cached_property
-    def second_judge(self):
-        """A judge that was not taught to overlook blur, dimming and shifts."""
-        return self.make_judge(augment=False)
-
-    def make_judge(self, **how):
+    @cache
+    def judge(self, augment=True):
+        """-> a judge of these classes, and its features of n training images. augment: whether
+        it was taught to overlook blur, dimming and shifts"""
         facts = *self.data["train"], len(self.names)
         if self.args.quick:
-            network = judge.train_judge(*facts, steps=3, **how)
+            network = judge.train_judge(*facts, steps=3, augment=augment)
         else:
-            network = judge.judge_of(self.args.dataset, *facts, **how)
+            network = judge.judge_of(self.args.dataset, *facts, augment=augment)
         return network, judge.extract(network, self.some("train"))[0]
 
-    def compare(self, batches, labels=None, judge_and_real=None):
-        """Images against training images. labels: the classes that were meant -> dict with
-        frechet, precision, recall, and with labels in_class, in %"""
-        network, real = judge_and_real or self.judge
+    def compare(self, batches, labels=None, augment=True):
+        """Images against training images. labels: the classes that were meant; augment: see
+        judge() -> dict with frechet, precision, recall, and with labels in_class, in %"""
+        network, real = self.judge(augment)
         features, logits = judge.extract(network, batches)
         precision, recall = judge.precision_recall(real, features)
         distance = judge.frechet_distance(real, features)
@@ -198,17 +194,22 @@ class Trial:
         ms = 1000 * (time.process_time() - begin) / len(labels)
         return dict(self.compare(samples, labels), ms=ms)
 
-    def show(self, head, lines):
-        """Print a table, and above it how its numbers were measured."""
+    def show(self, title, columns, rows):
+        """Print a table, and above it how its numbers were measured. title: the head of the
+        first column; columns: {head: (name, digits)}; rows: {text: found}, see cells()"""
         print(f"\npython {' '.join(sys.argv)}; {self.args.dataset}, trained in "
               f"{self.settings.precision}, torch {torch.__version__}\n")
-        show(head, lines)
+        digits = dict(columns.values())
+        show([title, *columns], [[row, *cells(found, digits)] for row, found in rows.items()])
 
-    def draw(self, rows, row_labels, column_labels=()):
-        """Write images, a tensor (n, 3, H, W) for each row, into the folder."""
+    def draw(self, rows, column_labels=(), footer=None, **options):
+        """Write images into the folder. rows: {text: images (n, 3, H, W)}; footer: a text;
+        options: of save_grid()"""
+        images = list(rows.values())
         path = self.folder / f"{self.folder.parent.name}.png"
-        plots.save_grid(path, torch.cat(rows), len(rows[0]), row_labels=row_labels,
-                        column_labels=column_labels)
+        plots.save_grid(path, torch.cat(images), len(images[0]), row_labels=rows,
+                        column_labels=column_labels, footer=footer and plots.legend(footer),
+                        **options)
         print(f"wrote {path}")
 
 
@@ -219,13 +220,17 @@ def show(head, lines):
 
 
 def cells(found, digits):
-    """found: a dict of numbers per seed; digits: {name: digits after the point} -> cells
-    such as "1.56 ± 0.04", the mean of the seeds and half of their range; "" if unknown"""
+    """found: a dict of numbers per seed; digits: {name: digits after the point, or None for
+    a text} -> cells such as "1.56 ± 0.04": the mean of the seeds and half of their range
+    (if they differ); "" if unknown"""
     texts = []
     for name, places in digits.items():
         values = [numbers[name] for numbers in found if name in numbers]
-        text = f"{np.mean(values):.{places}f}" if values else ""
-        if len(values) > 1:
+        if not values or places is None:
+            texts.append(values[0] if values else "")
+            continue
+        text = f"{np.mean(values):.{places}f}"
+        if len(set(values)) > 1:
             text += f" ± {(max(values) - min(values)) / 2:.{places}f}"
         texts.append(text)
     return texts

@@ -117,12 +117,14 @@ def token_colours(tokens, side, vocab_size):
 
 # -- Line charts ---------------------------------------------------------------------------
 
-def save_curve(path, series, *, x_label="", y_label=""):
-    """Write a line chart with two logarithmic axes, on which powers become straight lines.
-    series: name -> list of (x, y), positive numbers"""
-    lines = [np.log10(line) for line in series.values()]                 # (N, 2) each
-    low = np.min([line.min(axis=0) for line in lines], axis=0)           # (x, y)
-    high = np.max([line.max(axis=0) for line in lines], axis=0)
+def save_curve(path, series, fits=None, *, x_label="", y_label=""):
+    """Write dots and lines on two logarithmic axes, on which powers become straight lines.
+    series: name -> list of (x, y), positive numbers; fits: the same for the lines (None: they
+    join the dots)"""
+    dots = [np.log10(line) for line in series.values()]                  # (N, 2) each
+    lines = [np.log10(fits[name]) for name in series] if fits else dots
+    low = np.min([line.min(axis=0) for line in dots + lines], axis=0)    # (x, y)
+    high = np.max([line.max(axis=0) for line in dots + lines], axis=0)
     names = [legend(name, LINES[i % len(LINES)]) for i, name in enumerate(series)]
     left, bottom = begin = np.array([80, 350])             # pixels of the smallest x and y
     right, top = end = np.array([660 - max(name.width for name in names), 40])
@@ -138,11 +140,13 @@ def save_curve(path, series, *, x_label="", y_label=""):
         sheet.paste(beside, (left - beside.width, int(y) - beside.height // 2))
     sheet.paste(legend(y_label), (left, 6))
     sheet.paste(legend(x_label), (right - legend(x_label).width, bottom + 24))
-    for i, line in enumerate(lines):
-        places = begin + (line - low) / (high - low) * (end - begin)
-        pen.line([tuple(place) for place in places], LINES[i % len(LINES)], 2)
-        for x, y in places:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), LINES[i % len(LINES)])
-        sheet.paste(names[i], (right + 14, top + 22 * i))
+    for i, name in enumerate(names):
+        colour = LINES[i % len(LINES)]
+        on_line, on_dots = (begin + (points - low) / (high - low) * (end - begin)
+                            for points in (lines[i], dots[i]))
+        pen.line([tuple(place) for place in on_line], colour, 2)
+        for x, y in on_dots:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+        sheet.paste(name, (right + 14, top + 22 * i))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
