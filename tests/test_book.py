@@ -1,12 +1,9 @@
 """The book as a whole: demos, who may import whom, and what README.md shows."""
 import ast
-import contextlib
-import io
 import re
 import runpy
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 import torch
@@ -86,29 +83,22 @@ def test_the_reading_order_holds_and_no_other_package_comes_in(path):
         assert not {name.split(".")[0] for name in imports(top)} & support
 
 
-# -- README ----------------------------------------------------------------------------------------
-
-def options_of(script):
-    shown = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
-        patch.setattr(sys, "argv", [script, "--help"])
-        with pytest.raises(SystemExit):
-            import_module(script.removesuffix(".py")).main()
-    return set(re.findall(r"--[a-z][a-z-]*", shown.getvalue()))
-
+# -- README --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", [*CHAPTERS[4:], ROOT / "README.md"], ids=relative)
-def test_commands_that_are_shown_name_scripts_and_options_that_exist(path):
+def test_commands_that_are_shown_name_scripts_and_options_that_exist(cli, path):
     text = path.read_text()
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text))
-    known = {script.name: options_of(script.name) for script in CHAPTERS[4:]}
+    option = r"(?<![\w-])--[a-z][a-z-]+"
+    known = {script.name: set(re.findall(option, cli(script.name, "--help").out))
+             for script in CHAPTERS[4:]}
     for script, words in re.findall(r"python ([\w/.-]+\.py)([^`\n#|]*)", text):
         assert (ROOT / script).exists(), script
-        typed = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", words))
+        typed = set(re.findall(option, words))
         assert script not in known or typed <= known[script], (script, typed)
     others = {"--student", "--quick", "--index-url"}
-    assert set(re.findall(r"`(--[a-z][a-z-]+)", text)) <= set().union(others, *known.values())
+    assert set(re.findall(f"`({option})", text)) <= set().union(others, *known.values())
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
