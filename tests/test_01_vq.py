@@ -33,7 +33,7 @@ def test_worked_examples_of_levels():
 
 
 @given(n=st.integers(1, 9), vocab_size=st.integers(1, 9), seed=seeds)
-def test_codes_start_once_on_different_finite_vectors_if_there_are_enough(n, vocab_size, seed):
+def test_codes_start_once_on_different_vectors_if_there_are_enough(n, vocab_size, seed):
     torch.manual_seed(seed)
     quantizer, x = vq.VectorQuantizer(vocab_size, 4), 5 + torch.randn(n, 4)
     quantizer.start_on_data([x * torch.nan])
@@ -130,8 +130,8 @@ def test_lookup_free_nearest_is_the_nearest_of_all_sign_patterns(bits, seed):
 def test_the_entropy_loss_prefers_certainty_and_even_usage_of_codes_not_of_bits(bits):
     torch.manual_seed(0)
     quantizer = vq.LookupFreeQuantizer(bits, entropy=0.2)
-    signs = torch.cartesian_prod(*[torch.tensor([-9., 9.])] * bits)  # (V, C), each code once
-    opposite = torch.stack([signs[1], -signs[1]] * 4)      # every bit is used, two codes are
+    signs = torch.cartesian_prod(*[torch.tensor([-9., 9.])] * bits)  # (V, C): all codes
+    opposite = torch.stack([signs[1], -signs[1]] * 4)      # all bits are used, two codes
     even, two, one, unsure = map(quantizer.extra_loss, (
         signs, opposite, signs[:1].expand(8, bits), signs / 9e3))
     groups = max(bits // 8, 1)                             # of eight bits each

@@ -1,6 +1,7 @@
-"""Chapter 6: guidance, what an edit may touch, odd inputs, and the script itself.
+"""Chapter 6: sampling, what an edit may touch, odd inputs, and the script itself.
 
-The graders of the course check keep_likely, strengths and log_likelihood."""
+The graders of the course check keep_likely, guidance and log_likelihood; test_golden.py
+compares guided samples with those of the original code."""
 import math
 import re
 import shutil
@@ -20,7 +21,7 @@ from engine import BadInput, checkpoints
 from report import gallery, plots
 
 m6 = import_module("06_sample_and_edit")
-SCRIPT, NO_CLASS = "06_sample_and_edit.py", 3              # the models here have three classes
+SCRIPT, NO_CLASS = "06_sample_and_edit.py", 3              # there are three classes
 
 
 @pytest.fixture(scope="module")
@@ -43,40 +44,29 @@ RIGHT_HALF = box(8, 0, 16, 16)
 
 # -- Drawing -------------------------------------------------------------------------------
 
-@torch.no_grad()
-def slow_tokens(tokenizer, var, labels, t, temperature, top_k, seed):
-    """Every scale asks the whole model twice, for the class and without one. No cache."""
-    generator, tokens, begin = seeded(seed), [], 0
-    for k, side in enumerate(tokenizer.scales):
-        finer = [torch.zeros(len(labels), s * s).long() for s in tokenizer.scales[k:]]
-        inputs, end = tokenizer.teacher_inputs(tokens + finer), begin + side * side
-        c = var(labels, inputs)[:, begin:end]
-        u = var(torch.full_like(labels, NO_CLASS), inputs)[:, begin:end]
-        logits = m6.keep_likely((c + t[k] * (c - u)) / (temperature or 1), top_k)
-        tokens.append(m6.draw(logits, generator) if temperature else logits.argmax(-1))
-        begin = end
-    return tokens
-
-
-@pytest.mark.parametrize("t, temperature, top_k", [
-    ([0, 0, 0], 1, 0), ([1, 4, 0], 0, 0), ((0, 1, 2.5), 1.7, 5), ([2], 0.5, 0)])
-def test_sampling_draws_the_tokens_of_the_slow_loop(t, temperature, top_k):
-    tokenizer, var = random_models((1, 2, 4)[-len(t):])
-    labels, batch = torch.tensor([2, 0, 1, 1]), []
-    wanted = slow_tokens(tokenizer, var, labels, t, temperature, top_k, seed=6)
+@pytest.mark.parametrize("t, size", [([0, 0, 0], 2), ((1, 4, 0), 4)])
+def test_temperature_divides_the_logits_and_only_guidance_doubles_the_batch(
+        monkeypatch, t, size):
+    tokenizer, var = random_models()
+    seen, batch, keep = [], [], m6.keep_likely
+    monkeypatch.setattr(m6, "keep_likely", lambda *args: seen.append(args) or keep(*args))
     var.head.register_forward_hook(lambda layer, given, logits: batch.append(len(logits)))
-    tokens = m6.sample_tokens(tokenizer, var, labels, cfg=t, temperature=temperature,
-                              top_k=top_k, generator=seeded(6))
-    assert same(tokens, wanted)
-    assert batch == [8 if any(t) else 4] * len(t), "only guidance doubles the batch"
+    for temperature in (1, 2, 0):                          # seen: three scales of each
+        tokens = m6.sample_tokens(tokenizer, var, [2, 0], cfg=t, temperature=temperature)
+    assert torch.allclose(seen[3][0], seen[0][0] / 2)
+    likeliest = [logits.argmax(-1) for logits, *_ in seen[6:]]
+    assert same(tokens, likeliest) and batch == [size] * 9
 
 
 def test_a_seed_draws_the_same_image_alone_and_in_a_batch(models):
     """One generator per image. Only the rounding of a larger batch may differ."""
-    image, labels = noise_image(3), torch.tensor([0, 2, 1])
+    labels = torch.tensor([0, 2, 1])
+
+    def edited(labels, **options):
+        image = noise_image(3)[-len(labels):]
+        return m6.edit(*models, image, RIGHT_HALF, labels, **options)
     for paint in (partial(m6.generate, *models), partial(m6.generate, *models, smooth=True),
-                  lambda labels, generator: m6.edit(*models, image[-len(labels):], RIGHT_HALF,
-                                                    labels, generator=generator)):
+                  edited):
         batch = paint(labels, generator=[seeded(7), seeded(8), seeded(9)])
         alone = paint(labels[-1:], generator=[seeded(9)])
         assert torch.allclose(batch[-1:], alone, atol=1e-4)
@@ -102,18 +92,15 @@ def test_labels_that_are_no_class_are_refused(models, labels):
 
 # -- What an edit may touch ----------------------------------------------------------------
 
-CORNERS = st.tuples(*[st.integers(0, 16)] * 4)
-PIXELS = st.builds(lambda seed, density: torch.rand(16, 16, generator=seeded(seed)) < density,
+PIXELS = st.builds(lambda seed, share: torch.rand(16, 16, generator=seeded(seed)) < share,
                    st.integers(0, 999), st.sampled_from([0.0, 0.05, 0.5, 0.95]))
-MASKS = PIXELS | CORNERS.map(lambda at: box(*at)) | CORNERS.map(lambda at: ~box(*at))
+BOXES = st.builds(box, *[st.integers(0, 16)] * 4)
+MASKS = PIXELS | BOXES | BOXES.map(torch.logical_not)
 
 
-@given(height=st.integers(1, 19), width=st.integers(1, 19), seed=st.integers(0, 99),
-       density=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-def test_hide_leaves_kept_pixels_and_fills_the_rest_from_them_alone(height, width, seed,
-                                                                   density):
-    image = torch.rand(2, 3, height, width, generator=seeded(seed)) * 2 - 1
-    keep = torch.rand(height, width, generator=seeded(seed + 1)) < density
+@given(keep=MASKS)
+def test_hide_leaves_kept_pixels_and_fills_the_rest_from_them_alone(keep):
+    image, keep = noise_image()[..., :13], keep[:, :13]    # 16 x 13: halves are cut off
     filled = m6.hide(torch.where(keep, image, torch.nan), keep)
     assert torch.allclose(filled[:, :, keep], image[:, :, keep], atol=1e-6)
     known = image[:, :, keep] if keep.any() else torch.zeros(2, 3, 1)    # middle grey
@@ -133,10 +120,12 @@ def test_hidden_pixels_cannot_change_the_result(models, keep, label, value, pain
 
 @torch.no_grad()
 def slow_edit(tokenizer, var, image, keep, labels, *, seed, paint_passes, settle_passes):
-    """The specification, for sides that halve from scale to scale: cells are squares of the last
-    map, and a token is computed from the mean of what is missing over the cells that count."""
+    """The specification, for sides that halve from scale to scale: cells are squares of the
+    last map, and a token is computed from the mean of what is missing over the cells that
+    count."""
     last, generator = tokenizer.scales[-1], seeded(seed)
-    finest = keep.float().unflatten(0, (last, -1)).unflatten(2, (last, -1)).mean((1, 3)) >= 0.5
+    share = keep.float().unflatten(0, (last, -1)).unflatten(2, (last, -1)).mean((1, 3))
+    finest = share >= 0.5
     composite = m6.hide(image, keep)
     for number in range(paint_passes + settle_passes):
         target = tokenizer.encode(composite)
@@ -148,7 +137,7 @@ def slow_edit(tokenizer, var, image, keep, labels, *, seed, paint_passes, settle
                 w = last // side
                 at = (slice(y * w, y * w + w), slice(x * w, x * w + w))
                 if finest[at].float().mean() >= 0.5:
-                    cells = (target - f_hat)[(..., *at)][:, :, counts[at]]      # (B, C, cells)
+                    cells = (target - f_hat)[(..., *at)][:, :, counts[at]]   # (B, C, cells)
                     chosen[:, y * side + x] = tokenizer.quantizer.nearest(cells.mean(-1))
             return chosen
         if number < paint_passes:
@@ -181,8 +170,8 @@ def test_editing_equals_the_slow_loop(models, keep, paint, settle):
 def sheets(monkeypatch):
     """name -> the rows of the sheet that was last saved under it, {text: images}"""
     found, save = {}, gallery.save
-    monkeypatch.setattr(gallery, "save", lambda args, name, rows, *more, **how: found.update(
-        {name: rows}) or save(args, name, rows, *more, **how))
+    monkeypatch.setattr(gallery, "save", lambda args, name, rows, *more, **how: (
+        found.update({name: rows}), save(args, name, rows, *more, **how)))
     return found
 
 
@@ -190,7 +179,8 @@ def sheets(monkeypatch):
 def run(cli, tiny):
     """run(*options) -> what chapter 6 prints on the tiny run (classes ant, bee, cat)"""
     def call(*options):
-        result = cli(SCRIPT, "--run", tiny.folder, "--device", "cpu", "--out", "made", *options)
+        result = cli(SCRIPT, "--run", tiny.folder, "--device", "cpu", "--out", "made",
+                     *options)
         assert result.status == 0, result.err
         return result.out
     return call
@@ -201,18 +191,12 @@ def test_all_tasks_write_sheets_and_say_what_an_edit_does(run, sheets, tiny, mon
     monkeypatch.setattr(m6, "edit", lambda *given, **how: labels.append(
         how["labels"].tolist()) or edit(*given, **how))
     out = run("--n", 2, "--classes", "cat", "bee", "--cfg", 0, "--seed", 5)
-    names = "samples coarse_to_fine guidance reconstruct inpaint outpaint edit"
-    assert {path.name for path in Path("made").iterdir()} == {f"{x}.png" for x in names.split()}
+    made = " ".join(sorted(path.stem for path in Path("made").iterdir()))
+    assert made == "coarse_to_fine edit guidance inpaint outpaint reconstruct samples"
     assert "changes the result by 0\n" in out
-    models = [getattr(m6.training, f"load_{name}")(tiny.folder / f"{name}.pt")[0]
-              for name in ("tokenizer", "transformer")]
     original, *_, row = sheets["inpaint"].values()         # row: of their own class
     db = -10 * (row - original)[..., :8].square().mean((1, 2, 3)).log10().mean()
-    tokens = models[0].image_to_tokens(2 * row - 1)
-    bits = [-m6.log_likelihood(*models, tokens, known).sum() / 2 / math.log(2)
-            for known in ([NO_CLASS, NO_CLASS], [1, 2])]
-    told = re.search(r"inpaint.*?own class +([\d.]+) dB +(\d+) +(\d+)", out, re.S)
-    assert [*map(float, told.groups())] == pytest.approx([*map(float, (db, *bits))], abs=0.6)
+    assert re.search(rf"inpaint.*?own class +{db:.1f} dB", out, re.S)
     for task, hidden, kept in (("inpaint", slice(8, 16), slice(8)),
                                ("outpaint", slice(4), slice(4, 12))):
         shown = sheets[task]["kept (grey: hidden)"][..., 4:12, :]
@@ -258,7 +242,7 @@ def test_the_newest_run_is_the_default_and_else_the_shipped_shapes(cli, tiny, tm
     "--box 0.5 0 0.2 1", "--cfg inf", "--n 0", "--run nowhere", "--run cut.png", "--run .",
     "--image cut.png", "--mask black.png", "--tokenizer-file a.pth", "--classes dog",
     "--export-npz missing/a.npz"])
-def test_a_wrong_option_is_one_line_and_status_2(refused, tiny, tmp_path, monkeypatch, options):
+def test_a_wrong_option_is_one_line(refused, tiny, tmp_path, monkeypatch, options):
     monkeypatch.setattr(m6, "sample_tokens", lambda *_, **__: pytest.fail("sampled anyway"))
     without_images(tiny.folder, tmp_path)
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "black.png")

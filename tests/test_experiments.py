@@ -1,4 +1,4 @@
-"""The experiments: every script runs, and the mechanisms that only they have do what they say."""
+"""The experiments: every script runs, and the parts that only they have are right."""
 import subprocess
 import sys
 from importlib import import_module
@@ -9,13 +9,13 @@ from conftest import ROOT, random_models, seeded
 
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 drawing = import_module("06_sample_and_edit")
-SCRIPTS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "trial")
+SCRIPTS = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"trial"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_every_script_prints_its_table_and_resumes(name, tmp_path):
-    """--quick needs no data. A second run finds what the first one kept and trains nothing."""
+    """--quick needs no data. A second run finds the results of the first."""
     script = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--quick"]
     tables = []
     for _ in range(2):
@@ -84,18 +84,17 @@ def test_a_class_token_reaches_later_tokens_by_attention_alone():
 
 def test_a_markov_map_attends_to_itself_alone():
     """In one pass under its mask as in sampling, scale by scale and without a cache."""
-    tokenizer, var = random_models()
+    _, var = random_models()
     markov = import_module("experiments.scales").MarkovVAR(var.config).eval()
     markov.load_state_dict(var.state_dict())
     labels, inputs = torch.tensor([0, 2]), torch.randn(2, var.L - 1, 4, generator=seeded())
     with torch.no_grad():
         found, causal = markov(labels, inputs), var(labels, inputs)
         conditioning, parts = markov.conditioning(labels), [None, *inputs.split([4, 16], 1)]
-        alone = [markov.step(k, parts[k], conditioning, markov.new_cache()) for k in range(3)]
-        again = drawing.sample_tokens(tokenizer, markov, labels, cfg=2.0, generator=seeded())
+        alone = [markov.step(k, part, conditioning, markov.new_cache())
+                 for k, part in enumerate(parts)]
     assert torch.allclose(torch.cat(alone, 1), found, atol=1e-5)
-    assert (found - causal)[:, 1:].abs().amax(2).min() > 1e-3, "only the first map is as before"
-    assert [tokens.shape[1] for tokens in again] == [1, 4, 16]
+    assert (found - causal)[:, 1:].abs().amax(2).min() > 1e-3, "the finer maps differ"
 
 
 def test_the_loss_of_bits_is_a_likelihood():
@@ -106,7 +105,7 @@ def test_the_loss_of_bits_is_a_likelihood():
         image_size=8, scales=(1, 2), channels=8, groups=4, quantizer="bits", vocab_size=2,
         latent_dim=2)).eval().requires_grad_(False)
     var = opened(infinity.BitwiseVAR(m4.VARConfig(
-        num_classes=2, scales=(1, 2), vocab_size=2, latent_dim=2, depth=2, width=16, heads=2)))
+        num_classes=2, scales=(1, 2), latent_dim=2, depth=2, width=16, heads=2)))
     bits = torch.arange(2 ** 10)[:, None] >> torch.arange(10) & 1      # (1024, 10)
     maps, classes = list(bits.split([2, 8], 1)), torch.ones(2 ** 10, dtype=torch.long)
     losses = infinity.bit_losses(var, classes, tokenizer.teacher_inputs(maps), bits)

@@ -1,4 +1,4 @@
-"""What looks at a model: figures, the tokenizer's health, the judge, bits and Bayes' rule."""
+"""Reports on a model: figures, the tokenizer's health, the judge, bits, Bayes' rule."""
 import math
 import re
 from types import SimpleNamespace
@@ -32,21 +32,13 @@ def test_every_pixel_of_a_grid_lands_where_it_should(tmp_path_factory, count, co
     assert (np.array(Image.open(path)) == expected).all()
 
 
-def test_labels_and_legends_are_never_cut_off(tmp_path):
-    path, text = tmp_path / "g.png", "a long label, with more words\nthan images"
-    plots.save_grid(path, torch.ones(2, 3, 4, 4), 2, scale=1, row_labels=[text],
-                    column_labels=[text, "short"], footer=plots.legend(text))
-    sheet = np.array(Image.open(path))
-    edge = np.concatenate([sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]])
-    assert sheet.min() < 100 and edge.min() == 255         # there is ink, none on the border
-
-
 @pytest.mark.parametrize("name", ["über", "猫", "\U0010fffd"])      # no font has the last
 def test_names_of_classes_are_in_a_font_that_has_them_or_are_numbers(name):
     label = plots.class_label(name, 3)
     assert label == "class 3" if name == "\U0010fffd" else label in (name, "class 3")
-    missing = bytes(plots.font_for(label).getmask("\U0010ffff"))
-    assert all(bytes(plots.font_for(label).getmask(c)) != missing for c in label if c != " ")
+    font = plots.font_for(label)
+    missing = bytes(font.getmask("\U0010ffff"))
+    assert all(bytes(font.getmask(c)) != missing for c in label if c != " ")
 
 
 # -- The tokenizer's health ----------------------------------------------------------------
@@ -73,17 +65,14 @@ def test_examine_equals_a_slow_loop_however_the_images_are_cut():
     assert fast["psnr_after"] == pytest.approx(db, rel=1e-4)
 
 
-def test_a_collapse_of_the_last_scale_is_named_with_options_that_exist(cli, tmp_path):
+def test_a_collapse_of_the_last_scale_is_reported(tmp_path):
     model, _ = random_models()
     model.quantizer.codebook[1:] = 1e6                     # one code is always the nearest
-    reports = [health.check_up(model, torch.from_numpy(shapes.draw(range(count), size=16)[0]),
-                               torch.device("cpu"), torch.no_grad, tmp_path / "r.png")[0]
-               for count in (3, 4)]
-    assert "warning" not in reports[0], "16 codes were not seen four times over"
-    warning = reports[1].splitlines()[-1]
-    assert "the last scale has collapsed, 6% of 16 codes" in warning
-    options = set(re.findall(r"--[a-z-]+[a-z]", warning))
-    assert options <= set(re.findall(r"--[a-z-]+[a-z]", cli("05_train.py", "--help").out))
+    images = torch.from_numpy(shapes.draw(range(4), size=16)[0])
+    how = torch.device("cpu"), torch.no_grad, tmp_path / "r.png"
+    few, enough = (health.check_up(model, images[:count], *how)[0] for count in (3, 4))
+    assert "warning" not in few, "16 codes were not seen four times over"
+    assert "the last scale has collapsed, 6% of 16 codes" in enough
 
 
 # -- The judge -----------------------------------------------------------------------------
@@ -91,7 +80,8 @@ def test_a_collapse_of_the_last_scale_is_named_with_options_that_exist(cli, tmp_
 def test_frechet_distance_matches_the_plain_formula():
     """Its square root of a product of covariances that do not commute, by eigenvalues."""
     a = torch.randn(400, 3, generator=seeded(), dtype=torch.float64)
-    b = a @ torch.randn(3, 3, generator=seeded(1), dtype=torch.float64) + torch.tensor([2, 0, 1])
+    mixing = torch.randn(3, 3, generator=seeded(1), dtype=torch.float64)
+    b = a @ mixing + torch.tensor([2, 0, 1])
     A, B = torch.cov(a.T), torch.cov(b.T)
     roots = torch.linalg.eigvals(A @ B).real.sqrt().sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * roots
@@ -100,9 +90,10 @@ def test_frechet_distance_matches_the_plain_formula():
 
 @given(seed=st.integers(0, 99), k=st.integers(1, 3))
 def test_precision_and_recall_match_the_slow_loop(seed, k):
-    def share_inside(points, members):                     # the definition, one pair at a time
-        return sum(any((point - member).norm() <= sorted((member - x).norm() for x in members)[k]
-                       for member in members) for point in points) / len(points)
+    def share_inside(points, members):                     # the definition
+        radii = torch.stack([(members - x).norm(dim=1).sort().values[k] for x in members])
+        inside = [((members - x).norm(dim=1) <= radii).any() for x in points]
+        return sum(inside) / len(points)
     real, fake = torch.randn(14, 2, generator=seeded(seed)).double().split([8, 6])
     assert judge.precision_recall(real, fake + 0.5, k) == (
         share_inside(fake + 0.5, real), share_inside(real, fake + 0.5))
@@ -119,10 +110,10 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, m
     samples = judge.to_float(torch.from_numpy(images[400:])) / 2 + 0.5
     tokenizer, _ = random_models()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(judge, "dataset_named", lambda name: Dataset(None, 25, mirrored=True))
+    monkeypatch.setattr(judge, "dataset_named", lambda _: Dataset(None, 25, mirrored=True))
     monkeypatch.setattr(judge, "load_splits", lambda *_: (None, splits, ["pale", "dark"]))
-    args = SimpleNamespace(dataset="any", data_dir="", side=16, names=["pale", "dark"], n=100,
-                           device=torch.device("cpu"))
+    args = SimpleNamespace(dataset="any", data_dir="", side=16, names=["pale", "dark"],
+                           n=100, device=torch.device("cpu"))
     meant, before = [], torch.get_rng_state()
     model = SimpleNamespace(tokenizer=tokenizer,
                             sample=lambda labels: meant.append(labels) or samples)
@@ -143,9 +134,8 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, m
 # -- Bits and Bayes' rule ------------------------------------------------------------------
 
 def test_bits_and_bayes_of_a_case_worked_by_hand(monkeypatch, capsys):
-    """Two images of classes 7 and 4, scales of 1 and 4 tokens. Class 7: 2 + 6 and 4 + 10 bits,
-    class 4: 3 + 4 and 1 + 7 bits, no class: 5 + 8 bits. So scale 1x1 finds the right class
-    both times, and both scales together do so for the second image alone."""
+    """Two images of classes 7 and 4, scales of 1 and 4 tokens. Scale 1x1 finds the class of
+    both, and both scales together that of the second alone."""
     bits = {7: [[2.0, 6], [4, 10]], 4: [[3.0, 4], [1, 7]], 9: [[5.0, 8], [5, 8]]}
     tokenizer = SimpleNamespace(scales=(1, 2), config=SimpleNamespace(vocab_size=16),
                                 image_to_tokens=lambda image: None)
