@@ -37,6 +37,12 @@ def call(function, *inputs, **context):
     return result
 
 
+def expect_like(name, got, want):
+    """Raise Wrong unless `got` has the shape, the dtype and the device that is wanted."""
+    expect(name, torch.zeros_like(got) if torch.is_tensor(got) else got,
+           torch.zeros_like(want))
+
+
 def expect(name, got, want, tolerance=1e-5, slips=None):
     """Raise Wrong unless `got` is what is wanted in type, shape, dtype, device and values.
     name: of what is compared; slips: {what is wrong: the value that this mistake gives}"""
@@ -102,9 +108,6 @@ def difference(name, got, want, tolerance):
             parts = [difference(f"{name}[{i}]", *pair, tolerance)
                      for i, pair in enumerate(zip(got, want))]
             return next(filter(None, parts), "")
-    elif isinstance(want, float) and isinstance(got, (int, float)):
-        if abs(got - want) <= tolerance * max(1, abs(want)):
-            return ""
     elif not torch.is_tensor(want) and type(got) is type(want) and got == want:
         return ""
     return f"{name} is {describe(got)}, expected {describe(want)}"

@@ -2,7 +2,6 @@
 import torch
 
 from exercises.compare import call, expect, expect_gradients, unpack
-from exercises.grading import judge_property
 
 
 def slow_lloyd(x, centres, iterations):
@@ -90,7 +89,3 @@ def grade_01_4(chapter):
         expect("the list of indices", found, indices,
                slips={"every round quantizes x itself": [b.nearest(x) for b in used]})
         expect("x_hat", x_hat, x - rest)
-
-
-def grade_01_property(chapter):
-    judge_property(chapter.property_01, "01_4")

@@ -16,9 +16,6 @@ WRONG = {
             ("torch.where(count > 0, total / count.clamp(min=1), centres)",
              "total / count.clamp(min=1)"),
         "returns after one iteration": ("    return centres", "        return centres"),
-        "assigns the numbers once, before the loop":
-            ("for _ in range(iterations):\n        idx = round_to(x, centres)",
-             "idx = round_to(x, centres)\n    for _ in range(iterations):"),
     },
     "01_2": {
         "returns the code": ("return x + (code - x).detach()", "return code"),
