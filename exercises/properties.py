@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
-SHRINK = True                                # whether to look for a smaller example
 
 sizes, seeds = st.integers(1, 5), st.integers(0, 10_000)
 schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(
@@ -23,8 +22,8 @@ schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(
 
 def check(test):
     """Decorator: try 200 examples, the same ones each time."""
-    phases = (Phase.explicit, Phase.generate, Phase.shrink) if SHRINK else (Phase.generate,)
-    return seed(0)(settings(max_examples=200, deadline=None, database=None, phases=phases,
+    return seed(0)(settings(max_examples=200, deadline=None, database=None,
+                            phases=(Phase.generate, Phase.shrink),
                             suppress_health_check=list(HealthCheck))(test))
 
 
