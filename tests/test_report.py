@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import printed, random_models, seeded
+from conftest import random_models, seeded
 from hypothesis import given, strategies as st
 from PIL import Image
 
@@ -101,7 +101,8 @@ def test_precision_and_recall_match_the_slow_loop(seed, k):
     assert judge.precision_recall(real, real[:1].repeat(20, 1), k) == (1, 1 / 8)
 
 
-def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, monkeypatch):
+def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(
+        tmp_path, monkeypatch, capsys):
     """Two classes; three images of ten are dark. The "samples" are held-out images."""
     images, labels = shapes.draw(range(500), size=16)
     labels = (labels < 3).astype(np.int64)
@@ -117,7 +118,8 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(tmp_path, m
     meant, before = [], torch.get_rng_state()
     model = SimpleNamespace(tokenizer=tokenizer,
                             sample=lambda labels: meant.append(labels) or samples)
-    out = printed(judge.evaluate, args, model)
+    judge.evaluate(args, model)
+    out = capsys.readouterr().out
     assert torch.bincount(meant[0]).tolist() == [70, 30], "in the shares of the real images"
     assert torch.equal(before, torch.get_rng_state())
     monkeypatch.setattr(judge, "train_judge", None)        # it was kept in out/
