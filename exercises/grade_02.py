@@ -44,7 +44,8 @@ def grade_02_1(chapter):
             x = torch.randn(2, tokens_k.shape[1], 11)
             got = call(tokenizer.upsample_from, x, k, **given)
             expect("upsample_from", got, enlarged(x, scales[-1]), 1e-4)
-            got, want = call(tokenizer.embed, k, tokens_k, **given), added(tokenizer, k, tokens_k)
+            got = call(tokenizer.embed, k, tokens_k, **given)
+            want = added(tokenizer, k, tokens_k)
             expect("embed", got, want, 1e-4, slips={
                 "phi is left out": enlarged(codes[tokens_k], scales[-1])})
             phi = tokenizer.phis[tokenizer.phi_index[k]].weight

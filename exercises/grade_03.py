@@ -49,8 +49,9 @@ def grade_03_2(chapter):
                          [True, True, False, False, False, True, False],
                          [False, True, True, True, True, True, True],
                          [True, True, True, True, True, True, True]])
-    for given, dtype, tolerance in ((None, torch.float64, 1e-5), (mask, torch.float64, 1e-5),
-                                    (mask, torch.bfloat16, 0.03)):         # keeps 8 bits
+    for given, dtype, tolerance in (
+            (None, torch.float64, 1e-5), (mask, torch.float64, 1e-5),
+            (mask, torch.bfloat16, 0.03)):                 # which keeps 8 bits
         used = torch.ones_like(mask) if given is None else given
         for qk_factor in (None, 0, 0.3, 1.0, 2.5):
             qkv = random_qkv(4, 7, dtype)

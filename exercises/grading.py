@@ -28,7 +28,6 @@ from exercises.wrong import WRONG
 # status: "passed", "not yet", "wrong", "error" or "too slow"; why: the first line says most
 Result = namedtuple("Result", "status why")
 
-
 # The tasks that each property is about, and a wrong answer that is right in every number.
 ABOUT = {"01_property": ["01_4"], "02_property": ["02_3"], "03_property": ["03_1", "03_3"],
          "04_property": ["04_3"], "05_property": ["05_2"], "06_property": ["06_1"]}

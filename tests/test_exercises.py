@@ -85,7 +85,7 @@ def test_a_mistake_is_met_with_a_hint(old, new, status, why):
 
 def test_ctrl_c_stops_the_grading():
     with pytest.raises(KeyboardInterrupt):
-        judge("01_1", changed("idx = round_to(x, centres)   ", "raise KeyboardInterrupt  #"))
+        judge("01_1", changed("idx = round_to(x, centres)  ", "raise KeyboardInterrupt #"))
 
 
 @pytest.mark.parametrize("loop", [
