@@ -2,17 +2,12 @@
 
     python experiments/ablation.py --data-dir DIR --steps 1200     three classes of CIFAR-10
 
-Each row has all that the rows above it have (VAR, Tian et al. 2024, section 5). Whether the
-order of the tokens matters is the question of order.py.
+Each row has all that the rows above it have (VAR, Tian et al. 2024, section 5).
 """
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import (JUDGED, Trial, drawing, parameters, run_main, training,
-                               transformer, trial_parser)
+from trial import (JUDGED, Trial, drawing, parameters, run_main, training, transformer,
+                   trial_parser)
 
 
 class ClassToken(transformer.VAR):
@@ -42,13 +37,11 @@ ROWS = {
 
 
 def main():
-    parser = trial_parser(__doc__, steps=3000, n=3000, seeds=2)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    trial, rows, images = Trial("ablation", parser.parse_args()), {}, {}
+    args = trial_parser(__doc__, steps=3000, n=3000, seeds=2).parse_args()
+    trial, rows, images = Trial("ablation", args), {}, {}
     tokenizer, _ = training.load_tokenizer(trial.shipped)
     labels = torch.arange(12) % len(trial.names)
-    for row in trial.args.rows:
-        folder, model, qk_norm, sampling = ROWS[row]
+    for row, (folder, model, qk_norm, sampling) in ROWS.items():
         changes = dict(depth=6, width=160, heads=5) if row == "larger" else {}
         rows[row] = []
         for seed in trial.seeds:
@@ -56,7 +49,7 @@ def main():
                               shared_adaln=True, **changes)
             found = trial.measure(f"{folder}/{row}", seed, lambda: dict(
                 trial.judged(tokenizer, var, seed, **sampling),
-                bits=trial.bits(tokenizer, var)))
+                bits=sum(trial.bits(tokenizer, var))))
             rows[row].append(dict(found, parameters=parameters(var)))
         images[row] = drawing.generate(tokenizer, var, labels, **sampling,
                                        generator=torch.Generator().manual_seed(0))

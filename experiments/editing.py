@@ -2,35 +2,22 @@
 
     python experiments/editing.py        prints a table, writes out/editing.png
 
-All rows get the same held-out shapes, masks and random numbers. PSNR of the kept part in
-dB; for the right half also the bits of the result, given the class of the original, and how
-often the judge names this class.
+All rows get the same held-out shapes, masks and random numbers. PSNR of the kept part; for
+the right half also the bits of the result and how often a judge names the original's class.
 """
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from trial import ROOT, drawing, quick_parser, run_main, show, training
 from data import shapes
 from data.batches import rows_of, to_float
-from experiments.trial import ROOT, drawing, quick_parser, run_main, show, training
 from report import health, judge, plots
 
 # What is repainted of 32x32 pixels: x0, y0, x1, y1
 MASKS = {"right half": (16, 0, 32, 32), "middle": (4, 4, 28, 28),
          "lower 40 %": (0, 19, 32, 32), "off the grid": (9, 7, 22, 21)}
-
-
-def held_out_shapes(n):
-    """-> the shipped tokenizer and transformer, n shapes (n, 3, 32, 32), labels (n,)"""
-    path = ROOT / "data/pretrained/shapes.pt"
-    images, labels, _ = shapes.load("test")
-    rows = rows_of(len(images), n)
-    return (training.load_tokenizer(path)[0], training.load_transformer(path)[0],
-            to_float(torch.from_numpy(images[rows])), torch.from_numpy(labels[rows]))
 
 
 @torch.no_grad()
@@ -66,14 +53,18 @@ WAYS = {
     "edit(), default, no class (the paper's task)": (drawing.edit, {}),
     "edit(), default: six passes and two settling": (drawing.edit, {}),
 }
-SHOWN = (list(WAYS)[1], *list(WAYS)[-2:])                              # in the figure
+SHOWN = (list(WAYS)[1], *list(WAYS)[-2:])                  # in the figure
 
 
 def main():
     quick = quick_parser(__doc__).parse_args().quick
     images, classes, names = shapes.load("test" if quick else "train")
     network = judge.train_judge(images, classes, len(names), steps=3 if quick else 100)
-    tokenizer, var, image, labels = held_out_shapes(2 if quick else 200)
+    path = ROOT / "data/pretrained/shapes.pt"
+    tokenizer, var = training.load_tokenizer(path)[0], training.load_transformer(path)[0]
+    images, classes, _ = shapes.load("test")
+    chosen = rows_of(len(images), 2 if quick else 200)
+    image, labels = to_float(torch.from_numpy(images[chosen])), torch.tensor(classes[chosen])
     lines, rows = [], {}
     for name, (way, options) in WAYS.items():
         given = torch.full_like(labels, len(names)) if "no class" in name else labels

@@ -2,19 +2,11 @@
 
     python experiments/guidance.py --data-dir DIR --n 2000         classes of CIFAR-10
 
-Guidance moves logits away from the prediction without a class: (1 + t) cond - t uncond.
-
-    row            1x1  2x2  3x3  4x4  6x6  8x8
-    ramp 3          0   .6  1.2  1.8  2.4    3     the original code, and chapter 6
-    constant 1.5   1.5  1.5  1.5  1.5  1.5  1.5    the mean of the ramp over the scales
-
+Guidance moves logits away from the prediction without a class: (1 + t) cond - t uncond. A
+ramp grows from t = 0 at the first scale to its number at the last one, as in chapter 6.
 Nothing is trained. All rows draw from the shipped model with its own top-k and top-p.
 """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import JUDGED, Trial, run_main, training, trial_parser
+from trial import JUDGED, Trial, run_main, training, trial_parser
 
 
 def main():

@@ -7,18 +7,14 @@ The tokens of a map are drawn independently, given the coarser maps, which must 
 settle what the halves of an image have to agree on. PSNR compares a result with the image
 that all real maps decode to. At a bad map the Fréchet distance falls most.
 """
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import Trial, drawing, run_main, training, trial_parser
+from trial import Trial, drawing, run_main, training, trial_parser
 from report import health
 
 
 def complete(tokenizer, var, real, m, **sampling):
-    """Keep the first m maps of batches of (tokens, labels) -> images (N, 3, H, W) in [0, 1]"""
+    """Draw all but the first m maps of batches of (tokens, labels) -> images in [0, 1]"""
     generator, images = torch.Generator().manual_seed(0), []
     for tokens, labels in real:
         keep = [torch.full(map_k.shape[1:], k < m) for k, map_k in enumerate(tokens)]

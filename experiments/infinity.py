@@ -3,32 +3,22 @@
     python experiments/infinity.py                                       shapes
 
 A softmax needs one output per code. Infinity keeps the sign of each channel instead, and
-predicts all signs of a vector at once:
-
-    vector (0.9, -0.1, 0.2, ...) --> bits 1 0 1 ...    `bits` tokens at one position
-    softmax     2^bits outputs per position            512 | 65,536 | 4,294,967,296
-    bitwise     2 logits per bit                        18 |     32 |            64
-
-The rows "2^9" model the same tokens and show what is lost when the bits of a vector no
-longer depend on each other.
+predicts all signs of a vector at once, with two logits per bit. The rows "2^9" model the
+same tokens and show what is lost when the bits of a vector no longer depend on each other.
 
 Shapes: f (B, C, h, w), C = bits; tokens: list of K (B, n_k * bits), the bits of a position
 side by side; logits (B, L * bits, 2). So V = 2, and chapters 2 to 6 take bits for tokens.
 """
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from trial import CPU, JUDGED, Trial, run_main, training, transformer, trial_parser, vq
 from data.batches import to_float, view_of
 from engine.device import autocast
 from engine.optimizers import make_optimizers, set_schedule, take_step
 from engine.progress import progress
-from experiments.trial import (CPU, JUDGED, Trial, run_main, training, transformer,
-                               trial_parser, vq)
 
 
 class BitQuantizer(vq.LookupFreeQuantizer):
@@ -93,21 +83,21 @@ def main():
         changes = dict(quantizer="bits", vocab_size=2, latent_dim=bits) if bits else {}
         tokenizer = trial.train_tokenizer(f"2^{bits}", 0, **changes)
         rebuilt = trial.reconstructed(f"2^{bits}", tokenizer)
+        facts = dict(psnr=rebuilt["psnr"], rebuilt=rebuilt["frechet"],
+                     outputs=2 * bits if "bitwise" in row else 512,
+                     possible=130 * (bits or 9))
         if row == "2^9, softmax":         # the same weights, but one token per position
             tokenizer.quantizer = vq.LookupFreeQuantizer(bits)
             tokenizer.config = replace(tokenizer.config, vocab_size=2 ** bits)
+        train = train_bitwise if "bitwise" in row else Trial.train
         rows[row] = []
         for seed in trial.seeds:
             def compute():
-                var = (trial.train(row, seed, tokenizer) if "softmax" in row else
-                       train_bitwise(trial, row, seed, tokenizer))
+                var = train(trial, row, seed, tokenizer)
                 return dict(trial.judged(tokenizer, var, seed, cfg=0.0),
-                            bits=trial.bits(tokenizer, var))
-            rows[row].append(dict(
-                trial.measure(row, seed, compute), psnr=rebuilt["psnr"],
-                rebuilt=rebuilt["frechet"], possible=130 * (bits or 9),
-                outputs=512 if "softmax" in row else 2 * bits))
-    rows["held-out images"] = [dict(trial.floor(), rebuilt=trial.floor()["frechet"])]
+                            bits=sum(trial.bits(tokenizer, var)))
+            rows[row].append(trial.measure(row, seed, compute) | facts)
+    rows["held-out images"] = [trial.floor()]
     trial.show("codes", {
         "PSNR, dB": ("psnr", 2), "Fréchet, rebuilt": ("rebuilt", 3),
         "outputs": ("outputs", 0), "bits possible": ("possible", 0),

@@ -2,18 +2,13 @@
 
     python experiments/one_token.py                                        shapes
 
-The token in the middle of map k becomes its nearest other code, or a code chosen at random.
-In the last row the finer maps are quantized again after the change: they see what is missing
-now and correct it, as far as they can.
+The token in the middle of map k becomes its nearest other code, or a random one. In the last
+row the finer maps are quantized again: they see what is missing now and correct it.
 """
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from trial import Trial, run_main, training, trial_parser
 from data.batches import sample_of, to_float
-from experiments.trial import Trial, run_main, training, trial_parser
 from report import plots
 
 
@@ -41,26 +36,23 @@ def main():
     before = tokenizer.tokens_to_image(tokens)
     codes = tokenizer.quantizer.codebook                               # (V, C)
     neighbour = torch.cdist(codes, codes).fill_diagonal_(torch.inf).argmin(1)
-    heat, lines = [], []
+    images, rows = {}, {}
+    sides = [f"{side}x{side}" for side in tokenizer.scales]
     for way in ("nearest code", "random code", "random code, finer maps again"):
-        line = [way]
+        heat = []
         for k, side in enumerate(tokenizer.scales):
             old = tokens[k][:, (side // 2) * side + side // 2]         # (B,)
             new = neighbour[old] if way == "nearest code" else torch.randint(
                 len(codes), old.shape, generator=generator)
             after = changed(tokenizer, f, tokens, k, new, "again" in way)
             heat.append((after - before).abs().mean((0, 1)) / 2)       # (H, W)
-            line.append(f"{heat[-1].mean():.2%}")
-        lines.append(line)
-    sides = [f"{side}x{side}" for side in tokenizer.scales]
-    trial.show(["mean change of a pixel, of the range", *sides], lines)
-    heat = plots.heat_map((torch.stack(heat) + 0.001).log10(), -3, -1)
-    plots.save_grid(trial.folder / "one_token.png", heat, len(sides), scale=3,
-                    row_labels=[line[0] for line in lines], column_labels=sides,
-                    footer=plots.legend(
-                        "How much each pixel changes, on average, if the middle token of one\n"
-                        "map changes. Dark: 0.1 % of the range, green: 1 %, yellow: 10 %."))
-    print(f"wrote {trial.folder}/one_token.png")
+        heat = torch.stack(heat)                                       # (K, H, W)
+        rows[way] = [dict(zip(sides, 100 * heat.mean((1, 2)).numpy()))]
+        images[way] = plots.heat_map((heat + 0.001).log10(), -3, -1)
+    trial.show("mean change of a pixel, % of the range",
+               {side: (side, 2) for side in sides}, rows)
+    trial.draw(images, sides, "How much each pixel changes, on average, if the middle token "
+               "of one map changes.\nDark: 0.1 % of the range, green: 1 %, yellow: 10 %.")
 
 
 if __name__ == "__main__":

@@ -3,24 +3,21 @@
     python experiments/order.py                                        shapes
     python experiments/order.py --dataset cifar10 --data-dir DIR       three classes
 
-Raster order and next scale differ in the number of tokens, in what they say, in their order,
+Raster order and next scale differ in the number of tokens, in what they say, in their order
 and in whether those of one step are drawn independently. ROWS differ in one of these at a
 time. Where tokens come one by one or in halves, an input also holds the code of a token of
 the step before. All rows take equal arithmetic (tokens times steps), except "equal images".
 Images held back from training choose each row's learning rate and sampling.
 """
 import math
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import Trial, drawing, run_main, transformer, trial_parser
+from trial import Trial, drawing, run_main, transformer, trial_parser
 from report import judge
 
 
@@ -76,9 +73,9 @@ class Reordered(torch.nn.Module):
     def next_input(self, k, tokens, tokens_k):
         """In place of f_hat, chapter 6 keeps the tokens drawn so far (B, n), 0 at first."""
         tokens = torch.cat([tokens, tokens_k], 1) if k else tokens_k
-        begin = tokens.shape[1]
         if k + 1 == self.K:
             return tokens, None
+        begin = tokens.shape[1]
         return tokens, self.inputs(tokens, begin, begin + self.sizes[k + 1])
 
 
@@ -117,11 +114,11 @@ def halves(scales):
     """On each map the black squares of a chessboard in one step, then the white ones."""
     steps, begin = [], 0
     for side in scales:
-        for colour in (1, 0):
+        for colour in (1, 0) if side > 1 else (0,):        # a 1x1 map has no black square
             steps.append([begin + i for i in range(side * side)
                           if (i // side + i % side) % 2 == colour])
         begin += side * side
-    return [step for step in steps if step]                # a 1x1 map has no black square
+    return steps
 
 
 def cell_by_cell(scales):
@@ -160,7 +157,7 @@ def choose_rate(trial, row, tokenizer, held_back, **how):
     """-> the learning rate after which images held back take the fewest bits"""
     def bits(rate):
         var = trial.train(f"{row}, {rate}", 0, tokenizer, lr=rate, **how)
-        return dict(bits=trial.bits(tokenizer, var, held_back))
+        return dict(bits=sum(trial.bits(tokenizer, var, held_back)))
     found = {rate: trial.measure(f"{row}, {rate}/held back", 0, partial(bits, rate))["bits"]
              for rate in RATES}
     return min(found, key=found.get)
@@ -182,25 +179,22 @@ def choose_sampling(trial, row, tokenizer, var, held_back):
 
 
 def numbers(trial, tokenizer, trained, var, seed, how):
-    """What a row is measured by -> dict"""
     network, _ = trial.judge()
     labels = torch.arange(trial.args.n) % len(trial.names)
     plain = generate(tokenizer, var, labels, seed, "cfg 0, top-p 1")
     best = generate(tokenizer, var, labels, seed, how)
-    rebuilt, _ = judge.extract(network, trial.rebuilt(trained, "train"))
+    rebuilt, _ = judge.extract(network, judge.rebuilt(trained, *trial.some("train")))
     found = dict(trial.compare(best, labels), plain=trial.compare(plain)["frechet"])
     found["second"] = trial.compare(best, augment=False)["frechet"]
     found["to_rebuilt"] = judge.frechet_distance(rebuilt, judge.extract(network, best)[0])
-    nats = torch.cat([-drawing.log_likelihood(tokenizer, var, *batch)
-                      for batch in trial.held_out(tokenizer)]).mean(0)       # (K,)
-    found["per_step"] = (nats / math.log(2)).tolist()
+    found["per_step"] = trial.bits(tokenizer, var)
     found["bits"] = sum(found["per_step"])
     times = []
     for _ in range(5):
         begin = time.process_time()
         generate(tokenizer, var, labels[:1], seed, how)
         times.append(1000 * (time.process_time() - begin))
-    return dict(found, alone=sorted(times)[2])
+    return dict(found, alone=sorted(times)[2])             # the median
 
 
 def main():
@@ -234,7 +228,7 @@ def main():
             psnr = trial.reconstructed(name, trained, seed)["psnr"]
             rows[row].append(dict(found, tokens=L, steps=tokenizer.K, rate=rate, how=best,
                                   possible=L * math.log2(V), psnr=psnr))
-    rows["held-out images"] = [dict(trial.floor(), plain=trial.floor()["frechet"])]
+    rows["held-out images"] = [trial.floor()]
     trial.show("", {
         "tokens": ("tokens", 0), "steps": ("steps", 0), "learning rate": ("rate", 4),
         "best sampling": ("how", None), "bits possible": ("possible", 0),

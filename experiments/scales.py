@@ -2,25 +2,15 @@
 
     python experiments/scales.py                               shapes
 
-All rows end in an 8x8 map. LEGEND explains them; the mask of the row "Markov" is
-
-         1  2  2  2  2                   1  2  2  2  2
-    1    x  .  .  .  .              1    x  .  .  .  .
-    2    x  x  x  x  x   -> Markov  2    .  x  x  x  x       block-diagonal
-    2    x  x  x  x  x              2    .  x  x  x  x
-
-Sources: MVAR (Zhang et al. 2025); Kumar et al. (2025).
+LEGEND explains the rows. Sources: MVAR (Zhang et al. 2025); Kumar et al. (2025).
 """
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.trial import JUDGED, Trial, drawing, run_main, transformer, trial_parser
+from trial import JUDGED, Trial, drawing, run_main, transformer, trial_parser
 
-LEGEND = """K: number of token maps. If K = 1, all 64 tokens are drawn at once.
+LEGEND = """K: number of token maps, the last one 8x8. If K = 1, all are drawn at once.
 Independent: each map quantizes f itself, not what coarser maps left over.
 Markov: the tokenizer of K = 6, but a map attends to itself alone. All it knows of coarser
 maps is their sum f_hat, its input. (No other rows share a tokenizer and can be alike.)"""
@@ -31,7 +21,7 @@ class MarkovVAR(transformer.VAR):
 
     def __init__(self, config):
         super().__init__(config)
-        self.mask = self.scale_of_token[:, None] == self.scale_of_token[None, :]
+        self.mask = self.scale_of_token[:, None] == self.scale_of_token    # block-diagonal
 
     def new_cache(self):
         """A map meets only its own keys and values, so nothing is kept."""
@@ -65,16 +55,16 @@ def main():
             var = trial.train(row, seed, tokenizer, model)
             found = trial.measure(row, seed, lambda: dict(
                 trial.judged(tokenizer, var, seed, cfg=0.0),
-                bits=trial.bits(tokenizer, var)))
+                bits=sum(trial.bits(tokenizer, var))))
             rows[row].append(dict(found, tokens=var.L, psnr=rebuilt["psnr"],
                                   rebuilt=rebuilt["frechet"]))
             if seed == 0:                 # with the same random numbers in every row
                 images[row] = drawing.generate(tokenizer, var, labels, cfg=0.0,
                                                generator=torch.Generator().manual_seed(0))
-    rows["held-out images"] = [dict(trial.floor(), rebuilt=trial.floor()["frechet"])]
-    trial.show("scales", {
-        "tokens": ("tokens", 0), "PSNR, dB": ("psnr", 2), "Fréchet, rebuilt": ("rebuilt", 3),
-        "bits per image": ("bits", 1), **JUDGED}, rows)
+    rows["held-out images"] = [trial.floor()]
+    trial.show("scales", {"tokens": ("tokens", 0), "PSNR, dB": ("psnr", 2),
+                          "Fréchet, rebuilt": ("rebuilt", 3),
+                          "bits per image": ("bits", 1), **JUDGED}, rows)
     trial.draw(images, trial.names, LEGEND)
 
 

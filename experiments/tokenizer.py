@@ -1,21 +1,17 @@
 """Which way of learning codes wins? One tokenizer per row, everything else equal.
 
-    python experiments/tokenizer.py --tokenizer-steps 2000          built-in shapes, V = 512
+    python experiments/tokenizer.py                                 built-in shapes, V = 512
     python experiments/tokenizer.py --dataset cifar10 --data-dir DIR --vocab-size 1024
 
-README.md explains the rows. The last columns show the share of codes used / the perplexity
-of each scale.
+README.md explains the rows and columns.
 """
-import sys
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from trial import Trial, run_main, trial_parser, vq
 from data.batches import sample_of, to_float
-from experiments.trial import Trial, run_main, trial_parser, vq
 from report import health
 
 
@@ -67,10 +63,10 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:8])
     parser.add_argument("--vocab-size", type=int, choices=(512, 1024, 4096), default=512)
     args = parser.parse_args()
-    trial, lines, V = Trial("tokenizer", args), [], args.vocab_size
+    trial, rows, V = Trial("tokenizer", args), {}, args.vocab_size
     held_out = to_float(sample_of(trial.all["test"][0], 1000))
     image = held_out[::max(1, len(held_out) // 10)][:10]
-    images, labels = [image], ["original"]
+    images = {"original": (image + 1) / 2}
     for row in args.rows:
         changes, config = dict(adversarial=0.0, vocab_size=V) | ROWS[row][0], ROWS[row][1]
         if row == "LFQ":                  # V = 2^C
@@ -79,15 +75,16 @@ def main():
         tokenizer = trial.train_tokenizer(name, 0, config, **changes)
         found = trial.measure(name, 0, lambda: health.examine(
             tokenizer, held_out.split(100), nullcontext))
-        lines.append([row, f"{found['psnr']:.2f}", f"{found['used_overall']:.0%}",
-                      f"{found['perplexity_overall']:.0f}"])
-        for used, perplexity in zip(found["used"], found["perplexity"]):
-            lines[-1].append(f"{used:.0%} / {perplexity:.0f}")
-        images.append(tokenizer.tokens_to_image(tokenizer.image_to_tokens(image)))
-        labels.append(f"{row}, {health.psnr(image, images[-1]).mean():.1f} dB")
-    trial.show(["codes", "PSNR, dB", "used", "perplexity",
-                *(f"{side}x{side}" for side in tokenizer.scales)], lines)
-    trial.draw([(rows + 1) / 2 for rows in images], labels)
+        sides = [f"{side}x{side}" for side in tokenizer.scales]
+        for side, used, perplexity in zip(sides, found["used"], found["perplexity"]):
+            found[side] = f"{used:.0%} / {perplexity:.0f}"
+        rows[row] = [dict(found, used=f"{found['used_overall']:.0%}")]
+        rebuilt = tokenizer.tokens_to_image(tokenizer.image_to_tokens(image))
+        images[f"{row}, {health.psnr(image, rebuilt).mean():.1f} dB"] = (rebuilt + 1) / 2
+    trial.show("codes", {"PSNR, dB": ("psnr", 2), "used": ("used", None),
+                         "perplexity": ("perplexity_overall", 0)}
+               | {side: (side, None) for side in sides}, rows)
+    trial.draw(images)
 
 
 if __name__ == "__main__":

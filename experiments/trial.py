@@ -1,4 +1,5 @@
 """What the experiments share: data, tokens, a training run per row, the judge, the table.
+A script imports this file first, because it lets Python find data, engine and report.
 
 Training runs and measurements are kept in out/experiments/, so the same command resumes
 where it was stopped. After a change of the code use another --out.
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from data.batches import rows_of, sample_of, to_float
 from data.registry import load_splits
 from engine.checkpoints import save_atomically
-from engine.device import autocast, best_precision
+from engine.device import best_precision
 from engine.options import Parser, number, run_main
 from report import health, judge, plots
 
@@ -30,21 +31,20 @@ drawing = import_module("06_sample_and_edit")
 
 CPU = torch.device("cpu")
 AT_ONCE = 100                             # images drawn or scored together
-# Columns of a table, see Trial.show()
-JUDGED = {"Fréchet": ("frechet", 3), "precision": ("precision", 2), "recall": ("recall", 2),
-          "in class, %": ("in_class", 1), "CPU ms per image": ("ms", 1)}
 # Data set -> settings of chapter 5 to start from. "cifar10" is three of its classes.
 BASES = {"shapes": {}, "cifar10": training.PRESETS["cifar10-cpu"] | dict(
     depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
 HELP = {"steps": "steps of each transformer", "tokenizer_steps": "steps of each tokenizer",
         "n": "samples to judge", "seeds": "training runs, or sets of samples, per row"}
+# Columns for Trial.show(): what Trial.judged() measures
+JUDGED = {"Fréchet": ("frechet", 3), "precision": ("precision", 2), "recall": ("recall", 2),
+          "in class, %": ("in_class", 1), "CPU ms per image": ("ms", 1)}
 
 
 def quick_parser(doc):
     """doc: the docstring of a script -> Parser with --quick"""
     parser = Parser(doc.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="try the script in seconds; "
-                        "the numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="few images and small models")
     return parser
 
 
@@ -105,15 +105,13 @@ class Trial:
     def train(self, row, seed, tokenizer, model=transformer.VAR, config=None, **changes):
         """Train a transformer on this tokenizer's tokens, or load it if it was trained.
         model: a class like VAR; config: fields of VARConfig; changes: of Settings"""
-        settings, tokens = self.begin(row, seed, **changes), {}
-        cache = replace(settings, out=str(self.folder))    # shared by all rows
-        for split in ("train", "test"):
-            images, labels = self.data[split]
-            views = training.encode_once(cache, tokenizer, images, split, CPU)
-            tokens[split] = views, labels
+        settings = self.begin(row, seed, **changes)
+        shared = replace(settings, out=str(self.folder))   # all rows share cached tokens
+        tokens = [(training.encode_once(shared, tokenizer, images, split, CPU), labels)
+                  for split, (images, labels) in self.data.items()]
         sizes = training.var_config(settings, tokenizer.config, len(self.names))
         var = model(replace(sizes, **(config or {})))
-        training.train_transformer(settings, var, tokenizer, tokens.values, self.about, CPU)
+        training.train_transformer(settings, var, tokenizer, lambda: tokens, self.about, CPU)
         return var
 
     def measure(self, row, seed, compute):
@@ -123,36 +121,31 @@ class Trial:
             save_atomically(json.dumps(compute()), path)
         return json.loads(path.read_text())
 
-    def held_out(self, tokenizer, precision="float32", data=None):
-        """Batches of held-out images, or of other data -> tokens, K maps (B, n), labels (B,)"""
+    def held_out(self, tokenizer, data=None):
+        """Batches of held-out images, or other data -> tokens, K maps (B, n); labels (B,)"""
         images, labels = (torch.from_numpy(part) for part in data or self.data["test"])
         for batch, classes in zip(images.split(AT_ONCE), labels.split(AT_ONCE)):
-            with autocast(CPU, precision):
-                tokens = tokenizer.image_to_tokens(to_float(batch))
-            yield tokens, classes
+            yield tokenizer.image_to_tokens(to_float(batch)), classes
 
     def bits(self, tokenizer, var, data=None):
-        """What an image, held out or of other data, costs given its class: the exact
-        likelihood in bits."""
-        nats = [-drawing.log_likelihood(tokenizer, var, *batch).sum(1)
-                for batch in self.held_out(tokenizer, data=data)]
-        return float(torch.cat(nats).mean()) / math.log(2)
+        """-> list of K: what each map of a held-out image costs, given the class, exactly"""
+        nats = [-drawing.log_likelihood(tokenizer, var, *batch)
+                for batch in self.held_out(tokenizer, data)]
+        return (torch.cat(nats).mean(0) / math.log(2)).tolist()
 
     def some(self, split):
-        """-> up to n images of a split, a few at a time"""
+        """-> images of a split, and up to n of its rows"""
         images = self.data[split][0]
-        return judge.batches_of(images, rows_of(len(images), self.args.n))
+        return images, rows_of(len(images), self.args.n)
 
     @cache
     def judge(self, augment=True):
-        """-> a judge of these classes, and its features of n training images. augment: whether
-        it was taught to overlook blur, dimming and shifts"""
+        """-> a judge of these classes, its features of n training images. augment: teach it
+        to overlook blur, dimming and shifts"""
         facts = *self.data["train"], len(self.names)
-        if self.args.quick:
-            network = judge.train_judge(*facts, steps=3, augment=augment)
-        else:
-            network = judge.judge_of(self.args.dataset, *facts, augment=augment)
-        return network, judge.extract(network, self.some("train"))[0]
+        network = (judge.train_judge(*facts, steps=3, augment=augment) if self.args.quick
+                   else judge.judge_of(self.args.dataset, *facts, augment=augment))
+        return network, judge.extract(network, judge.batches_of(*self.some("train")))[0]
 
     def compare(self, batches, labels=None, augment=True):
         """Images against training images. labels: the classes that were meant; augment: see
@@ -160,29 +153,26 @@ class Trial:
         network, real = self.judge(augment)
         features, logits = judge.extract(network, batches)
         precision, recall = judge.precision_recall(real, features)
-        distance = judge.frechet_distance(real, features)
-        found = dict(frechet=distance, precision=precision, recall=recall)
+        found = dict(precision=precision, recall=recall,
+                     frechet=judge.frechet_distance(real, features))
         if labels is not None:
             found["in_class"] = 100 * judge.accuracy(logits, labels)
         return found
 
     def floor(self):
         """Held-out images, compared as samples are: samples can hardly do better."""
-        return self.measure("held-out images", 0, lambda: self.compare(self.some("test")))
+        found = self.measure("held-out images", 0, lambda: self.compare(
+            judge.batches_of(*self.some("test"))))
+        return dict(found, rebuilt=found["frechet"], plain=found["frechet"])
 
     def reconstructed(self, name, tokenizer, seed=0):
         """Reconstructions of held-out images, compared like samples, and their PSNR."""
         def compute():
-            rebuilt = list(self.rebuilt(tokenizer, "test"))
-            psnr = [health.psnr(to_float(batch), 2 * other - 1)
-                    for batch, other in zip(self.some("test"), rebuilt)]
-            return dict(self.compare(rebuilt), psnr=float(torch.cat(psnr).mean()))
+            image = to_float(torch.cat(list(judge.batches_of(*self.some("test")))))
+            rebuilt = torch.cat(list(judge.rebuilt(tokenizer, *self.some("test"))))
+            psnr = float(health.psnr(image, 2 * rebuilt - 1).mean())
+            return dict(self.compare(rebuilt.split(AT_ONCE)), psnr=psnr)
         return self.measure(f"tokenizers/{name}", seed, compute)
-
-    def rebuilt(self, tokenizer, split):
-        """Reconstructions of up to n images, a few at a time -> (B, 3, H, W) in [0, 1]"""
-        images = self.data[split][0]
-        return judge.rebuilt(tokenizer, images, rows_of(len(images), self.args.n))
 
     def judged(self, tokenizer, var, seed=0, **options):
         """n samples, compared with training images. options: of chapter 6's generate()
@@ -195,21 +185,20 @@ class Trial:
         return dict(self.compare(samples, labels), ms=ms)
 
     def show(self, title, columns, rows):
-        """Print a table, and above it how its numbers were measured. title: the head of the
-        first column; columns: {head: (name, digits)}; rows: {text: found}, see cells()"""
+        """Print a table, and above it how its numbers were measured. columns: {head: (name,
+        digits)}, and `title` above the rows' names; rows: {name: found}, see cells()"""
         print(f"\npython {' '.join(sys.argv)}; {self.args.dataset}, trained in "
               f"{self.settings.precision}, torch {torch.__version__}\n")
         digits = dict(columns.values())
-        show([title, *columns], [[row, *cells(found, digits)] for row, found in rows.items()])
+        lines = [[row, *cells(found, digits)] for row, found in rows.items()]
+        show([title, *columns], lines)
 
-    def draw(self, rows, column_labels=(), footer=None, **options):
-        """Write images into the folder. rows: {text: images (n, 3, H, W)}; footer: a text;
-        options: of save_grid()"""
+    def draw(self, rows, column_labels=(), footer=""):
+        """Write a figure into the folder. rows: {text: images (n, 3, H, W) in [0, 1]}"""
         images = list(rows.values())
         path = self.folder / f"{self.folder.parent.name}.png"
         plots.save_grid(path, torch.cat(images), len(images[0]), row_labels=rows,
-                        column_labels=column_labels, footer=footer and plots.legend(footer),
-                        **options)
+                        column_labels=column_labels, footer=plots.legend(footer))
         print(f"wrote {path}")
 
 
@@ -221,18 +210,16 @@ def show(head, lines):
 
 def cells(found, digits):
     """found: a dict of numbers per seed; digits: {name: digits after the point, or None for
-    a text} -> cells such as "1.56 ± 0.04": the mean of the seeds and half of their range
-    (if they differ); "" if unknown"""
+    a text} -> cells such as "1.56 ± 0.04", mean and half of the range; "" if unknown"""
     texts = []
     for name, places in digits.items():
         values = [numbers[name] for numbers in found if name in numbers]
-        if not values or places is None:
-            texts.append(values[0] if values else "")
+        if places is None or not values:
+            texts.append("".join(values[:1]))
             continue
-        text = f"{np.mean(values):.{places}f}"
-        if len(set(values)) > 1:
-            text += f" ± {(max(values) - min(values)) / 2:.{places}f}"
-        texts.append(text)
+        texts.append(f"{np.mean(values):.{places}f}")
+        if max(values) > min(values):
+            texts[-1] += f" ± {(max(values) - min(values)) / 2:.{places}f}"
     return texts
 
 

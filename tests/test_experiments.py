@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, random_models, seeded
 
+sys.path.insert(0, str(ROOT / "experiments"))    # as when Python runs one of the scripts
+
 m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
 drawing = import_module("06_sample_and_edit")
 SCRIPTS = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"trial"}
