@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, start
 from hypothesis import given, strategies as st
 from PIL import EpsImagePlugin, Image
 
@@ -234,3 +235,15 @@ def test_views_of_files_are_crops(tmp_path):
     assert len(np.unique(crops, axis=0)) == 40
     seen = list(batches.view_batches(images, 1, np.split(np.arange(40), 20), 2))
     assert torch.equal(torch.cat(seen), batches.to_float(torch.tensor(crops)))
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_does_not_wait_for_its_workers(tmp_path):
+    code = f"""
+from data import batches, folder
+images = folder.FolderImages({str(tree(tmp_path, "0.png"))!r}, ["0.png"] * 99, [0] * 99, 8)
+loading = batches.picture_batches(images, [[(i, 0)] for i in range(99)], 2)
+next(loading)
+raise ValueError("a bug")"""
+    done = start("-c", code, cwd=ROOT)
+    assert done.communicate(timeout=60)[1].endswith("\nValueError: a bug\n")

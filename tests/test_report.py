@@ -137,8 +137,8 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(
 
 def test_bits_and_bayes_of_a_case_worked_by_hand(monkeypatch, capsys):
     """Two images of classes 7 and 4, scales of 1 and 4 tokens. Scale 1x1 finds the class of
-    both, and both scales together that of the second alone."""
-    bits = {7: [[2.0, 6], [4, 10]], 4: [[3.0, 4], [1, 7]], 9: [[5.0, 8], [5, 8]]}
+    both, and both scales together that of the first alone."""
+    bits = {7: [[2.0, 6], [4, 3]], 4: [[5.0, 4], [1, 7]], 9: [[5.0, 8], [5, 8]]}
     tokenizer = SimpleNamespace(scales=(1, 2), config=SimpleNamespace(vocab_size=16),
                                 image_to_tokens=lambda image: None)
     model = SimpleNamespace(tokenizer=tokenizer, log_likelihood=lambda tokens, labels: (
