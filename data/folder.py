@@ -91,12 +91,17 @@ def natural(name):
 def hold_out(classes, split):
     """The images of one split: a hash of its path decides whether an image is held out. About
     one in 20 is; of two or more in a class at least one, never all. -> {class: paths}"""
-    kept = {}
-    for name, paths in classes.items():
+    groups = list(classes.values())
+    if all(len(paths) == 1 for paths in groups):    # no class has an image to spare
+        groups = [[paths[0] for paths in groups]]
+    held = set()
+    for paths in groups:
         hashes = [hashlib.sha256(os.fsencode(path)).hexdigest()[:16] for path in paths]
         count = sum(int(digits, 16) < 2 ** 64 / 20 for digits in hashes)
         count = min(max(count, 1), len(paths) - 1)
-        held = {path for digits, path in sorted(zip(hashes, paths))[:count]}
+        held.update(path for digits, path in sorted(zip(hashes, paths))[:count])
+    kept = {}
+    for name, paths in classes.items():
         kept[name] = [path for path in paths if (path in held) == (split == "test")]
     return kept
 
