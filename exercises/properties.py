@@ -21,8 +21,8 @@ schedules = st.sets(st.integers(1, 6), min_size=1, max_size=4).map(
 
 
 def check(test):
-    """Decorator: try 200 examples, the same ones each time."""
-    return seed(0)(settings(max_examples=200, deadline=None, database=None,
+    """Decorator: try 100 examples, the same ones each time."""
+    return seed(0)(settings(max_examples=100, deadline=None, database=None,
                             phases=(Phase.generate, Phase.shrink),
                             suppress_health_check=list(HealthCheck))(test))
 
