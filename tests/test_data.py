@@ -159,7 +159,7 @@ def test_one_image_in_20_is_held_out_and_stays_so_when_images_are_added(sizes):
     train, test = (folder.hold_out(classes, split) for split in ("train", "test"))
     for name, paths in classes.items():
         assert sorted(train[name] + test[name]) == sorted(paths)
-        if max(sizes) > 1:                   # otherwise one of the classes has to give its image
+        if max(sizes) > 1:                   # otherwise one class gives its only image
             assert train[name] and bool(test[name]) == (len(paths) > 1)
     assert any(test.values()) == (sum(sizes) > 1) and any(train.values())
 
