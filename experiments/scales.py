@@ -10,7 +10,7 @@ import torch
 
 from trial import JUDGED, Trial, drawing, run_main, transformer, trial_parser
 
-LEGEND = """K: number of token maps, the last one 8x8. If K = 1, all are drawn at once.
+LEGEND = """K: number of token maps, the last one 8x8. K = 1 draws all tokens at once.
 Independent: each map quantizes f itself, not what coarser maps left over.
 Markov: the tokenizer of K = 6, but a map attends to itself alone. All it knows of coarser
 maps is their sum f_hat, its input. (No other rows share a tokenizer and can be alike.)"""

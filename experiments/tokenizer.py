@@ -52,8 +52,6 @@ ROWS = {
     "LFQ": (dict(quantizer="lfq"), {}),
     "independent scales": ({}, dict(residual=False)),
     "coarse f_hats count fully": ({}, dict(coarse=1.0)),     # as in the original code
-    "AdamW alone": (dict(optimizer="adamw"), {}),
-    "C = 16": (dict(latent_dim=16), {}),
     "adversarial": (dict(adversarial=1.0), {}),
 }
 
