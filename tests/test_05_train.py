@@ -184,12 +184,15 @@ def test_stage_1_adds_the_four_terms_and_logs_their_mean(monkeypatch, tmp_path):
     _, entries = train("tokenizer", tmp_path, perceptual=3.0, adversarial=0.5,
                        flip=True, accumulate=4, quantizer="lfq")
     for step, entry in enumerate(entries):
-        losses = []
-        for _, (_, _, parts) in forward[4 * step:4 * step + 4]:
+        losses, db = [], []
+        for (_, image), (decoded, _, parts) in forward[4 * step:4 * step + 4]:
             error, vq, extra = (float(x.detach()) for x in parts.values())
             losses.append(error + 3 * 7 + 0.25 * vq + extra)
+            errors = (decoded.detach().clamp(-1, 1) - image).square().mean((1, 2, 3))
+            db += (10 * (4 / errors).log10()).tolist()     # of each image, not of the mean error
         late = min(max(0, (step / 10 - 0.2) / 0.2), 1)     # the critic joins after a fifth
         assert entry["loss"] == pytest.approx(np.mean(losses) + 0.5 * late * 100, rel=1e-5)
+        assert entry["psnr"] == pytest.approx(np.mean(db), abs=1e-3)
     shown = torch.cat([image for (_, image), _ in forward])
     image = torch.cat([result for _, result in loaded])
     plain, mirrored = ((shown == x).flatten(1).all(1) for x in (image, image.flip(3)))
