@@ -3,8 +3,7 @@
     python experiments/guidance.py --data-dir DIR --n 2000         classes of CIFAR-10
 
 Guidance moves logits away from the prediction without a class: (1 + t) cond - t uncond. A
-ramp grows from t = 0 at the first scale to its number at the last one, as in chapter 6.
-Nothing is trained. All rows draw from the shipped model with its own top-k and top-p.
+ramp grows from t = 0 at the first scale to its number at the last one. Nothing is trained.
 """
 from trial import JUDGED, Trial, run_main, training, trial_parser
 

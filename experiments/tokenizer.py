@@ -2,8 +2,6 @@
 
     python experiments/tokenizer.py                                 built-in shapes, V = 512
     python experiments/tokenizer.py --dataset cifar10 --data-dir DIR --vocab-size 1024
-
-README.md explains the rows and columns.
 """
 from contextlib import nullcontext
 from functools import partial

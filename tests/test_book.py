@@ -16,7 +16,7 @@ EXPERIMENTS = [*ROOT.glob("experiments/*.py")]
 README = (ROOT / "README.md").read_text()
 # What the files of some folders may import; all others data, engine and report.
 FOLDERS = {"data": {"data", "engine"}, "engine": {"engine"},
-           "experiments": {"data", "engine", "report", "experiments"}}
+           "experiments": {"data", "engine", "report", "trial"}}
 
 
 def relative(path):
