@@ -64,7 +64,8 @@ def main():
     tokenizer, var = training.load_tokenizer(path)[0], training.load_transformer(path)[0]
     images, classes, _ = shapes.load("test")
     chosen = rows_of(len(images), 2 if quick else 200)
-    image, labels = to_float(torch.from_numpy(images[chosen])), torch.tensor(classes[chosen])
+    image, labels = torch.tensor(images[chosen]), torch.tensor(classes[chosen])
+    image = to_float(image)
     lines, rows = [], {}
     for name, (way, options) in WAYS.items():
         given = torch.full_like(labels, len(names)) if "no class" in name else labels

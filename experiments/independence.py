@@ -19,8 +19,8 @@ def main():
     var, _ = training.load_transformer(trial.shipped)
     real = list(trial.held_out(tokenizer))[:max(1, trial.args.n // 100)]
     target = torch.cat([tokenizer.tokens_to_image(tokens) for tokens, _ in real])
-    images, rows = {"all maps real": (target[:10] + 1) / 2}, {}
-    rows["all (reconstructions)"] = [trial.compare([(target + 1) / 2])]
+    images = {"all maps real": (target[:10] + 1) / 2}
+    rows = {"all (reconstructions)": [trial.compare([(target + 1) / 2])]}
     for m in reversed(range(tokenizer.K)):
         side = tokenizer.scales[m - 1]
         name = f"up to {side}x{side}" if m else "none"
@@ -36,8 +36,7 @@ def main():
     trial.show("maps that are real", {
         "tokens drawn": ("left", 0), "PSNR, dB": ("psnr", 1), "Fréchet": ("frechet", 3),
         "precision": ("precision", 2), "recall": ("recall", 2)}, rows)
-    trial.draw(images, footer="The model draws the other maps, without guidance. "
-                              "dB: PSNR to the first row.")
+    trial.draw(images, footer="The model draws the other maps (cfg 0). dB: PSNR to row 1.")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ class BitQuantizer(vq.LookupFreeQuantizer):
 
 vq.QUANTIZERS["bits"] = lambda vocab_size, dim, learn: BitQuantizer(dim)
 # Row -> channels whose signs are kept (0: vectors)
-ROWS = {"512 vectors, softmax": 0, "2^9, softmax": 9, "2^9, bitwise": 9, "2^16, bitwise": 16,
-        "2^32, bitwise": 32}
+ROWS = {"512 vectors, softmax": 0, "2^9, softmax": 9, "2^9, bitwise": 9,
+        "2^16, bitwise": 16, "2^32, bitwise": 32}
 
 
 class BitwiseVAR(transformer.VAR):

@@ -2,7 +2,7 @@
 
     python experiments/one_token.py                                        shapes
 
-The token in the middle of map k becomes its nearest other code, or a random one. In the last
+The token in the middle of map k becomes its nearest other code or a random one. In the last
 row the finer maps are quantized again: they see what is missing now and correct it.
 """
 import torch
@@ -13,7 +13,7 @@ from report import plots
 
 
 def changed(tokenizer, f, tokens, k, code, again):
-    """tokens with the middle one of map k replaced by `code` (B,); again: quantize the finer
+    """tokens with the middle one of map k replaced by `code` (B,); again: quantize finer
     maps of f (B, C, h, w) anew. -> image (B, 3, H, W) in [-1, 1]"""
     side = tokenizer.scales[k]
     tokens = [map_k.clone() for map_k in tokens]
@@ -51,7 +51,7 @@ def main():
         images[way] = plots.heat_map((heat + 0.001).log10(), -3, -1)
     trial.show("mean change of a pixel, % of the range",
                {side: (side, 2) for side in sides}, rows)
-    trial.draw(images, sides, "How much each pixel changes, on average, if the middle token "
+    trial.draw(images, sides, "How much a pixel changes, on average, if the middle token "
                "of one map changes.\nDark: 0.1 % of the range, green: 1 %, yellow: 10 %.")
 
 

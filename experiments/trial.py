@@ -107,11 +107,11 @@ class Trial:
         model: a class like VAR; config: fields of VARConfig; changes: of Settings"""
         settings = self.begin(row, seed, **changes)
         shared = replace(settings, out=str(self.folder))   # all rows share cached tokens
-        tokens = [(training.encode_once(shared, tokenizer, images, split, CPU), labels)
-                  for split, (images, labels) in self.data.items()]
+        pairs = [(training.encode_once(shared, tokenizer, images, split, CPU), labels)
+                 for split, (images, labels) in self.data.items()]
         sizes = training.var_config(settings, tokenizer.config, len(self.names))
         var = model(replace(sizes, **(config or {})))
-        training.train_transformer(settings, var, tokenizer, lambda: tokens, self.about, CPU)
+        training.train_transformer(settings, var, tokenizer, lambda: pairs, self.about, CPU)
         return var
 
     def measure(self, row, seed, compute):
@@ -122,13 +122,13 @@ class Trial:
         return json.loads(path.read_text())
 
     def held_out(self, tokenizer, data=None):
-        """Batches of held-out images, or other data -> tokens, K maps (B, n); labels (B,)"""
+        """Batches of held-out images or other data -> tokens, K maps (B, n); labels (B,)"""
         images, labels = (torch.from_numpy(part) for part in data or self.data["test"])
         for batch, classes in zip(images.split(AT_ONCE), labels.split(AT_ONCE)):
             yield tokenizer.image_to_tokens(to_float(batch)), classes
 
     def bits(self, tokenizer, var, data=None):
-        """-> list of K: what each map of a held-out image costs, given the class, exactly"""
+        """-> list of K: what each map of a held-out image costs given the class, exactly"""
         nats = [-drawing.log_likelihood(tokenizer, var, *batch)
                 for batch in self.held_out(tokenizer, data)]
         return (torch.cat(nats).mean(0) / math.log(2)).tolist()

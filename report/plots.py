@@ -119,8 +119,8 @@ def token_colours(tokens, side, vocab_size):
 
 def save_curve(path, series, fits=None, *, x_label="", y_label=""):
     """Write dots and lines on two logarithmic axes, on which powers become straight lines.
-    series: name -> list of (x, y), positive numbers; fits: the same for the lines (None: they
-    join the dots)"""
+    series: name -> list of (x, y), positive numbers; fits: the same for the lines (None:
+    they join the dots)"""
     dots = [np.log10(line) for line in series.values()]                  # (N, 2) each
     lines = [np.log10(fits[name]) for name in series] if fits else dots
     low = np.min([line.min(axis=0) for line in dots + lines], axis=0)    # (x, y)
