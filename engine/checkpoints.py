@@ -111,6 +111,8 @@ def resume(path, facts, settings, modules, optimizers):
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             start = state["step"]
+        except torch.OutOfMemoryError:
+            raise
         except LOADING_ERRORS:
             raise BadInput(f"{path} is damaged; --fresh starts over") from None
         say(f"{path.stem}: resuming at step {start}")
