@@ -124,7 +124,7 @@ class VectorQuantizer(nn.Module):
         return F.embedding(idx, self.codebook)                               # (..., C)
 
     def extra_loss(self, x):
-        return x.new_zeros(())               # nothing is asked of x beyond the commitment
+        return x.new_zeros(())               # only lookup-free quantization needs one
 
     @torch.no_grad()
     def start_on_data(self, groups):
@@ -153,9 +153,10 @@ class VectorQuantizer(nn.Module):
         if not total.isfinite().all():
             return                           # a non-finite batch changes nothing
         self.move_codes(count, total)
-        # Rarely used codes move onto vectors that are badly served. Their statistics move
-        # along: stale ones would carry a code straight back in the next update. As if it
-        # had been used as often as the others, a moved code gets time to find its vectors.
+        # Codes used less than a tenth as often as the average move onto vectors with a
+        # large error. Their statistics move along: stale ones would carry a code straight
+        # back in the next update. A moved code starts at the average use, which gives it
+        # time to find its vectors.
         mean = self.hits.mean()
         dead = self.hits < (0.1 * mean).clamp(max=1.0)                       # (V,)
         if self.revive and dead.any():
@@ -192,8 +193,8 @@ class VectorQuantizer(nn.Module):
 
 def residual_quantize(x, quantizer, depth):
     """Quantize x, then what is left, `depth` times (RQ-VAE, eq. 3), with one quantizer or a
-    list of one per round. d rounds reach up to V**d points but search only d V codes. Next:
-    a round per scale. x (..., C) -> (x_hat (..., C), [idx_1 .. idx_depth])"""
+    list of one per round. d rounds reach up to V**d points but search only d V codes.
+    Chapter 2 has a round per scale. x (..., C) -> (x_hat (..., C), [idx_1 .. idx_depth])"""
     quantizers = quantizer if isinstance(quantizer, list) else [quantizer] * depth
     # Exercise 01_4
     x_hat, indices = torch.zeros_like(x), []
@@ -209,7 +210,7 @@ class LookupFreeQuantizer(nn.Module):
     """Keeps the sign of each of C = bits channels: V = 2**bits codes of norm 1. Bit c of
     an index is 1 where channel c is positive. entropy: weight of the extra loss (0.1 in the
     paper, but that costs 2 dB here)"""
-    initialised = True                       # there are no codes to place on data
+    initialised = True                       # there is nothing to place on data
 
     def __init__(self, bits, entropy=0.01):
         super().__init__()
@@ -232,9 +233,9 @@ class LookupFreeQuantizer(nn.Module):
 
     def extra_loss(self, x):
         """Entropy of each vector's codes (small: be certain) minus the entropy of the mean over
-        all vectors (large: use every code), in nats: Yu et al. 2024, equation 5. If there are
-        more than 2**12 codes, groups of eight bits count as codes. Every single bit can be
-        used although only two codes occur, opposite ones, so bits do not suffice.
+        all vectors (large: use every code), in nats: Yu et al. 2024, equation 5. The entropy of
+        single bits would not do: if only 000 and 111 occur, every bit is used half of the
+        time. With more than 2**12 codes, groups of eight bits count as codes.
         The factor 4 makes a vector that equals its code certain (p = 0.98). x (..., C) -> ()"""
         def entropy(p):                      # (..., codes) -> (...)
             return -(p * p.clamp(min=1e-12).log()).sum(-1)

@@ -1,16 +1,19 @@
 """Chapter 2: an image as K token maps, coarse to fine.
 
 An autoencoder learns to squeeze an image into a small feature map and to rebuild it. It
-cannot generate, because nothing says which feature maps are images. A VAE makes all of them
-alike, Gaussian, but its decoder averages what the noise leaves open, which blurs. Here the
-map becomes tokens, and chapter 4 learns which tokens are images. Chapter 1 quantized a vector, then what was left of it, and so on; here the
-rounds are *scales*, from one token for the whole feature map to one token per cell. Only
-feature maps are resized, never the image.
+cannot generate, because nothing tells which feature maps decode to images. (A VAE forces
+them towards a Gaussian, from which one can sample, at the price of blur.) Here the map
+becomes tokens, and chapter 4 learns which tokens make images.
+
+Chapter 1 quantized a vector, then what was left of it, and so on. Here the rounds are
+*scales*, from one token for the whole feature map to one token per cell. Only feature maps
+are resized, never the image. Formulas count scales from 1, code counts from 0: `tokens[k]`
+is r_{k+1}.
 
     image 32x32x3 --encode--> f 8x8xC --quantize--> 1   2x2  3x3  4x4  6x6  8x8   token maps
                                                     1 +  4 +  9 + 16 + 36 + 64  = 130 tokens
     f_hat = phi(up(z[r_1])) + phi(up(z[r_2])) + ... + phi(z[r_6])  --decode--> image
-    r_k: tokens of scale k; z[r_k]: their codes; phi: half identity, half a 3x3 convolution
+    r_k: tokens of scale k; z[r_k]: their codes; phi(h) = 0.5 h + 0.5 conv3x3(h)
 
 Shapes: image (B, 3, H, W) in [-1, 1]; f, f_hat (B, C, h, w), C latent channels; scales
 (1, 2, 3, 4, 6, 8): sides of the token maps; tokens: list of K int64 (B, h_k*w_k); L = 130.
@@ -76,8 +79,8 @@ class MultiScaleVQVAE(nn.Module):
             phi.requires_grad_(i in self.phi_index)        # with few scales some are unused
 
     def downsample_to(self, f, k):
-        """A feature map as the vectors of scale k: each is the mean of its area, the vector
-        with the smallest squared error to those cells. (B, C, h, w) -> (B, h_k*w_k, C)"""
+        """A feature map as the vectors of scale k: each is the mean of its area, which
+        minimises the squared error over its cells. (B, C, h, w) -> (B, h_k*w_k, C)"""
         if k < self.K - 1:
             f = F.interpolate(f, size=self.scales[k], mode="area")
         return f.flatten(2).transpose(1, 2)
@@ -110,7 +113,7 @@ class MultiScaleVQVAE(nn.Module):
         f_hat = torch.zeros_like(f)                                     # (B, C, h, w)
         for k in range(self.K):
             # Exercise 02_2
-            # Detached: phi learns from the loss on f_hat, not through later choices.
+            # Detached: phi learns from the loss on f_hat alone, not from what it leaves over.
             target = f - f_hat.detach() if self.config.residual else f  # (B, C, h, w)
             x = self.downsample_to(target, k)                           # (B, h_k*w_k, C)
             tokens_k = self.quantizer.nearest(x)                        # (B, h_k*w_k)
@@ -368,7 +371,7 @@ def main():
     images = torch.from_numpy(shapes.draw(range(512))[0]).permute(0, 3, 1, 2) / 127.5 - 1
     tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32))
     rows = show_scales(train(tokenizer, images), images[:8])
-    print("coarse maps lose by resizing (phi regains some), the last one by rounding alone")
+    print("coarse maps lose most by resizing, the last one by rounding alone")
     note = "At 1x1 all cells hold one code; the box comes from zero padding (phi, decoder)."
     plots.save_grid("out/02_multiscale_vqvae.png", torch.cat([*rows.values()]) / 2 + 0.5, 8,
                     row_labels=list(rows), footer=plots.legend(note))

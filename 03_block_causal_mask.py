@@ -1,7 +1,8 @@
 """Chapter 3: who may attend to whom.
 
-Some generative models turn noise into an image (VAE, GAN, diffusion). Others give every x a
-probability. An autoregressive one predicts each part of x from all parts before it (<t, <k):
+Some generative models are built to turn noise into an image (GAN, diffusion), others around
+the probability of an image x. An autoregressive one predicts each part of x from all parts
+before it (x_<t: all before t, r_<k: all maps before k):
     p(x) = prod_t p(x_t | x_<t)                            text, token by token
     p(r_1..r_K | class) = prod_k p(r_k | r_<k, class)      VAR, map by map, where
     p(r_k | r_<k, class) = prod_i p(r_k[i] | r_<k, class)  i runs over the tokens of map k
@@ -27,12 +28,13 @@ Map k attends to a *prefix*: maps 1 to k and nothing else. Sampling therefore ne
 a cache holds the keys and values of all maps so far, and the newest map attends to them.
 
 The paper argues that raster order has four weaknesses: a token also depends on tokens to
-its right and below, which come later; an image cannot be completed from its lower part;
+its right and below, which come later; the top of an image cannot be filled in afterwards;
 cells that touch vertically are a row apart in the sequence; n x n tokens take n x n steps.
 
 Shapes: q, k, v (B, heads, L, d); scales (1, 2, 3, ...), the map sides; L = sum of squares.
 Sources: VAR (Tian et al. 2024), section 3, figure 4; attention from Vaswani et al. 2017.
-Differs from the original code: a bool mask; raster order is the case scales (1, 1, ...).
+Differs from the original code: a bool mask; raster order is the case scales (1, 1, ...),
+with the code of the token before as input (experiments/order.py).
 
     python 03_block_causal_mask.py    checks the claims, writes out/03_block_causal_mask.png
 """

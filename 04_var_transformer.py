@@ -39,7 +39,7 @@ masking = import_module("03_block_causal_mask")
 @dataclass
 class VARConfig:
     """Every size of the transformer. Raises ValueError if they do not fit together."""
-    num_classes: int = 10                      # from the data; the null class comes on top
+    num_classes: int = 10                      # from the data; plus the null class: "none"
     scales: tuple = (1, 2, 3, 4, 6, 8)         # of the tokenizer
     vocab_size: int = 512                      # V, of the tokenizer
     latent_dim: int = 32                       # C, of the tokenizer
@@ -70,8 +70,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.qk_norm = cfg.heads, cfg.qk_norm
         self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
-        # There is no key bias b, as in the original. Without normalisation it would do nothing:
-        # it adds q.b to all scores q.(k + b) of a query, and softmax ignores a constant.
+        # No key bias b, as in the original. Without normalisation it would do nothing: it
+        # adds q.b to all scores q.(k + b) of a query, and softmax ignores a constant.
         self.q_bias = nn.Parameter(torch.zeros(cfg.width))
         self.v_bias = nn.Parameter(torch.zeros(cfg.width))
         # Queries and keys can grow until softmax saturates. At unit length, their products
@@ -316,7 +316,7 @@ def main():
     print(f"loss before training {loss:.3f}, ln V = {math.log(512):.3f}")
     assert abs(loss / math.log(512) - 1) < 0.02
 
-    for p in var.parameters():                             # shut gates would prove nothing
+    for p in var.parameters():                 # with gates near 0 the test would be trivial
         p.add_(0.1 * torch.randn_like(p))
     masked = var(labels, teacher_inputs)
     cached = scale_by_scale(var, labels, teacher_inputs)

@@ -4,7 +4,8 @@
               out/NAME/tokenizer.pt      tokens_train_*.npy           transformer.pt
 
     stage 1   L2 + 0.25 vq + extra (chapter 2) + lambda_P LPIPS + lambda_G w adversarial
-              (the last two: engine/perceptual.py; the shapes use neither)
+              (the last two, and w, which balances gradients: engine/perceptual.py; the
+              shapes use neither)
     stage 2   cross-entropy of each token given all coarser maps, all tokens weighted alike
 
     python 05_train.py                               built-in shapes on a CPU, minutes
@@ -13,7 +14,7 @@
     python 05_train.py --dataset /path/to/folder     class folders of your own images
 
 The same command resumes, --fresh starts over, --help lists all settings. Read first
-`train_tokenizer`, `encode_once` and `train_transformer`; the rest serves them.
+`train_tokenizer`, `encode_once`, `token_losses` and `train_transformer`; the rest serves them.
 
 Shapes: image (B, 3, H, W) in [-1, 1]; tokens (B, L) int64; logits (B, L, V).
 Sources: VAR (Tian et al. 2024), section 4, and its released code for the ImageNet recipe;
@@ -91,7 +92,7 @@ class Settings:
     # Stage 1: the tokenizer.
     tokenizer_steps: int = option(1500, "steps of stage 1", low=0)
     tokenizer_batch_size: int = option(16, "images per step of stage 1, over all GPUs")
-    tokenizer_lr: float = option(3e-3, "peak learning rate of stage 1")
+    tokenizer_lr: float = option(3e-3, "peak learning rate of AdamW in stage 1 (Muon: 0.02)")
     flip: bool = option(False, "mirror half of the images in stage 1")
     perceptual: float = option(0.0, "weight of the perceptual loss (LPIPS); 0: off")
     adversarial: float = option(0.0, "weight of the adversarial loss (PatchGAN); 0: off")
@@ -110,7 +111,7 @@ class Settings:
     steps: int = option(1200, "steps of stage 2", low=0)
     epochs: int = option(0, "passes over the images in stage 2; 0: use --steps", low=0)
     batch_size: int = option(16, "images per step of stage 2, over all GPUs")
-    lr: float = option(1.5e-3, "peak learning rate of stage 2")
+    lr: float = option(1.5e-3, "peak learning rate of AdamW in stage 2 (Muon: 0.02)")
     final_lr: float = option(0.0, "share of the peak learning rate that is left at the end")
     weight_decay: float = option(0.05, "weight decay of matrices in stage 2")
     final_weight_decay: float = option(0.05, "its value at the end of the run")
@@ -416,7 +417,8 @@ def encode_once(settings, tokenizer, images, split, device):
 
 
 def cached_rows(views, labels, indices, device):
-    """Images by their number, counted through all views -> tokens (B, L), labels (B,)"""
+    """All views together are one longer data set. indices (B,) into it -> tokens (B, L),
+    labels (B,)"""
     n = len(labels)
     tokens = np.stack([views[i // n][i % n] for i in indices]).astype(np.int64)
     labels = labels[indices % n]
@@ -457,7 +459,7 @@ def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
     var.activation_checkpointing = settings.activation_checkpointing
     model = distributed.data_parallel(var, settings.compile)
 
-    train, test = cached_tokens()         # not before: a refused command costs nothing
+    train, test = cached_tokens()         # only now, so that a refused command costs nothing
     images = len(train[0]) * len(train[1])                   # in all views
     began, skipped, losses, hits = time.monotonic(), 0, [], []
     for step in range(start + 1, steps + 1):

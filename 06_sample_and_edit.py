@@ -128,9 +128,9 @@ def sample_tokens(tokenizer, var, labels, *, cfg=0.0, top_k=0, top_p=0.0, temper
     accepts as well. Temperature 0 takes the likeliest tokens. cfg: a number or a list.
 
     Guidance: t = 0 is the plain prediction for the class, t > 0 moves beyond it, away from
-    the prediction without a class (elsewhere often w = 1 + t). It helps because, up to
-    a factor, it draws from p(x|class) [p(x|class) / p(x)]^t: what speaks for the class
-    counts more."""
+    the prediction without a class (elsewhere often w = 1 + t). It helps because each token
+    is drawn, up to a factor, from p(token|class) [p(token|class) / p(token)]^t, given the
+    coarser maps: what speaks for the class counts more."""
     labels, K, no_class = as_labels(labels, var), tokenizer.K, var.config.num_classes
     B, t = len(labels), strengths(cfg, K)
     if not temperature > 1e-6:                             # the limit of temperature 0
