@@ -161,7 +161,7 @@ class VectorQuantizer(nn.Module):
         dead = self.hits < (0.1 * mean).clamp(max=1.0)                       # (V,)
         if self.revive and dead.any():
             error = (x - self.lookup(idx)).square().sum(1)                   # (N,)
-            fresh = self.draw_vectors(x, error.clamp(min=1e-12), int(dead.sum()))
+            fresh = self.draw_vectors(x, error.clamp(1e-12, 1e12), int(dead.sum()))
             self.codebook[dead] = fresh                                      # (dead, C)
             self.hits[dead] = mean
             self.sums[dead] = mean * fresh

@@ -194,6 +194,8 @@ def read_settings(argv=None):
         side = settings.image_size // settings.unshuffle // 2 ** halvings
         settings.scales = SCALES.get(side, settings.scales)
 
+    if settings.perceptual and settings.image_size < 16:
+        raise BadInput("--perceptual needs images of at least 16 pixels")
     if settings.tokenizer_file and settings.stage != "transformer":
         raise BadInput(f"--tokenizer-file is for stage 2, not for --stage {settings.stage}")
     parts = max(settings.gpus, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate
@@ -543,8 +545,8 @@ def tokenizer_for_stage_2(settings):
     state = checkpoints.load_checkpoint(given)
     if "config" in state or "tokenizer" in state:
         tokenizer, about = load_tokenizer(given)
-        steps = about["settings"].get("tokenizer_steps", 0)
-        if about["step"] < steps and not settings.tokenizer_file:
+        steps = about.get("settings", {}).get("tokenizer_steps", 0)
+        if not settings.tokenizer_file and about["step"] < steps:
             raise BadInput(f"{own} was trained for {about['step']} of {steps} steps: "
                            "finish it with --stage tokenizer")
     else:
@@ -561,8 +563,8 @@ def tokenizer_for_stage_2(settings):
 
 # -- End to end ----------------------------------------------------------------------------
 
-def main():
-    settings = read_settings()
+def train_both(settings):
+    """Stages 1 and 2, or the one of --stage. -> the lock of the run's folder"""
     device = distributed.start(settings.device)
     if settings.stage == "transformer":
         tokenizer = tokenizer_for_stage_2(settings)
@@ -577,7 +579,7 @@ def main():
     settings.classes = tuple(class_names) if settings.classes else ()
     if settings.epochs:
         settings.steps = max(1, settings.epochs * n // settings.batch_size)
-    lock = checkpoints.open_run(settings, device)          # held until the images are drawn
+    lock = checkpoints.open_run(settings, device)
     distributed.listen_for_signals()
     distributed.say(f"{n:,} images to train on, {len(chosen['test'][1]):,} held out, "
                     f"{len(class_names)} classes; {distributed.world()} process(es) on "
@@ -602,7 +604,12 @@ def main():
             return [(encode_once(settings, tokenizer, images, split, device), labels)
                     for split, (images, labels) in chosen.items()]
         train_transformer(settings, var, tokenizer, cached_tokens, about, device)
+    return lock
 
+
+def main():
+    settings = read_settings()
+    lock = train_both(settings)                            # held until the images are drawn
     rank = distributed.rank()
     distributed.finish()
     if rank > 0 or settings.stage == "tokenizer" or not settings.steps:

@@ -38,7 +38,7 @@ def load(split, *, data_dir=None, size=None):
         if len(labels) != len(planes) or labels.max() > 9:
             raise ValueError(f"{len(labels)} labels up to {labels.max()}")
     except Exception as error:          # damaged archives and pickles raise nearly anything
-        raise BadInput(f"cannot read CIFAR-10 in {root}: {error}") from None
+        raise BadInput(f"cannot read CIFAR-10 in {root}: {error!r}") from None
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels, [*CLASSES]
 
 

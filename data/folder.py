@@ -35,10 +35,12 @@ def load(split, *, data_dir, size=256, classes_of=None):
     classes_of = classes_of or classes_in
     root = Path(data_dir).expanduser()
     train = root / "train"
-    folders = [path for path in root.glob("[!.]*") if path.is_dir()]
-    tests = [root / name for name in ("val", "valid", "test") if root / name in folders]
-    base = train if train in folders and (tests or folders == [train]) else root
-    known = classes = classes_of(base)
+    tests = [root / name for name in ("val", "valid", "test") if (root / name).is_dir()]
+    base = train if train.is_dir() and tests else root
+    known = classes_of(base)
+    if list(known) == ["train"]:                    # no class of this name but a lone split
+        base, known = train, classes_of(train)
+    classes = known
     if base == root or not tests:
         classes = hold_out(known, split)
     elif split == "test":

@@ -55,8 +55,9 @@ def load_splits(dataset, image_size, data_dir="", wanted=()):
         classes = chosen_classes(names, wanted)
         names = [names[k] for k in classes]
         chosen = {split: subset(*found, classes) for split, found in splits.items()}
-    if not len(chosen["test"][1]):
-        raise BadInput(f"there are no held-out images of {', '.join(names[:10])}: add some")
+    for split, what in ("train", "training"), ("test", "held-out"):
+        if not len(chosen[split][1]):
+            raise BadInput(f"there are no {what} images of {', '.join(names[:10])}: add some")
     return splits, chosen, names
 
 

@@ -1,4 +1,5 @@
 """One process or several, started by torchrun. The functions also work in a single process."""
+import gc
 import os
 import signal
 import sys
@@ -126,6 +127,7 @@ def stop_requested(step=None):
 def finish():
     """Leave the other processes, and let signals end this one again."""
     if dist.is_initialized():
+        gc.collect()                      # DistributedDataParallel must go before its group
         dist.destroy_process_group()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

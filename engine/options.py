@@ -81,6 +81,6 @@ def run_main(main):
         line = ("a process that loads images was killed, perhaps because memory ran out: use "
                 "fewer --workers; the same command resumes from the last checkpoint")
     except (BadInput, OSError) as error:
-        line = str(error)
+        line = (str(error) or type(error).__name__).splitlines()[-1]
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)

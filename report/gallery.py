@@ -70,7 +70,10 @@ def images_to_edit(args, count=10):
     images whose classes take turns -> (n, 3, side, side) in [-1, 1], labels (n,). Raises
     BadInput if there are none."""
     if args.image:
-        label = min(args.labels) if args.classes else len(args.names)
+        label = len(args.names)
+        if args.classes:
+            label = chosen_classes(args.names, args.classes[:1])[0]
+            print(f"{args.image} is taken as class {args.names[label]}")
         return read_image(args.image, args.side), torch.tensor([label])
     shipped = dataset_named(args.dataset).examples
     if shipped and not args.data_dir:
@@ -206,7 +209,8 @@ def show_density(args, model):
     if args.image and not args.classes:
         raise BadInput("--task density --image: name the class of the image with --classes")
     image, labels = images_to_edit(args, args.n or 500)
-    classes, scales, parts = list(args.labels), model.tokenizer.scales, []
+    classes = list(range(len(args.names)) if args.image else args.labels)
+    scales, parts = model.tokenizer.scales, []
     for part in progress(image.split(per_pass(args.side)), len(image)):
         tokens = model.tokenizer.image_to_tokens(part.to(args.device))
         nats = [model.log_likelihood(tokens, [c] * len(part)).cpu()
