@@ -19,7 +19,7 @@ m6 = import_module("06_sample_and_edit")
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (BadInput("no luck"), 2, "no luck"), (OSError(28, "No space left"), 2, "No space left"),
+    (BadInput("trace\nno luck"), 2, "no luck"), (OSError(28, "No space left"), 2, "No space"),
     (torch.OutOfMemoryError("a\nb"), 2, "--accumulate"), (KeyboardInterrupt(), 130, ""),
     (RuntimeError("DataLoader worker (pid 7) is killed"), 2, "--workers"),
     (ConnectionResetError(104, "reset"), 2, "--workers")])
