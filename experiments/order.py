@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from trial import Trial, drawing, run_main, transformer, trial_parser
-from report import judge
+from report import judge, plots
 
 
 class Reordered(torch.nn.Module):
@@ -228,6 +228,10 @@ def main():
             psnr = trial.reconstructed(name, trained, seed)["psnr"]
             rows[row].append(dict(found, tokens=L, steps=tokenizer.K, rate=rate, how=best,
                                   possible=L * math.log2(V), psnr=psnr))
+    dots = {row: [(one["bits"], one["frechet"]) for one in found]
+            for row, found in rows.items() if "all at once" not in row}
+    plots.save_curve(trial.folder / "bits.png", dots, {row: dots[row][:1] for row in dots},
+                     x_label="bits per image", y_label="Fréchet distance, one dot per seed")
     rows["held-out images"] = [trial.floor()]
     trial.show("", {
         "tokens": ("tokens", 0), "steps": ("steps", 0), "learning rate": ("rate", 4),

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE = (40, 44, 52), (222, 225, 230)
-LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20)]
+LINES = [(31, 98, 168), (208, 84, 34), (36, 138, 86), (142, 68, 160), (186, 142, 20),
+         (120, 120, 120), (214, 80, 140), (60, 180, 200), (110, 70, 40)]
 # Brightness rises from first to last, so the colours also work in black and white.
 HEAT = np.array([[16, 20, 62], [32, 60, 122], [30, 110, 140], [42, 158, 130],
                  [150, 202, 84], [252, 232, 84]], dtype=np.float64)
