@@ -155,8 +155,7 @@ class VectorQuantizer(nn.Module):
         self.move_codes(count, total)
         # Codes used less than a tenth as often as the average move onto vectors with a
         # large error. Their statistics move along: stale ones would carry a code straight
-        # back in the next update. A moved code starts at the average use, which gives it
-        # time to find its vectors.
+        # back. Starting at the average use gives it time to find its vectors.
         mean = self.hits.mean()
         dead = self.hits < (0.1 * mean).clamp(max=1.0)                       # (V,)
         if self.revive and dead.any():
@@ -232,14 +231,13 @@ class LookupFreeQuantizer(nn.Module):
         """The codes never move."""
 
     def extra_loss(self, x):
-        """Entropy of each vector's codes (small: be certain) minus the entropy of the mean over
-        all vectors (large: use every code), in nats: Yu et al. 2024, equation 5. The entropy of
-        single bits would not do: if only 000 and 111 occur, every bit is used half of the
-        time. With more than 2**12 codes, groups of eight bits count as codes.
-        The factor 4 makes a vector that equals its code certain (p = 0.98). x (..., C) -> ()"""
+        """Entropy of each vector's codes (small: be certain) minus the entropy of the mean
+        over all vectors (large: use every code), in nats: Yu et al. 2024, equation 5. Single
+        bits would not do: if only 000 and 111 occur, every bit is used half of the time. With
+        more than 2**12 codes, groups of eight bits count as codes. x (..., C) -> ()"""
         def entropy(p):                      # (..., codes) -> (...)
             return -(p * p.clamp(min=1e-12).log()).sum(-1)
-        p = torch.sigmoid(4 * x.reshape(-1, self.dim) / self.size)           # (N, C)
+        p = torch.sigmoid(4 * x.reshape(-1, self.dim) / self.size)  # (N, C); 0.98 at a code
         loss = 0
         for bits in p.split(self.dim if self.dim <= 12 else 8, dim=1):
             codes = p.new_ones(len(p), 1)
@@ -249,8 +247,7 @@ class LookupFreeQuantizer(nn.Module):
         return self.entropy * loss
 
 
-# Names for --quantizer and how to make each. A new one is a class with nearest, lookup,
-# learn, extra_loss and initialised (if that is False, start_on_data will be called).
+# Names for --quantizer. A new one is a class with what LookupFreeQuantizer has.
 QUANTIZERS = {"vq": VectorQuantizer, "lfq": lambda V, dim, learn: LookupFreeQuantizer(dim)}
 
 

@@ -21,8 +21,8 @@ coarser maps, but never to finer ones:
 
 The positions of map k hold f_hat_{k-1}, rebuilt from the coarser maps and resized, never
 r_k itself. Attending within a map therefore leaks nothing, and it helps: each position
-holds a different place of f_hat_{k-1}. The tokens of map k are still drawn independently.
-Neighbours fit together if the coarser maps have settled what they must agree on.
+holds a different place of f_hat_{k-1}. The tokens of map k are still drawn independently;
+neighbours fit if the coarser maps have settled what they must agree on.
 
 Map k attends to a *prefix*: maps 1 to k and nothing else. Sampling therefore needs no mask:
 a cache holds the keys and values of all maps so far, and the newest map attends to them.
