@@ -90,7 +90,7 @@ def test_ctrl_c_stops_the_grading():
 
 @pytest.mark.parametrize("loop", [
     "while True:\n            pass",
-    "while True:\n            try:\n                x.sort()\n"
+    "while True:\n            try:\n                len(x)\n"
     "            except Exception:\n                pass"])
 def test_an_endless_loop_costs_its_task_alone(loop):
     start = "idx = round_to(x, centres)                                  # (N,)\n"
