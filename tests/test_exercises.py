@@ -94,8 +94,8 @@ def test_ctrl_c_stops_the_grading():
     "            except Exception:\n                pass"])
 def test_an_endless_loop_costs_its_task_alone(loop):
     start = "idx = round_to(x, centres)                                  # (N,)\n"
-    status, why = judge("01_1", changed(start, loop + "\n"), limit=0.2)
-    assert status == "too slow" and why.startswith("line ") and "does a loop" in why
+    status, why = judge("01_1", changed(start, loop + "\n"), limit=1.5)
+    assert (status, why[:5]) == ("too slow", "line ") and "does a loop" in why, why
     assert judge("01_1", grading.reference("01_1")).status == "passed"
 
 
