@@ -16,19 +16,16 @@ def slow_lloyd(x, centres, iterations):
 
 
 def grade_01_1(chapter):
-    small = torch.tensor([0., 1., 5., 6., 7., 20.])
-    unused = torch.tensor([1., 1., 1., 1., 1., 6.])        # no number chooses level 2 of 3
-    last = torch.tensor([0., 6., 6., 6.])                  # or level 3
-    for x, levels, iterations in ((small, 2, 1), (unused, 3, 2), (last, 3, 2),
-                                  (torch.randn(50) ** 3, 7, 3), (torch.randn(40), 5, 20)):
-        start = chapter.equal_mass_levels(x, levels)
-        got = call(chapter.lloyd_levels, x, levels, iterations, start=start)
+    for x, start, iterations in (
+            (torch.tensor([0., 1., 5., 6., 7., 20.]), torch.tensor([2., 11.]), 1),
+            # No number chooses the last level; none chooses the second after it moved to 8.
+            (torch.tensor([0., 6., 6., 6.]), torch.tensor([3., 6., 6.]), 2),
+            (torch.tensor([0., 2., 14., 19.]), torch.tensor([-2., 5., 30.]), 2),
+            (torch.randn(50) ** 3, torch.randn(7), 3),
+            (torch.randn(40), torch.randn(5), 20)):
+        chapter.equal_mass_levels = lambda x, levels: start.clone()
+        got = call(chapter.lloyd_levels, x, len(start), iterations, start=start)
         expect("lloyd_levels", got, slow_lloyd(x, start, iterations))
-    # From here the second level moves to 8, and then no number chooses it any more.
-    x, start = torch.tensor([0., 2., 14., 19.]), torch.tensor([-2., 5., 30.])
-    chapter.equal_mass_levels = lambda x, levels: start.clone()
-    expect("lloyd_levels", call(chapter.lloyd_levels, x, 3, 2, start=start),
-           slow_lloyd(x, start, 2))
 
 
 def grade_01_2(chapter):

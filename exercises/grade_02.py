@@ -1,12 +1,9 @@
 """Graders of chapter 2. Sides, channels and batch have no common factor, so that nothing
 that mixes them has the right shape by chance."""
-import itertools
-
 import torch
 import torch.nn.functional as F
 
-from exercises.compare import (Wrong, call, case, expect, expect_gradients, expect_like,
-                               unpack)
+from exercises.compare import Wrong, call, case, expect, expect_gradients, unpack
 from exercises.properties import small_tokenizer
 
 SCALES = (1, 2, 3, 4, 5, 7)
@@ -27,10 +24,9 @@ def enlarged(x, side):
     return F.interpolate(small, size=(side, side), mode="bicubic")
 
 
-def added(tokenizer, k, z):
-    """What scale k adds to f_hat, (B, C, h, w). z: tokens, or vectors in their place"""
-    z = z if z.is_floating_point() else tokenizer.quantizer.codebook[z]
-    h = enlarged(z, tokenizer.scales[-1])
+def added(tokenizer, k, tokens_k):
+    """What scale k adds to f_hat, (B, C, h, w)."""
+    h = enlarged(tokenizer.quantizer.codebook[tokens_k], tokenizer.scales[-1])
     return (h + tokenizer.phis[tokenizer.phi_index[k]](h)) / 2
 
 
@@ -90,8 +86,8 @@ def grade_02_2(chapter):
 def grade_02_3(chapter):
     for scales in ((1, 2), SCALES, (3, 5), (5,)):
         tokenizer, tokens = random_tokenizer(chapter, scales), random_tokens(scales)
-        steps = list(itertools.accumulate(map(added, [tokenizer] * 6, range(6), tokens)))
-        wanted, leak = torch.zeros(2, 0, 11), torch.zeros(2, 0, 11)
+        steps, wanted = tokenizer.pyramid(tokens), torch.zeros(2, 0, 11)
+        leak = wanted
         for k in range(1, len(scales)):
             wanted = torch.cat([wanted, tokenizer.downsample_to(steps[k - 1], k)], 1)
             leak = torch.cat([leak, tokenizer.downsample_to(steps[k], k)], 1)
@@ -100,13 +96,11 @@ def grade_02_3(chapter):
             "this is a leak: what a scale is shown already holds its own tokens, which it "
             "must predict. Scale k + 1 may see f_hat after scale k": leak})
     # A tokenizer in half precision, or on another device ("meta" computes shapes alone).
-    for scales in ((1, 2), (5,)):
-        for change in (dict(dtype=torch.bfloat16), dict(device="meta")):
-            tokenizer = random_tokenizer(chapter, scales).to(**change)
-            tokens = [t.to(device=change.get("device")) for t in random_tokens(scales)]
-            case(scales=scales, tokenizer=f"a tokenizer with {change}")
-            wanted = torch.zeros(2, sum(s * s for s in scales[1:]), 11, **change)
-            expect_like("teacher_inputs", tokenizer.teacher_inputs(tokens), wanted)
+    for change in (dict(dtype=torch.bfloat16), dict(device="meta")):
+        case(scales=(5,), tokenizer=f"a tokenizer with {change}")
+        tokens = torch.zeros(2, 25, dtype=torch.int64, device=change.get("device"))
+        got = random_tokenizer(chapter, (5,)).to(**change).teacher_inputs([tokens])
+        expect("teacher_inputs", got, torch.zeros(2, 0, 11, **change))
 
 
 def grade_02_4(chapter):
@@ -115,17 +109,14 @@ def grade_02_4(chapter):
         given = dict(beta=beta, coarse=coarse)
         tokenizer = random_tokenizer(chapter, scales, learn="gradient", **given)
         f, K = torch.randn(3, 11, scales[-1], scales[-1], requires_grad=True), len(scales)
-        wanted = bare = 0
-        for k, (x, tokens_k, f_hat) in enumerate(algorithm_1(tokenizer, f)):
+        wanted = 0
+        for k, (_, _, f_hat) in enumerate(algorithm_1(tokenizer, f)):
             weight = (coarse if k < K - 1 else K - coarse * (K - 1)) / K
             moves_f, moves_phi = f - f_hat.detach(), f.detach() - f_hat
             both = beta * moves_f.square().mean() + moves_phi.square().mean()
             wanted = wanted + weight * both
-            codes = tokenizer.quantizer.codebook[tokens_k]
-            bare = bare + weight * (1 + beta) * (x - codes).square().mean()
         loss = call(tokenizer.quantize_with_losses, f, scales=scales, **given)[2]
-        expect("the vq loss", loss, wanted, 1e-4, slips={
-            "it compares x with its codes; equation 5 compares f with f_hat": bare})
+        expect("the vq loss", loss, wanted, 1e-4)
         phi = tokenizer.phis[tokenizer.phi_index[-1]].weight
         expect_gradients("(f.numel() * vq loss)", f.numel() * loss, f.numel() * wanted, f=f,
                          codebook=tokenizer.quantizer.codebook, last_phi=phi)

@@ -91,10 +91,8 @@ def wrong_answer(task, name):
     if isinstance(edit, str):
         indent = bodies[0][:len(bodies[0]) - len(bodies[0].lstrip())]
         bodies[0] = textwrap.indent(textwrap.dedent(edit).lstrip("\n"), indent)
-    elif sum(body.count(edit[0]) for body in bodies) == 1:
-        bodies = [body.replace(*edit) for body in bodies]
     else:
-        raise ValueError(f"{task}, {name}: {edit[0]!r} must occur once")
+        bodies = [body.replace(*edit) for body in bodies]
     for blank, body in zip(reversed(blanks), reversed(bodies)):
         lines[blank.start:blank.end] = [body]
     return "".join(lines)

@@ -6,7 +6,7 @@ Each row has all that the rows above it have (VAR, Tian et al. 2024, section 5).
 """
 import torch
 
-from trial import (JUDGED, Trial, drawing, parameters, run_main, training, transformer,
+from trial import (JUDGED, Trial, parameters, run_main, training, transformer,
                    trial_parser)
 
 
@@ -38,9 +38,8 @@ ROWS = {
 
 def main():
     args = trial_parser(__doc__, steps=3000, n=3000, seeds=2).parse_args()
-    trial, rows, images = Trial("ablation", args), {}, {}
+    trial, rows = Trial("ablation", args), {}
     tokenizer, _ = training.load_tokenizer(trial.shipped)
-    labels = torch.arange(12) % len(trial.names)
     for row, (folder, model, qk_norm, sampling) in ROWS.items():
         changes = dict(depth=6, width=160, heads=5) if row == "larger" else {}
         rows[row] = []
@@ -51,14 +50,10 @@ def main():
                 trial.judged(tokenizer, var, seed, **sampling),
                 bits=sum(trial.bits(tokenizer, var))))
             rows[row].append(dict(found, parameters=parameters(var)))
-        images[row] = drawing.generate(tokenizer, var, labels, **sampling,
-                                       generator=torch.Generator().manual_seed(0))
     rows["held-out images"] = [trial.floor()]
     rows["reconstructions"] = [trial.reconstructed("shipped", tokenizer)]
     trial.show("", {"parameters, M": ("parameters", 2), "bits per image": ("bits", 1),
                     **JUDGED}, rows)
-    trial.draw(images, [trial.names[c] for c in labels],
-               "Each row has all that the rows above it have.")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,6 @@ SIZES = [(2, 32, 1), (2, 48, 1), (3, 64, 2), (3, 96, 3), (4, 128, 4), (5, 160, 5
 MEASURES = ("all scales", "last scale")   # held-out cross-entropy, nats per token
 
 
-def held_out(trial, tokenizer, var):
-    nats = math.log(2) * np.array(trial.bits(tokenizer, var))          # (K,)
-    return dict(zip(MEASURES, (nats.sum() / var.L, nats[-1] / tokenizer.scales[-1] ** 2)))
-
-
 def fit(N, losses):
     """losses = E + c N^-a: for each E a line through the logarithms, then the E of least
     squared error -> E, c, a, correlation of the logarithms, the same if E = 0"""
@@ -36,8 +31,24 @@ def fit(N, losses):
     return *min(found)[1:], found[0][-1]
 
 
-def compare(path, points):
-    """Print and draw the fits. points: {measure: list of (N, loss)}"""
+def main():
+    trial = Trial("scaling", trial_parser(__doc__, steps=1000, seeds=1).parse_args())
+    tokenizer, _ = training.load_tokenizer(trial.shipped)
+    rows, points = {}, {name: [] for name in MEASURES}
+    for depth, width, heads in SIZES[:4] if trial.args.quick else SIZES:
+        row, found = f"{depth} x {width}", []
+        for seed in trial.seeds:
+            var = trial.train(row, seed, tokenizer, depth=depth, width=width, heads=heads)
+            bits = trial.measure(row, seed, lambda: dict(bits=trial.bits(tokenizer, var)))
+            nats = math.log(2) * np.array(bits["bits"])                # (K,)
+            found.append({"N": parameters(var), "all scales": nats.sum() / var.L,
+                          "last scale": nats[-1] / tokenizer.scales[-1] ** 2})
+        for name in MEASURES:
+            mean = np.mean([numbers[name] for numbers in found])
+            points[name].append((parameters(var), mean))
+        rows[row] = found
+    trial.show("depth x width", {"parameters, M": ("N", 3), "all scales": ("all scales", 4),
+                                 "last scale": ("last scale", 4)}, rows)
     lines, dots, curves = [], {}, {}
     for name, pairs in points.items():
         N, losses = np.transpose(pairs)
@@ -48,27 +59,9 @@ def compare(path, points):
         curves[text] = [(x, E + c * x ** -a) for x in np.geomspace(N.min(), N.max(), 100)]
     print()
     show(["falls as E + c N^-a", "E", "c", "a", "correlation", "if E = 0"], lines)
-    plots.save_curve(path, dots, curves, x_label="N, millions of parameters",
+    plots.save_curve(trial.folder / "scaling.png", dots, curves,
+                     x_label="N, millions of parameters",
                      y_label="held-out cross-entropy, nats per token; lines: E + c N^-a")
-    print(f"wrote {path}")
-
-
-def main():
-    trial = Trial("scaling", trial_parser(__doc__, steps=1000, seeds=1).parse_args())
-    tokenizer, _ = training.load_tokenizer(trial.shipped)
-    rows, points = {}, {name: [] for name in MEASURES}
-    for depth, width, heads in SIZES[:4] if trial.args.quick else SIZES:
-        row, found = f"{depth} x {width}", []
-        for seed in trial.seeds:
-            var = trial.train(row, seed, tokenizer, depth=depth, width=width, heads=heads)
-            found.append(trial.measure(row, seed, lambda: held_out(trial, tokenizer, var)))
-        for name in MEASURES:
-            mean = np.mean([numbers[name] for numbers in found])
-            points[name].append((parameters(var), mean))
-        rows[row] = [dict(numbers, N=parameters(var)) for numbers in found]
-    trial.show("depth x width", {"parameters, M": ("N", 3), "all scales": ("all scales", 4),
-                                 "last scale": ("last scale", 4)}, rows)
-    compare(trial.folder / "scaling.png", points)
 
 
 if __name__ == "__main__":
