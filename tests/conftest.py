@@ -116,7 +116,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def random_models(scales=(1, 2, 4)):
+def random_models(scales=(1, 2, 4), residual=True):
     """A tokenizer and a transformer with random weights. The gates are open, so that
     everything has an effect."""
     m2, m4 = import_module("02_multiscale_vqvae"), import_module("04_var_transformer")
@@ -124,7 +124,7 @@ def random_models(scales=(1, 2, 4)):
     sizes = dict(scales=scales, vocab_size=16, latent_dim=4)
     tokenizer = m2.MultiScaleVQVAE(m2.TokenizerConfig(
         **sizes, image_size=4 * scales[-1], channels=8, multipliers=(1, 2), unshuffle=2,
-        groups=4))
+        groups=4, residual=residual))
     var = m4.VAR(m4.VARConfig(**sizes, num_classes=3, depth=2, width=16, heads=2))
     with torch.no_grad():
         for p in var.parameters():
@@ -132,8 +132,10 @@ def random_models(scales=(1, 2, 4)):
     return tokenizer.eval().requires_grad_(False), var.eval().requires_grad_(False)
 
 
-def without_images(run, folder):
-    """Copy a run into a folder, as if its data set were not on this machine."""
-    for name in ("tokenizer.pt", "transformer.pt"):
-        state = torch.load(run / name, weights_only=True)
-        torch.save({**state, "dataset": str(folder / "gone")}, folder / name)
+def layout():
+    """Random state dicts in the released layout, and the scales they were made for."""
+    torch.manual_seed(0)
+    stored = json.loads((ROOT / "tests" / "golden" / "tiny_keys.json").read_text())["plain"]
+    vae, var = ({name: 0.1 * torch.randn(shape) for name, shape in stored[part].items()}
+                for part in ("vae", "var"))
+    return vae, var, stored["config"]["patch_nums"]

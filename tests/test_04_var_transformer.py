@@ -8,28 +8,22 @@ from importlib import import_module
 import pytest
 import torch
 
+from exercises.compare import random_var
+
 m4 = import_module("04_var_transformer")
 CLASSES = 5
+SIZES = dict(num_classes=CLASSES, vocab_size=7, latent_dim=3, depth=2, width=16, heads=2,
+             label_dropout=0.0, drop_path=0.0)
 
 
-def small(scales=(1, 2, 3), opened=True, **changes):
-    """A tiny model in eval mode. The gates of a new one are almost shut, which would hide
-    errors: random numbers open them."""
-    sizes = dict(num_classes=CLASSES, vocab_size=7, latent_dim=3, depth=2, width=16,
-                 heads=2, label_dropout=0.0, drop_path=0.0)
-    var = m4.VAR(m4.VARConfig(scales=scales, **{**sizes, **changes})).eval()
-    if opened:
-        with torch.no_grad():
-            for p in var.parameters():
-                p.add_(0.1 * torch.randn_like(p))
-    return var
+def small(scales=(1, 2, 3), **changes):
+    return random_var(m4, scales, **(SIZES | changes))
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
 @torch.no_grad()
-def test_autocast_reaches_both_ways(qk_norm):
+def test_autocast_reaches_both_ways():
     torch.manual_seed(0)
-    var = small(qk_norm=qk_norm)
+    var = small()
     inputs = torch.tensor([0, 1, CLASSES]), torch.randn(3, var.L - 1, 3)
     exact = var(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -50,7 +44,6 @@ def test_training_hides_a_share_of_the_labels_behind_a_learned_null_class():
     hidden = (logits - null).abs().amax((1, 2)) < 1e-5
     assert 0.2 < float(hidden.float().mean()) < 0.3
     assert torch.allclose(logits[~hidden], own[~hidden], atol=1e-5)
-    assert torch.equal(labels, torch.arange(2000) % CLASSES)         # unchanged
     null.square().sum().backward()
     assert var.class_embed.weight.grad[CLASSES].all()
 
@@ -85,7 +78,8 @@ def test_every_parameter_gets_its_gradient_with_and_without_checkpointing(shared
 @torch.no_grad()
 def test_weights_start_at_the_original_sizes(depth, gate, shared_adaln):
     torch.manual_seed(0)
-    var = small(opened=False, depth=depth, width=48, heads=4, shared_adaln=shared_adaln)
+    var = m4.VAR(m4.VARConfig(scales=(1, 2), depth=depth, width=48, heads=4,
+                              shared_adaln=shared_adaln))
     std, branch = math.sqrt(1 / (3 * 48)), 1 / math.sqrt(2 * depth)
     sizes = {"position": std, "class_embed.weight": std, "qkv.weight": std,
              "attention.proj.weight": branch * std, "mlp.2.weight": branch * std,

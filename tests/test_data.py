@@ -141,7 +141,8 @@ def test_train_and_val_stay_as_they_are_and_other_layouts_are_found_or_refused(t
     assert found(root, "test") == ({"val/bee/v.png": "bee"}, ["ant", "bee"])
     refusal(lambda: found(tree(root, "val/yak/0.png"), "test"), "'yak'", "train")
     tree(tmp_path, "one/train/cat/0.png one/train/cat/1.png one/labels/x.txt flat/0.png "
-                   "flat/1.png links/a rail/train/0.png rail/bus/0.png tars/train/n1.tar tars/val/x")
+                   "flat/1.png links/a rail/train/0.png rail/bus/0.png tars/train/n1.tar "
+                   "tars/val/x")
     (tmp_path / "links/cat").symlink_to(tmp_path / "flat")
     for name, classes in (("one", ["cat"]), ("flat", ["flat"]), ("links", ["cat"]),
                           ("rail", ["bus", "train"])):

@@ -12,7 +12,6 @@ from exercises.wrong import WRONG
 ROOT = make.ROOT
 TEXTS = make.read_tasks()
 TASKS = make.graded_tasks()
-WRONG_ANSWERS = [(task, name) for task in TASKS for name in WRONG[task]]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -22,7 +21,7 @@ def test_the_solution_passes_and_an_untouched_blank_is_not_yet(task):
     assert judge(task, blank) == ("not yet", "")
 
 
-@pytest.mark.parametrize("task, name", WRONG_ANSWERS)
+@pytest.mark.parametrize("task, name", [(t, name) for t in TASKS for name in WRONG[t]])
 def test_a_wrong_answer_fails(task, name):
     result = judge(task, grading.wrong_answer(task, name))
     assert result.status in ("wrong", "error") and result.why
@@ -34,7 +33,6 @@ def test_every_task_has_a_blank_and_every_blank_a_task():
     assert {blank.task for blank in blanks} == set(TASKS) == WRONG.keys()
     owners = {(blank.function, blank.task) for blank in blanks}
     assert len(owners) == len({function for function, _ in owners})
-    assert all(5 <= TEXTS[task].minutes <= 30 and TEXTS[task].text for task in TEXTS)
 
 
 def changed(old, new, task="01_1"):
@@ -65,13 +63,10 @@ def test_a_mistake_costs_one_task_and_what_a_student_adds_is_kept():
     ("idx = round_to(x, centres)", "idx = round_to(x, middle)", "error",
      "idx = round_to(x, middle): NameError: name 'middle' is not defined\n"
      "    with x = [0, 1, 5, 6, 7, 20]"),
-    ("idx = round_to(x, centres)", "raise SystemExit(3)", "error", "SystemExit: 3"),
     ("idx = round_to(x, centres)", "__import__('pytest').skip('no time')", "error",
      "Skipped: no time"),
-    ("return centres", "return", "wrong", "lloyd_levels is None (nothing after `return`"),
     ("return centres", "return centres[:-1]", "wrong", "has shape (1,), expected (2,)"),
-    ("return centres", "return centres.double()", "wrong",
-     "has dtype torch.float64, expected torch.float32"),
+    ("return centres", "return centres.double()", "wrong", "has dtype torch.float64"),
     ("return centres", "return x.zero_()", "wrong", "changed its input x")])
 def test_a_mistake_is_met_with_a_hint(old, new, status, why):
     text = grading.reference("01_1")
@@ -88,13 +83,11 @@ def test_ctrl_c_stops_the_grading():
         judge("01_1", changed("idx = round_to(x, centres)  ", "raise KeyboardInterrupt #"))
 
 
-@pytest.mark.parametrize("loop", [
-    "while True:\n            pass",
-    "while True:\n            try:\n                len(x)\n"
-    "            except Exception:\n                pass"])
-def test_an_endless_loop_costs_its_task_alone(loop):
+def test_an_endless_loop_costs_its_task_alone():
     start = "idx = round_to(x, centres)                                  # (N,)\n"
-    status, why = judge("01_1", changed(start, loop + "\n"), limit=1.5)
+    loop = ("while True:\n            try:\n                len(x)\n"
+            "            except Exception:\n                pass\n")
+    status, why = judge("01_1", changed(start, loop), limit=1.5)
     assert (status, why[:5]) == ("too slow", "line ") and "does a loop" in why, why
     assert judge("01_1", grading.reference("01_1")).status == "passed"
 
@@ -105,8 +98,6 @@ def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys
     for name in make.SOURCES:
         text = (student / name).read_text()
         assert text.count('raise NotImplementedError("""0') == len(make.find_blanks(text))
-    for name in ("README.md", "exercises/README.md", "exercises/01_vq.md"):
-        assert (student / name).read_bytes() == (ROOT / name).read_bytes()
     for folder, why in ((student, "is not empty"),
                         (student / "01_vq.py" / "below", "cannot make the folder"),
                         (ROOT / "data" / "mine", "lies in a folder that is copied")):
@@ -120,7 +111,7 @@ def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_copy_runs_without_the_repository_and_is_graded_as_a_table(tmp_path):
-    student, marks = tmp_path / "student", tmp_path / "marks.xml"
+    student = tmp_path / "student"
     make.main([str(student)])
 
     def run(*arguments, cwd=student):
@@ -129,7 +120,6 @@ def test_a_copy_runs_without_the_repository_and_is_graded_as_a_table(tmp_path):
         return done.returncode, done.stdout + done.stderr
 
     assert "NotImplementedError: 03_property" in run("exercises/properties.py", "03")[1]
-    assert run("exercises/properties.py", "9")[1].startswith("usage: ")
     code, out = run("01_vq.py")
     assert code == 1 and "NotImplementedError: 01_1 Lloyd's algorithm (10 min)" in out
     assert run("05_train.py", "--help")[0] == run("06_sample_and_edit.py", "--help")[0] == 0
@@ -138,9 +128,8 @@ def test_a_copy_runs_without_the_repository_and_is_graded_as_a_table(tmp_path):
     (student / "01_vq.py").write_text(right)
     (student / "03_block_causal_mask.py").unlink()
     grade = "-m", "pytest", "exercises", "--student"
-    code, out = run(*grade, str(student), "-k", "01_1 or 01_2 or 02_1 or 03_1",
-                    "--junitxml", str(marks), cwd=ROOT)
+    code, out = run(*grade, str(student), "-k", "01_1 or 01_2 or 02_1 or 03_1", cwd=ROOT)
     assert code == 1 and "1 of 4 tasks passed" in out and "ZeroDivisionError" in out
-    assert 'failures="2" skipped="1"' in marks.read_text() and "Traceback" not in out
+    assert "2 failed, 1 passed, 1 skipped" in out and "Traceback" not in out
     code, out = run(*grade, str(tmp_path / "nobody"), cwd=ROOT)
     assert code == 4 and "nobody is not a folder" in out

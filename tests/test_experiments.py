@@ -69,21 +69,6 @@ def test_tokens_in_another_order_are_the_same_image_and_no_step_sees_itself(
         assert k == other.K - 1 or moved[step > k].max() > 1e-3
 
 
-def test_a_class_token_reaches_later_tokens_by_attention_alone():
-    """If its row is the same for all, the class changes nothing."""
-    ablation = import_module("experiments.ablation")
-    torch.manual_seed(0)
-    var = opened(ablation.ClassToken(m4.VARConfig(
-        scales=(1,) * 4, vocab_size=8, latent_dim=4, depth=2, width=16, heads=2,
-        shared_adaln=True, num_classes=3)))
-    inputs = torch.randn(1, 3, 4).expand(2, -1, -1)
-    own = var.conditioning(torch.tensor([0, 1]))
-    for row, differ in ((own.row, True), (own.row[:1].expand(2, -1, -1), False)):
-        var.conditioning = lambda labels: own._replace(row=row)
-        logits = var(torch.tensor([0, 1]), inputs)
-        assert ((logits[0] - logits[1]).abs().max() > 1e-3) == differ
-
-
 def test_a_markov_map_attends_to_itself_alone():
     """In one pass under its mask as in sampling, scale by scale and without a cache."""
     _, var = random_models()
