@@ -22,7 +22,7 @@ class Dataset:
 
 DATASETS = {
     "shapes": Dataset(shapes.load, judge_steps=100),
-    "cifar10": Dataset(cifar10.load, judge_steps=9000, judge_width=48, mirrored=True,
+    "cifar10": Dataset(cifar10.load, judge_steps=3000, judge_width=48, mirrored=True,
                        examples=cifar10.examples),
     "imagenet": Dataset(imagenet.load),
 }

@@ -2,6 +2,7 @@
 
     python experiments/order.py                                        shapes
     python experiments/order.py --dataset cifar10 --data-dir DIR       three classes
+    python experiments/order.py --dataset shapes64 --steps 1600        a grid of 16x16
 
 Raster order and next scale differ in the number of tokens, in what they say, in their order
 and in whether those of one step are drawn independently. ROWS differ in one of these at a
@@ -139,6 +140,8 @@ ROWS = {
     "F  8x8 twice, raster": ((8, 8), 512, cell_by_cell, False),
     "A, equal images": ((8,), 512, one_by_one, False),
     "C, equal images": ((1, 2, 4, 8), 512, None, True),
+    "J  16x16, raster": ((16,), 512, one_by_one, False),
+    "K  five maps, by map": ((1, 2, 4, 8, 16), 512, None, True),
 }
 RATES = (1.5e-3, 3e-3, 6e-3)
 SAMPLING = {f"cfg {t:g}, top-p {p:g}": (t, p)
@@ -200,13 +203,15 @@ def numbers(trial, tokenizer, trained, var, seed, how):
 def main():
     parser = trial_parser(__doc__, "shapes", steps=500, tokenizer_steps=600, n=2000,
                           seeds=3)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="[all of this grid]")
     trial, rows, images = Trial("order", parser.parse_args()), {}, {}
+    side = trial.settings.image_size // trial.settings.unshuffle
+    grid = [row for row, (scales, *_) in ROWS.items() if scales[-1] == side]
     pictures, labels = trial.data["train"]
     count = min(600, len(labels) // 3)
     held_back = pictures[-count:], labels[-count:]
     trial.data["train"] = pictures[:-count], labels[:-count]
-    for row in trial.args.rows:
+    for row in trial.args.rows or grid:
         scales, V, order, by_map = ROWS[row]
         L, name, rows[row] = sum(side * side for side in scales), f"{scales}, {V}", []
         steps = trial.args.steps * 130 // (130 if "equal images" in row else L)

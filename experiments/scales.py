@@ -54,7 +54,7 @@ def main():
             rebuilt = trial.reconstructed(kind, tokenizer, seed)
             var = trial.train(row, seed, tokenizer, model)
             found = trial.measure(row, seed, lambda: dict(
-                trial.judged(tokenizer, var, seed, cfg=0.0),
+                trial.judged(tokenizer, var, seed, strict=True, cfg=0.0),
                 bits=sum(trial.bits(tokenizer, var))))
             rows[row].append(dict(found, tokens=var.L, psnr=rebuilt["psnr"],
                                   rebuilt=rebuilt["frechet"]))
@@ -64,7 +64,8 @@ def main():
     rows["held-out images"] = [trial.floor()]
     trial.show("scales", {"tokens": ("tokens", 0), "PSNR, dB": ("psnr", 2),
                           "Fréchet, rebuilt": ("rebuilt", 3),
-                          "bits per image": ("bits", 1), **JUDGED}, rows)
+                          "bits per image": ("bits", 1), **JUDGED,
+                          "second judge": ("second", 3)}, rows)
     trial.draw(images, trial.names, LEGEND)
 
 

@@ -31,9 +31,11 @@ drawing = import_module("06_sample_and_edit")
 
 CPU = torch.device("cpu")
 AT_ONCE = 100                             # images drawn or scored together
-# Data set -> settings of chapter 5 to start from. "cifar10" is three of its classes.
-BASES = {"shapes": {}, "cifar10": training.PRESETS["cifar10-cpu"] | dict(
-    depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
+# --dataset -> settings of chapter 5 to start from. "cifar10" is three of its classes, and
+# "shapes64" the shapes at 64 pixels, whose last map is 16x16.
+BASES = {"shapes": {}, "shapes64": dict(image_size=64),
+         "cifar10": training.PRESETS["cifar10-cpu"] | dict(
+             depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
 HELP = {"steps": "steps of each transformer", "tokenizer_steps": "steps of each tokenizer",
         "n": "samples to judge", "seeds": "training runs, or sets of samples, per row"}
 # Columns for Trial.show(): what Trial.judged() measures
@@ -77,12 +79,13 @@ class Trial:
         self.settings = training.Settings(**BASES[args.dataset] | dict(
             steps=args.steps, tokenizer_steps=args.tokenizer_steps,
             precision=chosen.read_text()))
-        self.all, self.data, self.names = load_splits(args.dataset, 32, args.data_dir,
-                                                      self.settings.classes)
+        self.all, self.data, self.names = load_splits(
+            self.settings.dataset, self.settings.image_size, args.data_dir,
+            self.settings.classes)
         if args.quick:
             self.all = self.data = {split: (images[:60], labels[:60])
                                     for split, (images, labels) in self.all.items()}
-        self.about = dict(class_names=self.names, dataset=args.dataset)
+        self.about = dict(class_names=self.names, dataset=self.settings.dataset)
 
     def begin(self, row, seed, **changes):
         """Seed torch for a row. -> its settings of chapter 5, with a folder of its own"""
@@ -144,7 +147,7 @@ class Trial:
         to overlook blur, dimming and shifts"""
         facts = *self.data["train"], len(self.names)
         network = (judge.train_judge(*facts, steps=3, augment=augment) if self.args.quick
-                   else judge.judge_of(self.args.dataset, *facts, augment=augment))
+                   else judge.judge_of(self.settings.dataset, *facts, augment=augment))
         return network, judge.extract(network, judge.batches_of(*self.some("train")))[0]
 
     def compare(self, batches, labels=None, augment=True):
@@ -174,15 +177,19 @@ class Trial:
             return dict(self.compare(rebuilt.split(AT_ONCE)), psnr=psnr)
         return self.measure(f"tokenizers/{name}", seed, compute)
 
-    def judged(self, tokenizer, var, seed=0, **options):
-        """n samples, compared with training images. options: of chapter 6's generate()
+    def judged(self, tokenizer, var, seed=0, strict=False, **options):
+        """n samples, compared with training images. options: of chapter 6's generate();
+        strict: measure the distance with a second judge, too, which does not forgive blur
         -> dict as in compare(), and ms: milliseconds of the CPU per image"""
         labels = judge.labels_like(self.data["train"][1], self.args.n)
         generator, begin = torch.Generator().manual_seed(seed), time.process_time()
         samples = [drawing.generate(tokenizer, var, part, generator=generator, **options)
                    for part in labels.split(AT_ONCE)]
         ms = 1000 * (time.process_time() - begin) / len(labels)
-        return dict(self.compare(samples, labels), ms=ms)
+        found = dict(self.compare(samples, labels), ms=ms)
+        if strict:
+            found["second"] = self.compare(samples, augment=False)["frechet"]
+        return found
 
     def show(self, title, columns, rows):
         """Print a table, and above it how its numbers were measured. columns: {head: (name,
