@@ -16,7 +16,6 @@ from report import plots
 # Depth, width, heads
 SIZES = [(2, 32, 1), (2, 48, 1), (3, 64, 2), (3, 96, 3), (4, 128, 4), (5, 160, 5),
          (6, 192, 6)]
-MEASURES = ("all scales", "last scale")   # held-out cross-entropy, nats per token
 
 
 def fit(N, losses):
@@ -34,23 +33,21 @@ def fit(N, losses):
 def main():
     trial = Trial("scaling", trial_parser(__doc__, steps=1000, seeds=1).parse_args())
     tokenizer, _ = training.load_tokenizer(trial.shipped)
-    rows, points = {}, {name: [] for name in MEASURES}
+    rows = {}
     for depth, width, heads in SIZES[:4] if trial.args.quick else SIZES:
-        row, found = f"{depth} x {width}", []
+        row = f"{depth} x {width}"
+        rows[row] = []
         for seed in trial.seeds:
             var = trial.train(row, seed, tokenizer, depth=depth, width=width, heads=heads)
             bits = trial.measure(row, seed, lambda: dict(bits=trial.bits(tokenizer, var)))
             nats = math.log(2) * np.array(bits["bits"])                # (K,)
-            found.append({"N": parameters(var), "all scales": nats.sum() / var.L,
-                          "last scale": nats[-1] / tokenizer.scales[-1] ** 2})
-        for name in MEASURES:
-            mean = np.mean([numbers[name] for numbers in found])
-            points[name].append((parameters(var), mean))
-        rows[row] = found
+            rows[row].append({"N": parameters(var), "all scales": nats.sum() / var.L,
+                              "last scale": nats[-1] / tokenizer.scales[-1] ** 2})
     trial.show("depth x width", {"parameters, M": ("N", 3), "all scales": ("all scales", 4),
                                  "last scale": ("last scale", 4)}, rows)
     lines, dots, curves = [], {}, {}
-    for name, pairs in points.items():
+    for name in ("all scales", "last scale"):
+        pairs = [(one["N"], one[name]) for found in rows.values() for one in found]
         N, losses = np.transpose(pairs)
         E, c, a, r, pure = fit(N, losses)
         lines.append([name, f"{E:.3f}", f"{c:.3f}", f"{a:.2f}", f"{r:.3f}", f"{pure:.3f}"])
