@@ -203,26 +203,21 @@ def read_settings(argv=None):
         raise BadInput("--tokenizer-batch-size and --batch-size must be multiples of "
                        f"{parts}, the number of processes times --accumulate")
     try:
-        var_config(settings, tokenizer_config(settings), num_classes=1)
+        config_of(vqvae.TokenizerConfig, settings)
+        config_of(transformer.VARConfig, settings, num_classes=1)
     except ValueError as error:
         raise BadInput(str(error)) from None
     return settings
 
 
-def tokenizer_config(settings):
-    """-> TokenizerConfig"""
-    names = [field.name for field in fields(vqvae.TokenizerConfig) if field.name in NAMES]
-    return vqvae.TokenizerConfig(**{name: getattr(settings, name) for name in names})
-
-
-def var_config(settings, tokenizer, num_classes):
-    """tokenizer: the TokenizerConfig, whose scales and vocabulary the transformer shares
-    -> VARConfig"""
-    return transformer.VARConfig(
-        num_classes=num_classes, scales=tokenizer.scales, vocab_size=tokenizer.vocab_size,
-        latent_dim=tokenizer.latent_dim, depth=settings.depth, width=settings.width,
-        heads=settings.heads, shared_adaln=settings.shared_adaln,
-        drop_path=settings.drop_path, label_dropout=settings.label_dropout)
+def config_of(config_class, *sources, **others):
+    """A TokenizerConfig or VARConfig. Each field is taken from `others`, or else from the
+    first source (settings or another config) that has it."""
+    for source in sources:
+        for field in fields(config_class):
+            if hasattr(source, field.name):
+                others.setdefault(field.name, getattr(source, field.name))
+    return config_class(**others)
 
 
 # -- Schedule, order and randomness --------------------------------------------------------
@@ -589,7 +584,7 @@ def train_both(settings):
     own = Path(settings.out) / "tokenizer.pt"
     torch.manual_seed(settings.seed)
     if settings.stage != "transformer":
-        tokenizer = vqvae.MultiScaleVQVAE(tokenizer_config(settings))
+        tokenizer = vqvae.MultiScaleVQVAE(config_of(vqvae.TokenizerConfig, settings))
         held_out = sample_of(splits["test"][0], 1000)
         train_tokenizer(settings, tokenizer, splits["train"][0], held_out, about, device)
     elif not distributed.agreed(own.exists()):             # given by --tokenizer-file
@@ -598,7 +593,8 @@ def train_both(settings):
     if settings.stage != "tokenizer":
         tokenizer.to(device)
         torch.manual_seed(settings.seed)
-        var = transformer.VAR(var_config(settings, tokenizer.config, len(class_names)))
+        var = transformer.VAR(config_of(transformer.VARConfig, tokenizer.config, settings,
+                                        num_classes=len(class_names)))
 
         def cached_tokens():
             return [(encode_once(settings, tokenizer, images, split, device), labels)

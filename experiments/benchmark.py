@@ -27,10 +27,12 @@ def main():
     batch, repeats = (2, 1) if args.quick else (args.batch_size, 5)
     settings = training.read_settings(SIZES[args.size].split())
     device = pick_device(args.device)
-    config, precision = training.tokenizer_config(settings), best_precision(device)
+    config = training.config_of(vqvae.TokenizerConfig, settings)
+    precision = best_precision(device)
     torch.manual_seed(0)
     tokenizer = vqvae.MultiScaleVQVAE(config).to(device)
-    var = transformer.VAR(training.var_config(settings, config, 1000)).to(device)
+    var = transformer.VAR(training.config_of(transformer.VARConfig, config, settings,
+                                             num_classes=1000)).to(device)
     image = torch.rand(batch, 3, config.image_size, config.image_size, device=device)
     labels, lines = torch.arange(batch, device=device) % 1000, []
 

@@ -56,7 +56,8 @@ def bit_losses(var, classes, inputs, bits):
 def train_bitwise(trial, row, seed, tokenizer):
     """Chapter 5's loop, without a cache, which would hold every bit as a token."""
     settings, (images, labels) = trial.begin(row, seed), trial.data["train"]
-    var = BitwiseVAR(training.var_config(settings, tokenizer.config, len(trial.names)))
+    var = BitwiseVAR(training.config_of(transformer.VARConfig, tokenizer.config, settings,
+                                        num_classes=len(trial.names)))
     optimizers = make_optimizers(var, settings.lr, settings.weight_decay,
                                  settings.optimizer, settings.precision)
     steps = settings.steps

@@ -99,7 +99,7 @@ class Trial:
         """Train a tokenizer on all images of the data set, or load it if it was trained.
         config: fields of TokenizerConfig; changes: of Settings -> frozen MultiScaleVQVAE"""
         settings = self.begin(f"tokenizers/{row}", seed, **changes)
-        sizes = replace(training.tokenizer_config(settings), **(config or {}))
+        sizes = training.config_of(vqvae.TokenizerConfig, settings, **(config or {}))
         tokenizer = vqvae.MultiScaleVQVAE(sizes)
         training.train_tokenizer(settings, tokenizer, self.all["train"][0],
                                  sample_of(self.all["test"][0], 1000), self.about, CPU)
@@ -112,8 +112,8 @@ class Trial:
         shared = replace(settings, out=str(self.folder))   # all rows share cached tokens
         pairs = [(training.encode_once(shared, tokenizer, images, split, CPU), labels)
                  for split, (images, labels) in self.data.items()]
-        sizes = training.var_config(settings, tokenizer.config, len(self.names))
-        var = model(replace(sizes, **(config or {})))
+        var = model(training.config_of(transformer.VARConfig, tokenizer.config, settings,
+                                       num_classes=len(self.names), **(config or {})))
         training.train_transformer(settings, var, tokenizer, lambda: pairs, self.about, CPU)
         return var
 

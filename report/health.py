@@ -15,17 +15,12 @@ from report import plots
 
 
 def psnr(image, other, keep=None):
-    """Peak signal-to-noise ratio of images (B, 3, H, W) in [-1, 1], or of the pixels in
-    keep (H, W) bool -> (B,) in dB"""
+    """Peak signal-to-noise ratio, 10 log10(range^2 / mean squared error), of images
+    (B, 3, H, W) in [-1, 1], or of the pixels in keep (H, W) bool -> (B,) in dB"""
     error = (image.clamp(-1, 1) - other.clamp(-1, 1)).square()           # (B, 3, H, W)
     if keep is not None:
         error = error[:, :, keep]                                        # (B, 3, pixels)
-    return decibels(error.flatten(1).mean(1))
-
-
-def decibels(error):
-    """Mean squared error of values in [-1, 1] -> PSNR in dB, 10 log10(range^2 / error)"""
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+    return 10 * torch.log10(4 / error.flatten(1).mean(1).clamp(min=1e-10))
 
 
 def count_codes(tokens, vocab_size):

@@ -49,7 +49,7 @@ def test_the_imagenet_recipe_is_that_of_the_original(
     assert (found.weight_decay, found.final_weight_decay) == (0.05, last_decay)
     assert (found.final_lr, found.clip, found.image_size) == (final, 2.0, side)
     assert found.scales == released.SCALES[680 if side == 256 else 2240]
-    var = m5.var_config(found, m5.tokenizer_config(found), 1000)
+    var = m5.config_of(m4.VARConfig, found, num_classes=1000)
     assert (var.width, var.heads, var.shared_adaln) == (64 * depth, depth, depth == 36)
     assert var.drop_path == pytest.approx(0.1 * depth / 24)
     found = m5.read_settings([*words, "--lr", "1", "--steps", "7"])
@@ -142,7 +142,7 @@ def train(stage, out, **changes):
     vars(settings).update(sizes | changes)
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
-    tokenizer = m2.MultiScaleVQVAE(m5.tokenizer_config(settings))
+    tokenizer = m2.MultiScaleVQVAE(m5.config_of(m2.TokenizerConfig, settings))
     tokenizer.quantizer.initialised = torch.tensor(True)   # codes need no data to start
     about, cpu = dict(class_names=["a", "b", "c"], dataset="noise"), torch.device("cpu")
     if stage == "tokenizer":
@@ -150,7 +150,7 @@ def train(stage, out, **changes):
         m5.train_tokenizer(settings, tokenizer, NOISE, held_out, about, cpu)
     else:
         tokenizer.eval().requires_grad_(False)
-        var = m4.VAR(m5.var_config(settings, tokenizer.config, 3))
+        var = m4.VAR(m5.config_of(m4.VARConfig, settings, num_classes=3))
         data = [(TOKENS, LABELS), ([TOKENS[0][:20]], LABELS[:20])]
         m5.train_transformer(settings, var, tokenizer, lambda: data, about, cpu)
     return tokenizer, [e for e in log_of(out) if "held_out" not in e]
