@@ -48,8 +48,8 @@ def imports(tree):
 
 @pytest.mark.parametrize("path", [*CHAPTERS, *SUPPORT], ids=relative)
 def test_the_reading_order_holds_and_no_other_package_comes_in(path):
-    """A chapter imports the chapters before it, support none. Chapters 1 to 4 import support
-    inside functions alone, for the picture of the demo."""
+    """A chapter imports the chapters before it, support none. Chapters 1 to 4 import
+    support inside functions alone, for the picture of the demo."""
     tree = ast.parse(path.read_text(), feature_version=(3, 10))
     packages = {*sys.stdlib_module_names, "torch", "numpy", "PIL"}
     support = FOLDERS.get(relative(path.parent), {"data", "engine", "report"})

@@ -125,7 +125,7 @@ def test_a_signal_to_the_whole_group_saves(refused, tiny, tmp_path):
 @pytest.mark.parametrize("stage, step, optimizer", [
     ("tokenizer", 18, "muon"), ("transformer", 24, "adamw")])
 def test_two_processes_train_as_one(cli, tiny, tmp_path, stage, step, optimizer):
-    """Without what differs between processes: their random numbers (stage 1 resumes, because
+    """Without what processes do not share: their random numbers (stage 1 resumes, because
     new codes are drawn) and, over many steps, the rounding of Muon."""
     one, two = tmp_path / "one", tmp_path / "two"
     state = checkpoints.load_checkpoint(tiny.folder / "tokenizer.pt")
