@@ -179,7 +179,7 @@ class MultiScaleVQVAE(nn.Module):
             # End of exercise
             extra = extra + self.quantizer.extra_loss(x)   # x has a gradient for this alone
         if self.training:
-            torch.compiler.disable(self.quantizer.learn)(groups, tokens)   # never compiled
+            self.quantizer.learn(groups, tokens)
         return f_hat, tokens, loss / K, extra / K
 
     def unquantized(self, f):
