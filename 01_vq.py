@@ -326,9 +326,8 @@ def main():
     loose = show("without commitment", learn_vq_vae(patches, straight_through, beta=0))
     both = show("with both", learn_vq_vae(patches, straight_through))
     assert both < loose < blind
-    images = torch.cat([photo, *rows.values()]).permute(0, 3, 1, 2)
-    plots.save_grid("out/01_vq.png", images, 12, row_labels=["original", *rows])
-    print("wrote out/01_vq.png")
+    rows = {"original": photo} | rows                      # (12, 64, 64, 3) each
+    plots.save_grid("out/01_vq.png", {text: x.movedim(3, 1) for text, x in rows.items()})
 
 
 if __name__ == "__main__":

@@ -346,9 +346,9 @@ def train(tokenizer, images, steps=340):
 
 @torch.no_grad()
 def show_scales(tokenizer, images):
-    """Print what each scale adds. -> {label: images (B, 3, H, W) as rebuilt so far}"""
+    """Print what each scale adds. -> {label: images (B, 3, H, W) in [0, 1]}"""
     f = tokenizer.encode(images)                                        # (B, C, h, w)
-    before, rows, missing = 0, {"original": images}, []
+    before, rows, missing = 0, {"original": images / 2 + 0.5}, []
     print("scale   share of f missing: this map unrounded   rounded   PSNR, dB")
     for k, (x, _, f_hat) in enumerate(tokenizer.rounds(f)):
         unrounded = F.mse_loss(before + tokenizer.upsample_from(x, k), f) / f.square().mean()
@@ -357,7 +357,7 @@ def show_scales(tokenizer, images):
         psnr = -10 * torch.log10(F.mse_loss(rebuilt, images) / 4)       # 4: range squared
         label = f"{tokenizer.scales[k]}x{tokenizer.scales[k]}"
         print(f"{label}{unrounded:>43.1%}{missing[-1]:>10.1%}{psnr:>11.1f}")
-        rows[f"{label}, {psnr:.1f} dB"] = rebuilt
+        rows[f"{label}, {psnr:.1f} dB"] = rebuilt / 2 + 0.5
         before = f_hat
     assert missing == sorted(missing, reverse=True), "every scale must help"
     assert torch.allclose(tokenizer.features(tokenizer.quantize(f)), f_hat)  # Algorithm 2
@@ -372,10 +372,9 @@ def main():
     tokenizer = MultiScaleVQVAE(TokenizerConfig(vocab_size=256, channels=32))
     rows = show_scales(train(tokenizer, images), images[:8])
     print("coarse maps lose most by resizing, the last one by rounding alone")
+    print("chapter 5 trains longer, for sharper images")
     note = "At 1x1 all cells hold one code; the box comes from zero padding (phi, decoder)."
-    plots.save_grid("out/02_multiscale_vqvae.png", torch.cat([*rows.values()]) / 2 + 0.5, 8,
-                    row_labels=list(rows), footer=plots.legend(note))
-    print("wrote out/02_multiscale_vqvae.png (chapter 5 trains longer, for sharper images)")
+    plots.save_grid("out/02_multiscale_vqvae.png", rows, footer=note)
 
 
 if __name__ == "__main__":

@@ -112,11 +112,10 @@ def main():
 
     compare_orders()
     masks = torch.stack([mask, block_causal_mask((1,) * 30)])
-    footer = plots.legend("Yellow: the row's token attends to the column's token.")
     labels = ["next scale: 1 + 4 + 9 + 16 tokens", "raster: 30 tokens"]
-    plots.save_grid("out/03_block_causal_mask.png", plots.heat_map(masks, 0, 1), columns=2,
-                    scale=9, column_labels=labels, footer=footer)
-    print("wrote out/03_block_causal_mask.png")
+    plots.save_grid("out/03_block_causal_mask.png", {"": plots.heat_map(masks, 0, 1)},
+                    column_labels=labels, scale=9,
+                    footer="Yellow: the row's token attends to the column's token.")
 
 
 if __name__ == "__main__":

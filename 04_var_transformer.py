@@ -297,12 +297,11 @@ def show_influence(var):
     assert not moved[~var.mask].any()
     print("changing an input moves no output of a coarser scale")
     picture = plots.heat_map((moved + 0.01).log())[None]   # (1, 3, L, L)
-    footer = plots.legend(
-        "Row: an output. Column: the input that was changed. Bright: it moves far.\n"
-        "First column: the class, which steers every block. Diagonal: f_hat at the\n"
-        "output's own position. Random weights; maps of 1, 4, 9, 16, 36, 64 tokens.")
-    plots.save_grid("out/04_var_transformer.png", picture, 1, scale=4, footer=footer)
-    print("wrote out/04_var_transformer.png")
+    plots.save_grid(
+        "out/04_var_transformer.png", {"": picture}, scale=4,
+        footer="Row: an output. Column: the input that was changed. Bright: it moves far.\n"
+               "First column: the class, which steers every block. Diagonal: f_hat at the\n"
+               "output's own position. Random weights; maps of 1, 4, 9, 16, 36, 64 tokens.")
 
 
 @torch.no_grad()

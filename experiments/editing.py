@@ -88,9 +88,8 @@ def main():
         lines[-1] += hidden
     show([f"{len(image)} images, dB", *MASKS, "bits, right half", "named as the original"],
          lines)
-    images = torch.cat([row[::25] for row in rows.values()])
-    plots.save_grid("out/editing.png", images, len(images) // len(rows), row_labels=rows,
-                    footer=plots.legend(f"dB: PSNR of the kept part, {len(image)} images."))
+    plots.save_grid("out/editing.png", {text: row[::25] for text, row in rows.items()},
+                    footer=f"dB: PSNR of the kept part, {len(image)} images.")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def main():
         images[way] = plots.heat_map((heat + 0.001).log10(), -3, -1)
     trial.show("mean change of a pixel, % of the range",
                {side: (side, 2) for side in sides}, rows)
-    trial.draw(images, sides, "How much a pixel changes, on average, if the middle token "
-               "of one map changes.\nDark: 0.1 % of the range, green: 1 %, yellow: 10 %.")
+    trial.draw(images, column_labels=sides, footer="How much a pixel changes, on average, if "
+               "the middle token of one map changes.\nDark: 0.1 % of the range, green: 1 %, "
+               "yellow: 10 %.")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main():
                           "Fréchet, rebuilt": ("rebuilt", 3),
                           "bits per image": ("bits", 1), **JUDGED,
                           "second judge": ("second", 3)}, rows)
-    trial.draw(images, trial.names, LEGEND)
+    trial.draw(images, column_labels=trial.names, footer=LEGEND)
 
 
 if __name__ == "__main__":

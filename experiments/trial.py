@@ -200,13 +200,9 @@ class Trial:
         lines = [[row, *cells(found, digits)] for row, found in rows.items()]
         show([title, *columns], lines)
 
-    def draw(self, rows, column_labels=(), footer=""):
-        """Write a figure into the folder. rows: {text: images (n, 3, H, W) in [0, 1]}"""
-        images = list(rows.values())
-        path = self.folder / f"{self.folder.parent.name}.png"
-        plots.save_grid(path, torch.cat(images), len(images[0]), row_labels=rows,
-                        column_labels=column_labels, footer=plots.legend(footer))
-        print(f"wrote {path}")
+    def draw(self, rows, **options):
+        """Write a figure into the folder, see save_grid()."""
+        plots.save_grid(self.folder / f"{self.folder.parent.name}.png", rows, **options)
 
 
 def show(head, lines):

@@ -108,15 +108,6 @@ def kept_region(args, task):
 
 # -- Tasks ---------------------------------------------------------------------------------
 
-def save(args, name, rows, footer="", **options):
-    """One sheet. rows: {text: images (n, 3, H, W) in [0, 1]}; options: of save_grid()"""
-    path = args.out / f"{name}.png"
-    images = torch.cat(list(rows.values()))
-    plots.save_grid(path, images, len(images) // len(rows), row_labels=list(rows),
-                    footer=footer and plots.legend(footer), **options)
-    print(f"wrote {path}")
-
-
 @torch.no_grad()
 def show_samples(args, model):
     """Samples of each class. Then how some came about: the token map added at each scale,
@@ -125,16 +116,17 @@ def show_samples(args, model):
     rows, n = {}, args.n or 8
     for i, (c, text) in enumerate(args.labels.items()):
         rows[text] = model.sample(torch.full((n,), c), seed=i * n)
-    save(args, "samples", rows)
+    plots.save_grid(args.out / "samples.png", rows)
     rows, names = {}, list(args.labels.values())[:5]
     images = health.decoded(tokenizer, tokens)
     for side, maps, image in zip(tokenizer.scales, tokens, images):
         colours = plots.token_colours(maps, side, tokenizer.config.vocab_size)
         rows[f"{side}x{side}"] = torch.cat([F.interpolate(x, size=max(96, args.side))
                                             for x in (colours, (image + 1) / 2)])
-    save(args, "coarse_to_fine", rows, "Left: the token map of each scale. A colour stands "
-         "for the number of a code.\nRight: the image decoded from all maps so far.",
-         column_labels=names * 2, scale=1)
+    plots.save_grid(
+        args.out / "coarse_to_fine.png", rows, column_labels=names * 2, scale=1,
+        footer="Left: the token map of each scale. A colour stands for the number of a "
+               "code.\nRight: the image decoded from all maps so far.")
 
 
 def show_guidance(args, model):
@@ -143,16 +135,14 @@ def show_guidance(args, model):
     for cfg in sorted({0.0, 1.0, 2.0, 3.0, 5.0, model.cfg}):
         text = f"{args.labels[c]}, cfg {cfg:g}" + " (default)" * (cfg == model.cfg)
         rows[text] = model.sample(torch.full((8,), c), cfg=cfg)
-    save(args, "guidance", rows, "cfg: guidance at the last scale. The images of a column "
-         "share their random numbers.")
+    plots.save_grid(args.out / "guidance.png", rows, footer="cfg: guidance at the last "
+                    "scale. The images of a column share their random numbers.")
 
 
 def show_reconstructions(args, model):
     """Images, and what the tokenizer makes of them after each scale."""
     image, _ = images_to_edit(args)
-    path = args.out / "reconstruct.png"
-    health.save_picture(path, model.tokenizer, image.to(args.device))
-    print(f"wrote {path}")
+    health.save_picture(args.out / "reconstruct.png", model.tokenizer, image.to(args.device))
 
 
 @torch.no_grad()
@@ -184,8 +174,10 @@ def show_edits(args, model, task):
                        for known in (no_class, meant))
         print(f"    {text:<16}{db:>6.1f} dB{free:>22.0f}{given:>23.0f}")
         rows[f"{text}\n{db:.1f} dB, {given:.0f} bits"] = result
-    save(args, task, rows, "dB: PSNR of the kept part. Bits: what the tokens of the whole "
-         "result cost under the\nmodel, given the class (no class: that of the original).")
+    plots.save_grid(
+        args.out / f"{task}.png", rows,
+        footer="dB: PSNR of the kept part. Bits: what the tokens of the whole result cost "
+               "under the\nmodel, given the class (no class: that of the original).")
 
 
 def check_no_leak(repaint, image, keep, labels):

@@ -96,11 +96,10 @@ def save_picture(path, tokenizer, image):
     """One sheet: the images, what is decoded after each scale, and where the last one errs.
     image (B, 3, H, W) in [-1, 1]; only the first four are shown if they are large."""
     image = image[:max(4, 640 // image.shape[-1])]
-    rows = decoded(tokenizer, tokenizer.image_to_tokens(image))
+    found = decoded(tokenizer, tokenizer.image_to_tokens(image))
     image = image.cpu()
-    names = [f"after {side}x{side}, {psnr(image, row).mean():.1f} dB"
-             for side, row in zip(tokenizer.scales, rows)]
-    error = (rows[-1] - image).abs().mean(1) / 2           # 1: black in place of white
-    shown = torch.cat([image, *rows]) / 2 + 0.5
-    plots.save_grid(path, torch.cat([shown, plots.heat_map(error, 0, 0.2)]), len(image),
-                    row_labels=["original", *names, "error, 0 to 20 %"])
+    rows = {"original": image / 2 + 0.5}
+    for side, row in zip(tokenizer.scales, found):
+        rows[f"after {side}x{side}, {psnr(image, row).mean():.1f} dB"] = row / 2 + 0.5
+    error = (found[-1] - image).abs().mean(1) / 2          # 1: black in place of white
+    plots.save_grid(path, rows | {"error, 0 to 20 %": plots.heat_map(error, 0, 0.2)})

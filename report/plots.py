@@ -59,26 +59,25 @@ def to_uint8(images):
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=None,
-              footer=None):
-    """Write images row by row into one PNG on white.
-
-    images: float tensor (N, 3, H, W) in [0, 1]; scale: a whole number (None: cells of about
-    96 pixels); row_labels, column_labels: a text for each; footer: what legend() makes"""
+def save_grid(path, rows, *, column_labels=(), scale=None, footer=""):
+    """Write rows of images into one PNG on white. rows: {text beside a row: floats
+    (n, 3, H, W) in [0, 1]}, n alike; column_labels: a text for each; scale: a whole number
+    (None: cells of about 96 pixels); footer: lines of text"""
+    images, columns = torch.cat([*rows.values()]), len(next(iter(rows.values())))
     gap, scale = 2, scale or max(1, round(96 / images.shape[3]))
     images = to_uint8(images).repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = images.shape[1:3]
     # Labels set the margins, and a large label widens its row or column: none is cut off.
-    beside = [legend(text) for text in row_labels]
+    beside = [legend(text) for text in rows]
     above = [legend(text) for text in column_labels]
-    left = max([gap, *(label.width for label in beside)])
+    below = legend(footer) if footer else Image.new("RGB", (0, 0))
+    left = max(label.width for label in beside)
     top = max([gap, *(label.height for label in above)])
     step_x = max([width + gap, *(label.width for label in above)])
     step_y = max([height + gap, *(label.height for label in beside)])
-    bottom = top + math.ceil(len(images) / columns) * step_y
-    footer = footer or Image.new("RGB", (0, 0))
-    sheet = Image.new("RGB", (max(left + columns * step_x, footer.width),
-                              bottom + footer.height), "white")
+    bottom = top + len(rows) * step_y
+    sheet = Image.new("RGB", (max(left + columns * step_x, below.width),
+                              bottom + below.height), "white")
     for i, image in enumerate(images):
         x = left + i % columns * step_x + (step_x - gap - width) // 2
         sheet.paste(Image.fromarray(image), (x, top + i // columns * step_y))
@@ -88,9 +87,10 @@ def save_grid(path, images, columns, *, row_labels=(), column_labels=(), scale=N
     for i, label in enumerate(above):
         x = left + i * step_x + (step_x - gap - label.width) // 2
         sheet.paste(label, (x, 0))
-    sheet.paste(footer, (0, bottom))
+    sheet.paste(below, (0, bottom))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+    print(f"wrote {path}")
 
 
 # -- Colours -------------------------------------------------------------------------------

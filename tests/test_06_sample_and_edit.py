@@ -18,7 +18,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from engine import BadInput, checkpoints
-from report import gallery, plots
+from report import plots
 
 m6 = import_module("06_sample_and_edit")
 SCRIPT, NO_CLASS = "06_sample_and_edit.py", 3              # there are three classes
@@ -166,9 +166,9 @@ def test_editing_equals_the_slow_loop(keep, paint, settle, residual):
 @pytest.fixture
 def sheets(monkeypatch):
     """name -> the rows of the sheet that was last saved under it, {text: images}"""
-    found, save = {}, gallery.save
-    monkeypatch.setattr(gallery, "save", lambda args, name, rows, *more, **how: (
-        found.update({name: rows}), save(args, name, rows, *more, **how)))
+    found, save = {}, plots.save_grid
+    monkeypatch.setattr(plots, "save_grid", lambda path, rows, **how: (
+        found.update({path.stem: rows}), save(path, rows, **how)))
     return found
 
 
