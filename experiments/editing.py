@@ -59,7 +59,7 @@ SHOWN = (list(WAYS)[1], *list(WAYS)[-2:])                  # in the figure
 def main():
     quick = quick_parser(__doc__).parse_args().quick
     images, classes, names = shapes.load("test" if quick else "train")
-    network = judge.train_judge(images, classes, len(names), steps=3 if quick else 100)
+    network = judge.judge_of("shapes", images, classes, len(names), steps=3 if quick else None)
     path = ROOT / "data/pretrained/shapes.pt"
     tokenizer, var = training.load_tokenizer(path)[0], training.load_transformer(path)[0]
     images, classes, _ = shapes.load("test")

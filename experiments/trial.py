@@ -146,8 +146,8 @@ class Trial:
         """-> a judge of these classes, its features of n training images. augment: teach it
         to overlook blur, dimming and shifts"""
         facts = *self.data["train"], len(self.names)
-        network = (judge.train_judge(*facts, steps=3, augment=augment) if self.args.quick
-                   else judge.judge_of(self.settings.dataset, *facts, augment=augment))
+        network = judge.judge_of(self.settings.dataset, *facts, augment=augment,
+                                 steps=3 if self.args.quick else None)
         return network, judge.extract(network, judge.batches_of(*self.some("train")))[0]
 
     def compare(self, batches, labels=None, augment=True):

@@ -40,31 +40,21 @@ class Judge(nn.Module):
 
 
 @torch.random.fork_rng(devices=[])        # the caller's random numbers stay as they are
-def judge_of(dataset, images, labels, num_classes, device="cpu", augment=True):
-    """The judge of a data set, trained when it is first needed and kept in out/. See
-    train_judge() for the arguments."""
+def judge_of(dataset, images, labels, num_classes, device="cpu", augment=True, steps=None):
+    """The judge of a data set, in eval mode, trained when it is first needed and kept in
+    out/. images: uint8 (N, H, W, 3) or read on demand; labels (N,); augment: vary the
+    images, see varied(), because a judge that never saw blur, dimming or shifts is
+    stricter; steps: None for those in data/registry.py. The shapes need 100, about 15 s on
+    one CPU core."""
     how, kind = dataset_named(dataset), "" if augment else "strict_"
-    path = Path("out") / f"judge_{kind}{image_fingerprint(images)}.pt"
-    if not path.exists():
-        judge = train_judge(images, labels, num_classes, steps=how.judge_steps,
-                            width=how.judge_width, mirrored=how.mirrored, device=device,
-                            augment=augment)
-        save_atomically(judge.cpu().state_dict(), path)
-    judge = Judge(num_classes, how.judge_width)
-    judge.load_state_dict(load_checkpoint(path))
-    return judge.to(device).eval()
-
-
-@torch.random.fork_rng(devices=[])
-def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
-                device="cpu", augment=True):
-    """Train a judge on images, uint8 (N, H, W, 3) or read on demand, and labels (N,).
-    augment: vary the images, see varied(); a judge trained without it is stricter, because
-    it never saw blur, dimming or shifts. -> judge in eval mode. The shapes need 100 steps,
-    about 15 s on one CPU core."""
-    labels, generator = torch.as_tensor(labels), torch.Generator().manual_seed(0)
+    steps = steps or how.judge_steps
+    path = Path("out") / f"judge_{kind}{steps}_{image_fingerprint(images)}.pt"
     torch.default_generator.manual_seed(0)
-    judge = Judge(num_classes, width).to(device).train()
+    judge = Judge(num_classes, how.judge_width).to(device)
+    if path.exists():
+        judge.load_state_dict(load_checkpoint(path))
+        return judge.eval()
+    labels, generator = torch.as_tensor(labels), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, max(steps, 2))
     drawn = []
@@ -79,7 +69,7 @@ def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
     for step, batch in enumerate(batches):
         image = (to_float(batch) + 1) / 2                                # (128, 3, H, W)
         if augment:
-            image = varied(image, generator, mirrored)
+            image = varied(image, generator, how.mirrored)
         logits = judge.head(judge.features(image.to(device)))            # (128, classes)
         wanted = labels[drawn[step]].to(device)
         loss = F.cross_entropy(logits, wanted, label_smoothing=0.02)
@@ -87,6 +77,7 @@ def train_judge(images, labels, num_classes, *, steps, width=24, mirrored=False,
         loss.backward()
         optimizer.step()
         schedule.step()
+    save_atomically(judge.state_dict(), path)
     return judge.eval()
 
 

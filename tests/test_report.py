@@ -120,7 +120,7 @@ def test_a_judge_learns_and_is_kept_and_evaluate_prints_its_measures(
     judge.evaluate(args, model)
     out = capsys.readouterr().out
     assert torch.bincount(meant[0]).tolist() == [70, 30], "in the shares of the real images"
-    monkeypatch.setattr(judge, "train_judge", None)        # it was kept in out/
+    monkeypatch.setattr(judge, "varied", None)             # it was kept in out/
     network = judge.judge_of("any", *splits["train"], 2)
     known, _ = judge.extract(network, judge.batches_of(images, judge.rows_of(400, 100)))
     features, logits = judge.extract(network, [samples])
