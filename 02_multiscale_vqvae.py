@@ -58,7 +58,15 @@ class TokenizerConfig:
 
     def __post_init__(self):
         self.scales, self.multipliers = tuple(self.scales), tuple(self.multipliers)
-        check_sizes(self)
+        if list(self.scales) != sorted(self.scales):
+            raise ValueError(f"scales must not shrink, unlike {self.scales}")
+        side = self.image_size / (self.unshuffle * 2 ** (len(self.multipliers) - 1))
+        if self.scales[-1] != side:
+            raise ValueError(f"the last scale must be {side:g} (image_size / downsampling)")
+        if self.channels % self.groups:
+            raise ValueError(f"channels must be a multiple of {self.groups} groups")
+        if self.quantizer == "lfq" and not self.vocab_size == 2 ** self.latent_dim <= 2 ** 24:
+            raise ValueError("lfq needs vocab_size = 2**latent_dim, latent_dim at most 24")
 
 
 # -- The tokenizer -------------------------------------------------------------------------
@@ -316,19 +324,6 @@ def make_decoder(cfg):
         norm_out=nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
         conv_out=conv3x3(widths[-1], 3 * cfg.unshuffle ** 2),           # (B, 3uu, H/u, W/u)
         shuffle=nn.PixelShuffle(cfg.unshuffle))
-
-
-def check_sizes(cfg):
-    """Raises ValueError for settings that do not fit together."""
-    if list(cfg.scales) != sorted(cfg.scales):
-        raise ValueError(f"scales must not shrink, unlike {cfg.scales}")
-    side = cfg.image_size / (cfg.unshuffle * 2 ** (len(cfg.multipliers) - 1))
-    if cfg.scales[-1] != side:
-        raise ValueError(f"the last scale must be {side:g} (image_size / downsampling)")
-    if cfg.channels % cfg.groups:
-        raise ValueError(f"channels must be a multiple of {cfg.groups} groups")
-    if cfg.quantizer == "lfq" and not cfg.vocab_size == 2 ** cfg.latent_dim <= 2 ** 24:
-        raise ValueError("lfq needs vocab_size = 2**latent_dim, with latent_dim at most 24")
 
 
 # -- Demo ----------------------------------------------------------------------------------
