@@ -305,8 +305,8 @@ def load_model(args):
         tokenizer, var = load_released(fetch("vae_ch160v4096z32.pth", args.tokenizer_file),
                                        fetch(f"var_{args.released}.pth", args.var_file))
         return tokenizer, var, dict(
-            class_names=imagenet.class_names(), dataset="imagenet", name=args.released,
-            sampling=dict(cfg=1.5, top_k=900, top_p=0.96))
+            class_names=[*imagenet.wnid_names().values()], dataset="imagenet",
+            name=args.released, sampling=dict(cfg=1.5, top_k=900, top_p=0.96))
     runs = sorted(Path("out").glob("*/transformer.pt"), key=os.path.getmtime)
     shipped = Path(__file__).with_name("data") / "pretrained" / "shapes.pt"
     run = Path(args.run or (runs[-1].parent if runs else shipped))

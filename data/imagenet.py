@@ -49,13 +49,8 @@ def _classes(base):
     return labelled
 
 
-def class_names():
-    """The 1000 names in label order, all different."""
-    return list(wnid_names().values())
-
-
 @functools.cache
 def wnid_names():
-    """-> {wnid: name} x 1000, in label order"""
+    """-> {wnid: name} x 1000, in label order; all names differ"""
     table = Path(__file__).with_name("imagenet_classes.txt").read_text("utf-8")
     return dict(line.split(" ", 1) for line in table.splitlines())
