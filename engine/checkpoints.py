@@ -14,8 +14,6 @@ from engine.distributed import agreed, barrier, rank, say, world
 
 DOWNLOADS = Path(__file__).resolve().parents[1] / "data" / "downloads"
 TRAINING_ONLY = ("optimizers", "scaler", "critic")         # entries that sampling does not need
-# What is raised when the content of a file does not fit.
-LOADING_ERRORS = KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError
 
 
 def save_atomically(value, path):
@@ -62,7 +60,7 @@ def load_model(path, part, model_class, config_class):
     try:
         model = model_class(config_class(**state["config"]))
         model.load_state_dict(state["model"])
-    except LOADING_ERRORS as error:
+    except Exception as error:            # what does not fit raises nearly anything
         reason = str(error).splitlines()[0]
         raise BadInput(f"{path}: does not hold a {part} ({reason})") from None
     about = {key: state[key] for key in state if key not in ("model", *TRAINING_ONLY)}
@@ -113,7 +111,7 @@ def resume(path, facts, settings, modules, optimizers):
             start = state["step"]
         except torch.OutOfMemoryError:
             raise
-        except LOADING_ERRORS:
+        except Exception:
             raise BadInput(f"{path} is damaged; --fresh starts over") from None
         say(f"{path.stem}: resuming at step {start}")
     if rank() == 0:

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from engine import BadInput
-from engine.checkpoints import DOWNLOADS, LOADING_ERRORS, download, load_checkpoint
+from engine.checkpoints import DOWNLOADS, download, load_checkpoint
 
 # File in data/downloads/ -> its address and sha256.
 VGG = ("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -83,7 +83,7 @@ def load_perceptual():
             weights.copy_(state[name])
         for k, weights in enumerate(model.weights):
             weights.copy_(state[f"lin{k}.model.1.weight"].view_as(weights))
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise BadInput(f"{DOWNLOADS} does not hold VGG-16 and LPIPS: {error}") from None
     return model
 

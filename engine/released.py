@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from engine import BadInput
-from engine.checkpoints import DOWNLOADS, LOADING_ERRORS, download, load_checkpoint
+from engine.checkpoints import DOWNLOADS, download, load_checkpoint
 
 URL = "https://huggingface.co/FoundationVision/var/resolve/main/"
 # Number of tokens -> sides of the token maps, for 256 and for 512 pixels.
@@ -83,7 +83,7 @@ def read_transformer(state, scales=None, heads=None):
                      heads=heads or depth if factor is None else factor.shape[1],
                      mlp_ratio=len(state["blocks.0.ffn.fc1.weight"]) / width,
                      shared_adaln="shared_ada_lin.1.weight" in state, qk_norm=factor is not None)
-    except LOADING_ERRORS as error:
+    except Exception as error:
         raise BadInput(f"not a released VAR transformer: {error}") from None
     if sum(side * side for side in scales) != length:
         raise BadInput(f"the transformer has {length} positions, which do not fit the scales "
