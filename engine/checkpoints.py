@@ -42,14 +42,9 @@ def load_checkpoint(path):
     """The dict in a checkpoint, on the CPU. Only tensors and plain values are loaded, so a
     hostile file can do no harm. Raises BadInput"""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such checkpoint") from None
-    except Exception as error:            # truncated, another format, or code in the file
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:            # missing, truncated, another format, or code in it
         raise BadInput(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise BadInput(f"{path}: not a checkpoint of 05_train.py")
-    return state
 
 
 def load_model(path, part, model_class, config_class):
