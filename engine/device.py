@@ -1,5 +1,4 @@
 """Which device to compute on, and in which precision."""
-import contextlib
 import os
 import timeit
 
@@ -40,9 +39,7 @@ def autocast(device, precision):
         # their names, these settings of torch act on CPUs, too.
         torch.backends.cuda.enable_flash_sdp(precision == "float32")
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision))
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 
 def cores():
