@@ -264,12 +264,13 @@ def seed_step(settings, stage, step):
 
 # -- What the two loops share --------------------------------------------------------------
 
-def facts_of(settings, model, about, of_other_stage):
+def facts_of(settings, model, class_names, of_other_stage):
     """What a checkpoint holds besides weights. A resumed run has the same "settings"."""
     free = OF_THE_RUN + of_other_stage
     same = {name: getattr(settings, name) for name in NAMES if name not in free}
     same |= asdict(model.config)
-    return about | dict(config=asdict(model.config), settings=same)
+    return dict(class_names=class_names, dataset=settings.dataset,
+                config=asdict(model.config), settings=same)
 
 
 def report(path, step, steps, batch_size, seconds, text, numbers):
@@ -292,15 +293,15 @@ def save_or_stop(settings, path, facts, modules, optimizers, step, steps):
 
 # -- Stage 1: the tokenizer ----------------------------------------------------------------
 
-def train_tokenizer(settings, tokenizer, images, held_out, about, device):
-    """Train a MultiScaleVQVAE from its last checkpoint to settings.tokenizer_steps. images:
-    uint8 (N, H, W, 3), in memory or read on demand; held_out: a uint8 tensor; about: the
-    class_names and the dataset. Raises BadInput if the checkpoint is of another run."""
+def train_tokenizer(settings, tokenizer, splits, class_names, device):
+    """Train a MultiScaleVQVAE from its last checkpoint to settings.tokenizer_steps. splits:
+    {"train", "test": (images, labels)}, images uint8 (N, H, W, 3), in memory or read on
+    demand. Raises BadInput if the checkpoint is of another run."""
     path, steps = Path(settings.out) / "tokenizer.pt", settings.tokenizer_steps
     # Stage 1 has no loss scale, without which gradients vanish in float16.
     precision = "float32" if settings.precision == "float16" else settings.precision
     compute = partial(autocast, device, precision)
-    facts = facts_of(settings, tokenizer, about, OF_STAGE_2)
+    facts = facts_of(settings, tokenizer, class_names, OF_STAGE_2)
     modules = {"model": tokenizer.to(device)}
     optimizers = make_optimizers(tokenizer, settings.tokenizer_lr, 1e-4, settings.optimizer,
                                  precision)
@@ -315,6 +316,7 @@ def train_tokenizer(settings, tokenizer, images, held_out, about, device):
     start = checkpoints.resume(path, facts, settings, modules, optimizers)
     model = distributed.data_parallel(tokenizer)
 
+    images, held_out = splits["train"][0], sample_of(splits["test"][0], 1000)
     crops = crops_to_load(start, len(images), settings)
     batches = picture_batches(images, crops, settings.workers)
     began, skipped, losses, db, counts = time.monotonic(), 0, [], [], 0
@@ -437,13 +439,13 @@ def token_losses(model, tokenizer, tokens, labels):
     return loss.view_as(tokens), logits.argmax(-1) == tokens
 
 
-def train_transformer(settings, var, tokenizer, cached_tokens, about, device):
+def train_transformer(settings, var, tokenizer, cached_tokens, class_names, device):
     """Train a VAR from its last checkpoint to settings.steps. cached_tokens() returns two
-    pairs (list of views (N, L), labels (N,)), to train on and held out; about: class_names
-    and dataset. Raises BadInput if the checkpoint is of another run."""
+    pairs (list of views (N, L), labels (N,)), to train on and held out. Raises BadInput if
+    the checkpoint is of another run."""
     path, steps = Path(settings.out) / "transformer.pt", settings.steps
     compute = partial(autocast, device, settings.precision)
-    facts = facts_of(settings, var, about, OF_STAGE_1)
+    facts = facts_of(settings, var, class_names, OF_STAGE_1)
     facts["settings"]["tokenizer"] = checkpoints.model_fingerprint(tokenizer)
     facts["sampling"] = dict(cfg=settings.cfg, top_k=settings.top_k, top_p=settings.top_p)
     # In float16 gradients below 6e-8 vanish, so the loss is multiplied before backward().
@@ -580,13 +582,11 @@ def train_both(settings):
                     f"{len(class_names)} classes; {distributed.world()} process(es) on "
                     f"{device.type} in {settings.precision}")
 
-    about = dict(class_names=class_names, dataset=settings.dataset)
     own = Path(settings.out) / "tokenizer.pt"
     torch.manual_seed(settings.seed)
     if settings.stage != "transformer":
         tokenizer = vqvae.MultiScaleVQVAE(config_of(vqvae.TokenizerConfig, settings))
-        held_out = sample_of(splits["test"][0], 1000)
-        train_tokenizer(settings, tokenizer, splits["train"][0], held_out, about, device)
+        train_tokenizer(settings, tokenizer, splits, class_names, device)
     elif not distributed.agreed(own.exists()):             # given by --tokenizer-file
         facts = dict(config=asdict(tokenizer.config), settings={})
         checkpoints.save(own, facts, {"model": tokenizer}, [], step=0)
@@ -599,7 +599,7 @@ def train_both(settings):
         def cached_tokens():
             return [(encode_once(settings, tokenizer, images, split, device), labels)
                     for split, (images, labels) in chosen.items()]
-        train_transformer(settings, var, tokenizer, cached_tokens, about, device)
+        train_transformer(settings, var, tokenizer, cached_tokens, class_names, device)
     return lock
 
 

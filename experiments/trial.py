@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.batches import rows_of, sample_of, to_float
+from data.batches import rows_of, to_float
 from data.registry import load_splits
 from engine.checkpoints import save_atomically
 from engine.device import best_precision
@@ -85,7 +85,6 @@ class Trial:
         if args.quick:
             self.all = self.data = {split: (images[:60], labels[:60])
                                     for split, (images, labels) in self.all.items()}
-        self.about = dict(class_names=self.names, dataset=self.settings.dataset)
 
     def begin(self, row, seed, **changes):
         """Seed torch for a row. -> its settings of chapter 5, with a folder of its own"""
@@ -101,8 +100,7 @@ class Trial:
         settings = self.begin(f"tokenizers/{row}", seed, **changes)
         sizes = training.config_of(vqvae.TokenizerConfig, settings, **(config or {}))
         tokenizer = vqvae.MultiScaleVQVAE(sizes)
-        training.train_tokenizer(settings, tokenizer, self.all["train"][0],
-                                 sample_of(self.all["test"][0], 1000), self.about, CPU)
+        training.train_tokenizer(settings, tokenizer, self.all, self.names, CPU)
         return tokenizer
 
     def train(self, row, seed, tokenizer, model=transformer.VAR, config=None, **changes):
@@ -114,7 +112,7 @@ class Trial:
                  for split, (images, labels) in self.data.items()]
         var = model(training.config_of(transformer.VARConfig, tokenizer.config, settings,
                                        num_classes=len(self.names), **(config or {})))
-        training.train_transformer(settings, var, tokenizer, lambda: pairs, self.about, CPU)
+        training.train_transformer(settings, var, tokenizer, lambda: pairs, self.names, CPU)
         return var
 
     def measure(self, row, seed, compute):

@@ -144,15 +144,15 @@ def train(stage, out, **changes):
     torch.manual_seed(0)
     tokenizer = m2.MultiScaleVQVAE(m5.config_of(m2.TokenizerConfig, settings))
     tokenizer.quantizer.initialised = torch.tensor(True)   # codes need no data to start
-    about, cpu = dict(class_names=["a", "b", "c"], dataset="noise"), torch.device("cpu")
+    names, cpu = ["a", "b", "c"], torch.device("cpu")
     if stage == "tokenizer":
-        held_out = torch.from_numpy(NOISE[:4])
-        m5.train_tokenizer(settings, tokenizer, NOISE, held_out, about, cpu)
+        splits = {"train": (NOISE, LABELS), "test": (NOISE[:4], LABELS[:4])}
+        m5.train_tokenizer(settings, tokenizer, splits, names, cpu)
     else:
         tokenizer.eval().requires_grad_(False)
         var = m4.VAR(m5.config_of(m4.VARConfig, settings, num_classes=3))
         data = [(TOKENS, LABELS), ([TOKENS[0][:20]], LABELS[:20])]
-        m5.train_transformer(settings, var, tokenizer, lambda: data, about, cpu)
+        m5.train_transformer(settings, var, tokenizer, lambda: data, names, cpu)
     return tokenizer, [e for e in log_of(out) if "held_out" not in e]
 
 
