@@ -47,12 +47,10 @@ def examine(tokenizer, batches, autocast):
     counts, db = 0, []
     for image in batches:
         with autocast():
-            f = tokenizer.encode(image)                                  # (B, C, h, w)
-        tokens = tokenizer.quantize(f.float())
+            tokens = tokenizer.image_to_tokens(image)
+            found = decoded(tokenizer, tokens)                           # K (B, 3, H, W)
         counts = counts + count_codes(tokens, tokenizer.config.vocab_size)
-        with autocast():
-            db.append(torch.stack([psnr(image, tokenizer.decode(f_hat).float())
-                                   for f_hat in tokenizer.pyramid(tokens)]))     # (K, B)
+        db.append(torch.stack([psnr(image.cpu(), rebuilt) for rebuilt in found]))   # (K, B)
     db = torch.cat(db, 1).double().mean(1).tolist()
     return dict(psnr=db[-1], **usage(counts), psnr_after=db)
 
