@@ -11,15 +11,13 @@ from torch.utils.data import DataLoader
 
 from engine.device import cores
 
-IN_MEMORY = (np.ndarray, torch.Tensor)      # types of images that are not read from files
-
 
 def picture_batches(images, batches, workers):
     """batches: lists of (index of an image, seed of its crop), where -1 means the centre.
     -> uint8 tensors (B, H, W, 3), in order. Images in memory are not cropped."""
-    if isinstance(images, IN_MEMORY):
+    if isinstance(images, np.ndarray):                     # in memory
         for batch in batches:
-            yield torch.as_tensor(images[[i for i, seed in batch]])
+            yield torch.from_numpy(images[[i for i, seed in batch]])
     else:
         atexit.register(kill_workers)
         yield from DataLoader(images, batch_sampler=batches, worker_init_fn=ignore_signals,
@@ -45,7 +43,7 @@ def view_batches(images, view, rows_list, workers):
     and the others are random crops; for images in memory, see `view_of`.
     -> float tensors (B, 3, H, W) in [-1, 1]"""
     crops = ([(i, view - 1) for i in rows.tolist()] for rows in rows_list)
-    in_memory = isinstance(images, IN_MEMORY)
+    in_memory = isinstance(images, np.ndarray)
     for rows, batch in zip(rows_list, picture_batches(images, crops, workers)):
         image = to_float(batch)
         yield view_of(image, view, rows, len(images)) if in_memory else image
