@@ -181,13 +181,12 @@ def read_settings(argv=None):
         for smallest, changes in RECIPES.items():
             if depth >= smallest:
                 preset = preset | changes
+        preset["lr"] = preset["lr"] * typed.get("batch_size", preset["batch_size"]) / 256
+    if "steps" in typed:
+        preset = preset | dict(epochs=0)
     settings = Settings(**(preset | typed))
     settings.out = settings.out or os.path.join("out", Path(name).resolve().name)
-    if name == "imagenet" and "lr" not in typed:
-        settings.lr = settings.lr * settings.batch_size / 256
-    if "steps" in typed and "epochs" not in typed:
-        settings.epochs = 0
-    if "unshuffle" not in preset and "multipliers" not in typed:
+    if "multipliers" not in preset | typed:
         settings.multipliers = MULTIPLIERS.get(settings.image_size, settings.multipliers)
     if "scales" not in typed:
         halvings = len(settings.multipliers) - 1
