@@ -146,11 +146,11 @@ def open_run(settings, device):
     -> the lock, which lasts until this process ends. Raises BadInput if another run has it"""
     folder = Path(settings.out)
     lock = claim(folder) if rank() == 0 else None
-    first = folder / ("transformer.pt" if settings.stage == "transformer" else "tokenizer.pt")
     if settings.precision == "auto":      # a run keeps the precision it had before
-        again = first.exists() and not settings.fresh
-        before = load_checkpoint(first).get("settings", {}) if again else {}
-        settings.precision = agreed(before.get("precision") or best_precision(device))
+        before, precision = folder / "settings.json", best_precision(device)
+        if before.exists() and not settings.fresh:
+            precision = json.loads(before.read_text())["precision"]
+        settings.precision = agreed(precision)
     if settings.workers < 0:
         settings.workers = max(1, min(16, cores() // world()))
     return lock
