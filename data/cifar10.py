@@ -56,9 +56,7 @@ def _read(root, names):
             return [(path.name, path.read_bytes()) for path in paths]
     archives = [root, root / "cifar-10-python.tar.gz", root / "cifar-10-binary.tar.gz"]
     archive = next((path for path in archives if path.is_file()), archives[-1])
-    if not archive.exists():
-        download(URL, archive, SHA256)
-    with tarfile.open(archive) as tar:
+    with tarfile.open(download(URL, archive, SHA256)) as tar:
         members = [x for x in tar if Path(x.name).stem in names]
         if len(members) < len(names):
             raise ValueError(f"{archive.name} lacks {', '.join(names)}")

@@ -178,7 +178,10 @@ def log(folder, **entry):
 
 
 def download(url, path, sha256=""):
-    """Fetch a file. It gets its name only when complete and right. Raises BadInput"""
+    """Fetch a file unless it is there. It gets its name only when complete and right.
+    -> path. Raises BadInput"""
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url} to {path}", flush=True)
     socket.setdefaulttimeout(30)
@@ -187,3 +190,4 @@ def download(url, path, sha256=""):
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise BadInput(f"could not download {url} ({error}): try again, or put the file at "
                        f"{path}") from None
+    return path

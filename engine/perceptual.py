@@ -74,9 +74,7 @@ def load_perceptual():
     neither in data/downloads/ nor on the network."""
     state = {}
     for name, url, sha256 in (VGG, LPIPS):
-        if not (DOWNLOADS / name).exists():
-            download(url, DOWNLOADS / name, sha256)
-        state |= load_checkpoint(DOWNLOADS / name)
+        state |= load_checkpoint(download(url, DOWNLOADS / name, sha256))
     model = Perceptual()
     try:
         for name, weights in model.features.named_parameters(prefix="features"):

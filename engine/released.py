@@ -1,6 +1,5 @@
 """The checkpoints released with the paper: where they are, and the names of their entries here."""
 import re
-from pathlib import Path
 
 import torch
 
@@ -122,7 +121,4 @@ def fill(model, state):
 
 def fetch(name, given=""):
     """The state dict in the file `given`, or in `name`, downloaded once into data/downloads/."""
-    path = Path(given) if given else DOWNLOADS / name
-    if not given and not path.exists():
-        download(URL + name, path)
-    return load_checkpoint(path)
+    return load_checkpoint(given or download(URL + name, DOWNLOADS / name))

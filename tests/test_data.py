@@ -69,9 +69,10 @@ def test_cifar10_is_alike_in_both_layouts_and_when_downloaded(tmp_path, monkeypa
 
     def download(url, path, sha256):
         assert (url, sha256) == (cifar10.URL, cifar10.SHA256)
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         with tarfile.open(path, "w:gz") as tar:
             tar.add(binary, binary.name)
+        return path
 
     monkeypatch.setattr(cifar10, "download", download)
     for place in (tmp_path, tmp_path / "py", tmp_path / "empty"):
