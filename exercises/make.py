@@ -27,19 +27,16 @@ Blank = namedtuple("Blank", "task function start end")      # lines[start:end] o
 
 
 def read_tasks():
-    """-> {"01_1": Task}, in the order of the chapters"""
+    """-> {"01_1": Task}, in the order of the chapters, without open tasks, which have no
+    blank"""
     tasks = {}
     for path in sorted(ROOT.glob("exercises/0*.md")):
         for section in re.split("^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
             head, _, text = section.partition("\n")
             name, title, minutes = re.fullmatch(r"(\w+) (.+) \((\d+) min\)", head).groups()
-            tasks[name] = Task(title, int(minutes), text.strip())
+            if not name.endswith("_open"):
+                tasks[name] = Task(title, int(minutes), text.strip())
     return tasks
-
-
-def graded_tasks():
-    """All except the open ones, which have no blank."""
-    return [task for task in read_tasks() if not task.endswith("_open")]
 
 
 def functions_of(tree, prefix=""):

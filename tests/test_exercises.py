@@ -11,7 +11,7 @@ from exercises.wrong import WRONG
 
 ROOT = make.ROOT
 TEXTS = make.read_tasks()
-TASKS = make.graded_tasks()
+TASKS = list(TEXTS)
 
 
 @pytest.mark.parametrize("task", TASKS)
