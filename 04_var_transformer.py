@@ -177,10 +177,9 @@ class VAR(nn.Module):
         self.word_embed = nn.Linear(cfg.latent_dim, D)
         self.scale_embed = nn.Embedding(self.K, D)
         self.position = nn.Parameter(torch.empty(1, self.L, D))
-        # 2. The scale of each token and the mask, which a checkpoint need not hold.
-        scale, mask = masking.scale_of_token(scales), masking.block_causal_mask(scales)
-        self.register_buffer("scale_of_token", scale, persistent=False)        # (L,)
-        self.register_buffer("mask", mask, persistent=False)                   # (L, L)
+        # 2. The scale of each token (L,) and the mask (L, L): a checkpoint need not hold them.
+        self.scale_of_token = nn.Buffer(masking.scale_of_token(scales), persistent=False)
+        self.mask = nn.Buffer(masking.block_causal_mask(scales), persistent=False)
         # 3. The blocks. Drop-path grows linearly from 0 in the first block.
         self.shared_modulation = nn.Linear(D, 6 * D) if cfg.shared_adaln else None
         rates = [cfg.drop_path * i / max(cfg.depth - 1, 1) for i in range(cfg.depth)]
@@ -250,7 +249,7 @@ class VAR(nn.Module):
         x = torch.cat([start, self.word_embed(teacher_inputs)], 1)           # (B, L, D)
         x = x + self.scale_embed(self.scale_of_token) + self.position        # (B, L, D)
         for block, adaln in zip(self.blocks, conditioning.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing:
                 x = checkpoint(block, x, adaln, self.mask, use_reentrant=False)
             else:
                 x = block(x, adaln, self.mask)                               # (B, L, D)
