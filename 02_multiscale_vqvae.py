@@ -204,7 +204,6 @@ class MultiScaleVQVAE(nn.Module):
 
     def decode(self, f_hat):
         """f_hat (B, C, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped"""
-        f_hat = f_hat.to(self.post_quant_conv.weight.dtype)        # may be half precision
         return self.decoder(self.post_quant_conv(f_hat))
 
     def image_to_tokens(self, image):
