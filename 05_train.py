@@ -102,7 +102,7 @@ class Settings:
     unshuffle: int = option(4, "fold this many pixels a side into channels first")
     groups: int = option(8, "groups of the group normalisation")
     attention: bool = option(False, "attention at the tokenizer's lowest resolution")
-    quantizer: str = option("vq", "how features become codes", choices=("vq", "lfq"))
+    quantizer: str = option("vq", "how features become codes", choices=tuple(vqvae.vq.QUANTIZERS))
     learn: str = option("ema", "how codes learn", choices=("ema", "gradient"))
     # Stage 2: the transformer.
     classes: tuple = option((), "train on these classes (names, wnids), or the first N",
@@ -309,9 +309,8 @@ def train_tokenizer(settings, tokenizer, splits, class_names, device):
     if settings.adversarial:
         critic = perceptual.Discriminator(settings.image_size).to(device)
         modules["critic"] = critic
-        critic_lr = min(settings.tokenizer_lr, 3e-4)
-        optimizers.append(torch.optim.AdamW(critic.parameters(), critic_lr, (0.5, 0.9),
-                                            fused=True))
+        optimizers.append(torch.optim.AdamW(
+            critic.parameters(), min(settings.tokenizer_lr, 3e-4), (0.5, 0.9), fused=True))
     start = checkpoints.resume(path, facts, settings, modules, optimizers)
     model = distributed.data_parallel(tokenizer)
 

@@ -90,9 +90,8 @@ class Trial:
         """Seed torch for a row. -> its settings of chapter 5, with a folder of its own"""
         print(f"== {row}, seed {seed}", flush=True)
         torch.manual_seed(seed)
-        folder = self.folder / row / str(seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        return replace(self.settings, out=str(folder), seed=seed, **changes)
+        folder = str(self.folder / row / str(seed))
+        return replace(self.settings, out=folder, seed=seed, **changes)
 
     def train_tokenizer(self, row, seed, config=None, **changes):
         """Train a tokenizer on all images of the data set, or load it if it was trained.
