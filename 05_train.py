@@ -273,13 +273,12 @@ def facts_of(settings, model, class_names, of_other_stage):
 
 
 def report(path, step, steps, batch_size, seconds, text, numbers):
-    """Print a log line, and append the same numbers to log.jsonl. seconds: of one step"""
-    if distributed.rank() == 0:
-        eta = clock((steps - step) * seconds)
-        print(f"{path.stem} {step}/{steps} ({100 * step // steps}%) | "
-              f"{text} | lr {numbers['lr']:.1e} | grad {numbers['grad']:.2f} | "
-              f"{batch_size / seconds:.0f} img/s | eta {eta}", flush=True)
-        checkpoints.log(path.parent, stage=path.stem, step=step, **numbers)
+    """Log what a step has in both stages, and `text`. seconds: of one step"""
+    eta = clock((steps - step) * seconds)
+    line = (f"{path.stem} {step}/{steps} ({100 * step // steps}%) | {text} | "
+            f"lr {numbers['lr']:.1e} | grad {numbers['grad']:.2f} | "
+            f"{batch_size / seconds:.0f} img/s | eta {eta}")
+    checkpoints.log(path, step, line, **numbers)
 
 
 def save_or_stop(settings, path, facts, modules, optimizers, step, steps):
@@ -366,8 +365,7 @@ def train_tokenizer(settings, tokenizer, splits, class_names, device):
         if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
             text, numbers = health.check_up(tokenizer.eval(), held_out, device, compute,
                                             path.with_name("reconstructions.png"))
-            distributed.say(f"  held out at step {step}: {text}")
-            checkpoints.log(path.parent, stage="tokenizer", step=step, held_out=numbers)
+            checkpoints.log(path, step, f"  held out at step {step}: {text}", held_out=numbers)
         save_or_stop(settings, path, facts, modules, optimizers, step, steps)
     tokenizer.eval().requires_grad_(False)
 
@@ -490,8 +488,7 @@ def train_transformer(settings, var, tokenizer, cached_tokens, class_names, devi
             losses, hits = [], []
         if 4 * step % steps < 4 and distributed.rank() == 0:  # after each quarter
             text, numbers = evaluate(var.eval(), tokenizer, test, device, compute)
-            distributed.say(f"  held out at step {step}: {text}")
-            checkpoints.log(path.parent, stage="transformer", step=step, held_out=numbers)
+            checkpoints.log(path, step, f"  held out at step {step}: {text}", held_out=numbers)
         save_or_stop(settings, path, facts, modules, optimizers, step, steps)
     var.eval().requires_grad_(False)
 

@@ -171,10 +171,12 @@ def claim(folder):
     return lock
 
 
-def log(folder, **entry):
-    """Append an entry to the run's log.jsonl."""
-    with open(Path(folder) / "log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+def log(path, step, line, **numbers):
+    """Print a line, and append numbers to log.jsonl beside the checkpoint `path`, in rank 0."""
+    if rank() == 0:
+        print(line, flush=True)
+        with open(path.with_name("log.jsonl"), "a") as file:
+            file.write(json.dumps(dict(stage=path.stem, step=step, **numbers)) + "\n")
 
 
 def download(url, path, sha256=""):
