@@ -71,8 +71,7 @@ def judge_of(dataset, images, labels, num_classes, device="cpu", augment=True, s
         if augment:
             image = varied(image, generator, how.mirrored)
         logits = judge.head(judge.features(image.to(device)))            # (128, classes)
-        wanted = labels[drawn[step]].to(device)
-        loss = F.cross_entropy(logits, wanted, label_smoothing=0.02)
+        loss = F.cross_entropy(logits, labels[drawn[step]].to(device), label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
