@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
         qkv = qkv.unflatten(2, (3, self.heads, -1))                    # (B, n, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                           # (B, heads, n, d)
         if not self.qk_norm:
-            return q, k, v, 0.25 / math.sqrt(q.shape[-1])              # the released weights need it
+            return q, k, v, 0.25 / math.sqrt(q.shape[-1])              # as released models do
         factor = self.log_scale.clamp(max=math.log(100)).exp()         # (1, heads, 1, 1)
         q, k = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
         return q.to(v.dtype), k.to(v.dtype), v, 1.0    # autocast leaves q and k in float32

@@ -80,7 +80,7 @@ class Settings:
     # Both stages.
     dataset: str = option("shapes", "shapes, cifar10, imagenet, or the path of a folder")
     seed: int = option(0, "the same seed gives the same run", low=0)
-    precision: str = option("auto", "auto: bfloat16 where it is fast",
+    precision: str = option("auto", "auto: the fastest, but float16 on GPUs only",
                             choices=("auto", "float32", "bfloat16", "float16"))
     optimizer: str = option("muon", "for matrices inside the blocks; adamw for the rest",
                             choices=("muon", "adamw"))
@@ -90,7 +90,7 @@ class Settings:
     vocab_size: int = option(512, "V, number of codes")
     latent_dim: int = option(32, "C, length of a code")
     # Stage 1: the tokenizer.
-    tokenizer_steps: int = option(1200, "steps of stage 1", low=0)
+    tokenizer_steps: int = option(1200, "steps of stage 1")
     tokenizer_batch_size: int = option(16, "images per step of stage 1, over all GPUs")
     tokenizer_lr: float = option(3e-3, "peak learning rate of AdamW in stage 1 (Muon: 0.02)")
     flip: bool = option(False, "mirror half of the images in stage 1")
@@ -102,7 +102,8 @@ class Settings:
     unshuffle: int = option(4, "fold this many pixels a side into channels first")
     groups: int = option(8, "groups of the group normalisation")
     attention: bool = option(False, "attention at the tokenizer's lowest resolution")
-    quantizer: str = option("vq", "how features become codes", choices=tuple(vqvae.vq.QUANTIZERS))
+    quantizer: str = option("vq", "how features become codes",
+                            choices=tuple(vqvae.vq.QUANTIZERS))
     learn: str = option("ema", "how codes learn", choices=("ema", "gradient"))
     # Stage 2: the transformer.
     classes: tuple = option((), "train on these classes (names, wnids), or the first N",

@@ -1,4 +1,4 @@
-"""Files of a run: checkpoints and logs, each written whole or not at all, and downloads."""
+"""Files of a run: checkpoints, written whole or not at all, the log, and downloads."""
 import hashlib
 import http.client
 import json
@@ -84,8 +84,8 @@ def resume(path, facts, settings, modules, optimizers):
     """Load the checkpoint of a stage, if there is one, and write the settings to
     settings.json. -> the steps it was trained for
 
-    With settings.fresh the checkpoint is removed, and with a tokenizer all that was made from
-    it. Raises BadInput if the file is damaged or its settings differ from facts["settings"];
+    With settings.fresh the checkpoint is removed, and with a tokenizer the log and the
+    transformer, too. Raises BadInput if the file is damaged or its settings differ from facts["settings"];
     a setting that an older checkpoint lacks has its default."""
     if rank() == 0 and settings.fresh:
         path.unlink(missing_ok=True)

@@ -125,7 +125,7 @@ def stop_requested(step=None):
 
 
 def finish():
-    """Leave the other processes, and let signals end this one again."""
+    """Leave the other processes, and let Ctrl-C and SIGTERM end this one again."""
     if dist.is_initialized():
         gc.collect()                      # DistributedDataParallel must go before its group
         dist.destroy_process_group()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from engine import BadInput
 from engine.checkpoints import DOWNLOADS, download, load_checkpoint
 
-# File in data/downloads/ -> its address and sha256.
+# File in data/downloads/, its address, its sha256.
 VGG = ("vgg16-397923af.pth", "https://download.pytorch.org/models/vgg16-397923af.pth",
        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0")
 LPIPS = ("lpips_vgg.pth",

@@ -243,5 +243,6 @@ def export_npz(args, model):
     for begin in range(0, len(labels), 1000):
         drawn = model.sample(labels[begin:begin + 1000], seed=begin)
         images[begin:begin + 1000] = plots.to_uint8(drawn)
-    np.savez(path, arr_0=images)
+    with open(path, "wb") as file:                         # else savez() would add ".npz"
+        np.savez(file, arr_0=images)
     print(f"wrote {path}: {len(images)} images")

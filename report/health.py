@@ -56,7 +56,7 @@ def examine(tokenizer, batches, autocast):
 
 
 def check_up(tokenizer, held_out, device, autocast, path):
-    """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and draw ten of them
+    """Examine the tokenizer on held-out images, uint8 (N, H, W, 3), and draw some of them
     into the file `path`. -> a report as text, the dict of examine()"""
     some = held_out[::max(1, len(held_out) // 10)][:10]                  # of all classes
     save_picture(path, tokenizer, to_float(some.to(device)))
@@ -92,7 +92,7 @@ def decoded(tokenizer, tokens):
 @torch.no_grad()
 def save_picture(path, tokenizer, image):
     """One sheet: the images, what is decoded after each scale, and where the last one errs.
-    image (B, 3, H, W) in [-1, 1]; only the first four are shown if they are large."""
+    image (B, 3, H, W) in [-1, 1]; only the first few are shown if they are large."""
     image = image[:max(4, 640 // image.shape[-1])]
     found = decoded(tokenizer, tokenizer.image_to_tokens(image))
     image = image.cpu()
