@@ -153,10 +153,9 @@ class VectorQuantizer(nn.Module):
         if not total.isfinite().all():
             return                           # a non-finite batch changes nothing
         self.move_codes(count, total)
-        # Codes used less than a tenth as often as the average (and less than once per step)
-        # move onto vectors with a large error. Their statistics move along: stale ones would
-        # carry a code straight back. Starting at the average use gives it time to find its
-        # vectors.
+        # Codes used less than a tenth as often as the average, and not once per step, move
+        # onto vectors with a large error. Their statistics move along: stale ones would carry
+        # a code straight back. Starting at the average use gives it time to find vectors.
         mean = self.hits.mean()
         dead = self.hits < (0.1 * mean).clamp(max=1.0)                       # (V,)
         if self.revive and dead.any():

@@ -39,7 +39,6 @@ from engine.released import fetch, fill, read_tokenizer, read_transformer
 from report import gallery
 
 vqvae = import_module("02_multiscale_vqvae")
-masking = import_module("03_block_causal_mask")
 transformer = import_module("04_var_transformer")
 training = import_module("05_train")
 
@@ -291,8 +290,8 @@ def load_released(tokenizer_state, var_state, scales=None, heads=None):
     scales = sizes["scales"]
     with torch.device("meta"):                             # without random weights
         var = transformer.VAR(transformer.VARConfig(**sizes))
-    var.mask = masking.block_causal_mask(scales)
-    var.scale_of_token = masking.scale_of_token(scales)
+    var.mask = transformer.masking.block_causal_mask(scales)
+    var.scale_of_token = transformer.masking.scale_of_token(scales)
     fill(var, weights)
     sizes, weights = read_tokenizer(tokenizer_state, scales)
     return fill(vqvae.MultiScaleVQVAE(vqvae.TokenizerConfig(**sizes)), weights), var

@@ -236,13 +236,12 @@ def export_npz(args, model):
     """Write what the standard ImageNet evaluator reads: samples of all classes in turn,
     uint8 (N, side, side, 3), named arr_0. 50,000 of 256 pixels need 10 GB of memory."""
     path = Path(args.export_npz)
-    if path.is_dir() or not path.parent.is_dir():
-        raise BadInput(f"--export-npz {path}: give a file in a folder that exists")
+    if path.suffix != ".npz" or not path.parent.is_dir():
+        raise BadInput(f"--export-npz {path}: give a file *.npz in a folder that exists")
     labels = torch.arange(len(args.names)).repeat(args.n or 50)
     images = np.empty((len(labels), args.side, args.side, 3), np.uint8)
     for begin in range(0, len(labels), 1000):
         drawn = model.sample(labels[begin:begin + 1000], seed=begin)
         images[begin:begin + 1000] = plots.to_uint8(drawn)
-    with open(path, "wb") as file:                         # else savez() would add ".npz"
-        np.savez(file, arr_0=images)
+    np.savez(path, arr_0=images)
     print(f"wrote {path}: {len(images)} images")

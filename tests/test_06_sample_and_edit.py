@@ -236,7 +236,7 @@ def test_the_newest_run_is_the_default_and_else_the_shipped_shapes(cli, tiny, tm
 @pytest.mark.parametrize("options", [
     "--box 0.5 0 0.2 1", "--cfg inf", "--n 0", "--run nowhere", "--run cut.png", "--run .",
     "--image cut.png", "--mask black.png", "--tokenizer-file a.pth", "--classes dog",
-    "--export-npz missing/a.npz"])
+    "--export-npz missing/a.npz", "--export-npz a"])
 def test_a_wrong_option_is_one_line(refused, tiny, tmp_path, monkeypatch, options):
     monkeypatch.setattr(m6, "sample_tokens", lambda *_, **__: pytest.fail("sampled anyway"))
     for name in ("tokenizer.pt", "transformer.pt"):        # its data set is not here
