@@ -145,7 +145,7 @@ ROWS = {
 }
 RATES = (1.5e-3, 3e-3, 6e-3)
 SAMPLING = {f"cfg {t:g}, top-p {p:g}": (t, p)
-            for t in (0, 0.75, 1.5) for p in (1, 0.9, 0.8)}
+            for t in (0, 0.75, 1.5, 3) for p in (1, 0.9, 0.8)}
 
 
 def generate(tokenizer, var, labels, seed, how):
