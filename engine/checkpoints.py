@@ -85,8 +85,8 @@ def resume(path, facts, settings, modules, optimizers):
     settings.json. -> the steps it was trained for
 
     With settings.fresh the checkpoint is removed, and with a tokenizer the log and the
-    transformer, too. Raises BadInput if the file is damaged or its settings differ from facts["settings"];
-    a setting that an older checkpoint lacks has its default."""
+    transformer, too. Raises BadInput if the file is damaged or its settings differ from
+    facts["settings"]; a setting that an older checkpoint lacks has its default."""
     if rank() == 0 and settings.fresh:
         path.unlink(missing_ok=True)
         if path.stem == "tokenizer":
@@ -146,11 +146,11 @@ def open_run(settings, device):
     -> the lock, which lasts until this process ends. Raises BadInput if another run has it"""
     folder = Path(settings.out)
     lock = claim(folder) if rank() == 0 else None
+    first = folder / ("transformer.pt" if settings.stage == "transformer" else "tokenizer.pt")
     if settings.precision == "auto":      # a run keeps the precision it had before
-        before, precision = folder / "settings.json", best_precision(device)
-        if before.exists() and not settings.fresh:
-            precision = json.loads(before.read_text())["precision"]
-        settings.precision = agreed(precision)
+        again = first.exists() and not settings.fresh
+        before = load_checkpoint(first).get("settings", {}) if again else {}
+        settings.precision = agreed(before.get("precision") or best_precision(device))
     if settings.workers < 0:
         settings.workers = max(1, min(16, cores() // world()))
     return lock

@@ -2,7 +2,7 @@
 
     python experiments/order.py                                        shapes
     python experiments/order.py --dataset cifar10 --data-dir DIR       three classes
-    python experiments/order.py --dataset shapes64 --steps 1600        a grid of 16x16
+    python experiments/order.py --dataset shapes64 --steps 1300        a grid of 16x16
 
 Raster order and next scale differ in the number of tokens, in what they say, in their order
 and in whether those of one step are drawn independently. ROWS differ in one of these at a
@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from trial import Trial, drawing, run_main, transformer, trial_parser
+from trial import BASES, Trial, drawing, run_main, transformer, trial_parser
 from report import judge, plots
 
 
@@ -143,6 +143,7 @@ ROWS = {
     "J  16x16, raster": ((16,), 512, one_by_one, False),
     "K  five maps, by map": ((1, 2, 4, 8, 16), 512, None, True),
 }
+BASES["shapes64"] = dict(image_size=64)                    # the last map is 16x16
 RATES = (1.5e-3, 3e-3, 6e-3)
 SAMPLING = {f"cfg {t:g}, top-p {p:g}": (t, p)
             for t in (0, 0.75, 1.5, 3) for p in (1, 0.9, 0.8)}
@@ -207,6 +208,8 @@ def main():
     trial, rows, images = Trial("order", parser.parse_args()), {}, {}
     last = trial.settings.image_size // trial.settings.unshuffle       # side of the last map
     grid = [row for row, (scales, *_) in ROWS.items() if scales[-1] == last]
+    if not {*(trial.args.rows or grid)} <= {*grid}:
+        parser.error(f"--rows: with {trial.args.dataset}, use {'; '.join(grid)}")
     if trial.args.quick:
         grid = grid[::3]
     pictures, labels = trial.data["train"]

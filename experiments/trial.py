@@ -31,11 +31,9 @@ drawing = import_module("06_sample_and_edit")
 
 CPU = torch.device("cpu")
 AT_ONCE = 100                             # images drawn or scored together
-# --dataset -> settings of chapter 5 to start from. "cifar10" is three of its classes, and
-# "shapes64" the shapes at 64 pixels, whose last map is 16x16.
-BASES = {"shapes": {}, "shapes64": dict(image_size=64),
-         "cifar10": training.PRESETS["cifar10-cpu"] | dict(
-             depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
+# --dataset -> settings of chapter 5 to start from. "cifar10" is three of its classes.
+BASES = {"shapes": {}, "cifar10": training.PRESETS["cifar10-cpu"] | dict(
+    depth=4, width=128, heads=4, drop_path=0.0, batch_size=32)}
 HELP = {"steps": "steps of each transformer", "tokenizer_steps": "steps of each tokenizer",
         "n": "samples to judge", "seeds": "training runs, or sets of samples, per row"}
 # Columns for Trial.show(): what Trial.judged() measures

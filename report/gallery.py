@@ -236,7 +236,7 @@ def export_npz(args, model):
     """Write what the standard ImageNet evaluator reads: samples of all classes in turn,
     uint8 (N, side, side, 3), named arr_0. 50,000 of 256 pixels need 10 GB of memory."""
     path = Path(args.export_npz)
-    if path.suffix != ".npz" or not path.parent.is_dir():
+    if path.suffix != ".npz" or path.is_dir() or not path.parent.is_dir():
         raise BadInput(f"--export-npz {path}: give a file *.npz in a folder that exists")
     labels = torch.arange(len(args.names)).repeat(args.n or 50)
     images = np.empty((len(labels), args.side, args.side, 3), np.uint8)

@@ -44,8 +44,7 @@ def judge_of(dataset, images, labels, num_classes, device="cpu", augment=True, s
     """The judge of a data set, in eval mode, trained when it is first needed and kept in
     out/. images: uint8 (N, H, W, 3) or read on demand; labels (N,); augment: vary the
     images, see varied(), because a judge that never saw blur, dimming or shifts is
-    stricter; steps: None for those in data/registry.py. The shapes need 100, about 15 s on
-    one CPU core."""
+    stricter; steps: None for those in data/registry.py"""
     how, kind = dataset_named(dataset), "" if augment else "strict_"
     steps = steps or how.judge_steps
     path = Path("out") / f"judge_{kind}{steps}_{image_fingerprint(images)}.pt"

@@ -151,3 +151,4 @@ def save_curve(path, series, fits=None, *, x_label="", y_label=""):
         sheet.paste(name, (right + 14, top + 22 * i))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+    print(f"wrote {path}")

@@ -316,5 +316,4 @@ def test_stage_2_trains_on_a_tokenizer_from_a_file_and_then_no_longer_needs_it(
     another = ["--tokenizer-file", "half/tokenizer.pt"]
     assert "choose a new folder" in refused(SCRIPT, *options, *another, "--out", "run")
     assert cli(SCRIPT, *options, *another, "--out", "new").status == 0
-    # What that tokenizer was trained with is unknown.
     assert "--stage transformer" in refused(SCRIPT, *tiny.options, "--out", "new")
