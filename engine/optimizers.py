@@ -77,27 +77,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            same_shape = {}                                # matrices of equal shape are stacked
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])     # Nesterov momentum
-                update = orthogonal(update.flatten(1), self.dtype).view_as(p)
-                tall = max(1, len(p) / p[0].numel())       # rows over columns
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=group["lr"] * tall ** 0.5)
+                if p.grad is not None:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    same_shape.setdefault((len(p), p[0].numel()), []).append(p)
+            for (rows, columns), params in same_shape.items():
+                g = torch.stack([p.grad.flatten(1) for p in params])           # (n, rows, columns)
+                kept = [self.state[p]["momentum"].flatten(1) for p in params]
+                torch._foreach_lerp_(kept, list(g.unbind(0)), 1 - group["momentum"])
+                update = g.lerp(torch.stack(kept), group["momentum"])          # Nesterov momentum
+                update = orthogonal(update, self.dtype)
+                update.mul_(group["lr"] * max(1, rows / columns) ** 0.5)
+                for p, change in zip(params, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(change.view_as(p))
 
 
 def orthogonal(g, dtype=torch.float32):
     """Five Newton-Schulz steps with the coefficients of Jordan et al. They keep the singular
     vectors and move every singular value above about 0.0016 of the Frobenius norm to between
-    roughly 0.68 and 1.2; smaller ones stay small. (rows, columns) -> the same shape"""
-    x = g.mT if len(g) > g.shape[1] else g                 # not taller than wide
-    x = (x / (x.norm() + 1e-7)).to(dtype)
+    roughly 0.68 and 1.2; smaller ones stay small. (n, rows, columns) -> the same shape"""
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x if x.shape == g.shape else x.mT).to(g.dtype)
+    return (x.mT if tall else x).to(g.dtype)
