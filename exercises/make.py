@@ -1,7 +1,6 @@
 """Write a student's copy: the code with blanks, and in every blank the text of its task.
 
-    python exercises/make.py DIR                with blanks; DIR must be new or empty
-    python exercises/make.py DIR --solutions    the same files with the solutions
+    python exercises/make.py DIR                DIR must be new or empty
 
 A blank begins below a line `# Exercise 01_1` in a function and ends above a line
 `# End of exercise` or with the function, which holds blanks of one task only. The texts are
@@ -76,7 +75,7 @@ def with_blanks(text, tasks):
     return "\n".join(lines) + "\n"
 
 
-def write_copy(folder, solutions):
+def write_copy(folder):
     texts = [f"exercises/{path.name}" for path in ROOT.glob("exercises/0*.md")]
     for name in [*COPIED, *texts]:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -88,14 +87,12 @@ def write_copy(folder, solutions):
     tasks = read_tasks()
     for name in SOURCES:
         text = (ROOT / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text if solutions else with_blanks(text, tasks),
-                                   encoding="utf-8")
+        (folder / name).write_text(with_blanks(text, tasks), encoding="utf-8")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR", type=Path, help="new, or empty")
-    parser.add_argument("--solutions", action="store_true", help="leave the solutions in")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     if any(folder.is_relative_to(ROOT / name) for name in COPIED):
@@ -106,7 +103,7 @@ def main(arguments=None):
         parser.error(f"cannot make the folder: {error}")
     if any(folder.iterdir()):
         parser.error(f"{folder} is not empty; nothing was written")
-    write_copy(folder, options.solutions)
+    write_copy(folder)
     print(f"wrote {folder}")
 
 

@@ -17,7 +17,8 @@ def main():
     trial = Trial("independence", trial_parser(__doc__, "shapes", n=2000).parse_args())
     tokenizer, _ = training.load_tokenizer(trial.shipped)
     var, _ = training.load_transformer(trial.shipped)
-    real = list(trial.held_out(tokenizer))[:max(1, trial.args.n // 100)]
+    images, rows = trial.some("test")                      # of all classes
+    real = list(trial.held_out(tokenizer, (images[rows], trial.data["test"][1][rows])))
     target = torch.cat([tokenizer.tokens_to_image(tokens) for tokens, _ in real])
     images = {"all maps real": (target[:10] + 1) / 2}
     rows = {"all (reconstructions)": [trial.compare([(target + 1) / 2])]}

@@ -104,9 +104,6 @@ def test_a_copy_is_written_once_and_its_blanks_show_their_tasks(tmp_path, capsys
         with pytest.raises(SystemExit):
             make.main([str(folder)])
         assert why in capsys.readouterr().err
-    make.main([str(tmp_path / "solutions"), "--solutions"])
-    for name in make.SOURCES:
-        assert (tmp_path / "solutions" / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 @pytest.mark.slow
