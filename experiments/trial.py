@@ -1,4 +1,4 @@
-"""What the experiments share: data, tokens, a training run per row, the judge, the table.
+"""Shared by all experiments: data, tokens, a training run per row, the judge, the table.
 A script imports this file first, because it lets Python find data, engine and report.
 
 Training runs and measurements are kept in out/experiments/, so the same command resumes
